@@ -1,0 +1,3 @@
+//! Stub: owner C.
+#[derive(Clone, Debug)]
+pub struct TextFacts;

@@ -1,0 +1,11 @@
+//! Facts of the problem, without I/O and without async: what is judged, what a score is, what an ensemble says.
+
+mod conversation;
+mod ensemble;
+mod ids;
+mod score;
+
+pub use conversation::{Completion, Conversation, InvalidInput, Prompt, PromptGroup, Sample, Turn};
+pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, bradley_terry};
+pub use ids::{Fingerprint, GenerationId, InvalidMemberName, MemberName, WeightsId};
+pub use score::{Failure, FailureKind, NonFinite, Score, ScoreDetails, Scored, Truncation};
