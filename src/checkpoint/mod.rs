@@ -1,5 +1,6 @@
 //! Untrusted files in, validated facts out: what lies in a checkpoint folder, without trusting a single number of it.
 
+mod architecture;
 mod dtype;
 mod error;
 mod hf_config;
@@ -9,10 +10,10 @@ mod reader;
 mod source;
 mod text_facts;
 
+pub use architecture::{Activation, Architecture, LayerKind, Naming, Norm, Pooling, Residual, Rope, RopeScaling};
 pub use dtype::{Dtype, Elements};
 pub use error::CheckpointError;
-pub use hf_config::Architecture;
-pub use layout::Layout;
+pub use layout::{BlockKeys, HeadStage, Layout, LinearKeys, NormKeys};
 pub use manifest::{Manifest, TensorInfo};
-pub use source::{SourceError, TensorSource};
+pub use source::{CHUNK_ELEMENTS, SourceError, TensorSource};
 pub use text_facts::TextFacts;

@@ -1,9 +1,26 @@
 //! Tokens to rewards: packing, the forward pass, and the head. The only layer that knows candle.
 
+mod head;
+mod kernels;
+mod ops;
+mod pack;
+mod transformer;
+mod weights;
+
+use std::sync::Arc;
+
+use candle_core::Device;
+
+use crate::checkpoint::{Architecture, Layout, SourceError, TensorSource};
+use head::Head;
+pub use pack::{Node, Pack};
+use transformer::Transformer;
+use weights::Loader;
+
 /// A loaded reward model on one device. Immutable, so it may be shared by any number of jobs; `forward` is called by the
 /// device worker alone, inside the worker's own rayon pool.
 pub trait RewardModel: Send + Sync {
-    /// Scores every sample of a pack.
+    /// Scores every sample of a pack, in order.
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError>;
 
     /// What the queue may put into one pack.
@@ -40,16 +57,62 @@ pub struct Limits {
 #[error("forward failed: {0}")]
 pub struct ModelError(pub String);
 
-/// Encodings that are run in one forward pass. No padding exists in it.
-#[derive(Clone, Debug)]
-pub struct Pack {
-    /// Placeholder: grows into the forest of token runs.
-    pub samples: Vec<std::sync::Arc<crate::text::Encoding>>,
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("tensor {tensor:?}: {problem}")]
+    Tensor { tensor: String, problem: String },
+    #[error("device: {0}")]
+    Device(#[from] candle_core::Error),
 }
 
-impl Pack {
-    /// Packs samples end to end, in order; the outputs of a forward come back in the same order.
-    pub fn new(samples: &[std::sync::Arc<crate::text::Encoding>]) -> Self {
-        Self { samples: samples.to_vec() }
+/// Loads a reward model onto the CPU, where it computes in float32 whatever its weights are stored in. `progress` gets
+/// bytes done and bytes in all. `max_tokens` is the longest sample, at most [`Architecture::max_positions`].
+pub fn load(
+    source: &dyn TensorSource,
+    architecture: &Architecture,
+    layout: &Layout,
+    max_tokens: usize,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Arc<dyn RewardModel>, LoadError> {
+    let device = Device::Cpu;
+    let mut loader = Loader::new(source, layout.used(), &device, progress);
+    let transformer = Transformer::load(architecture, layout, &mut loader, &device)?;
+    let head = Head::load(layout, &mut loader)?;
+    let limits = Limits {
+        max_tokens: max_tokens.min(architecture.max_positions),
+        outputs: layout.outputs(),
+        parameters: loader.parameters,
+        device_bytes: loader.device_bytes,
+    };
+    Ok(Arc::new(Model { transformer, head, limits, architecture: architecture.clone() }))
+}
+
+struct Model {
+    transformer: Transformer,
+    head: Head,
+    limits: Limits,
+    architecture: Architecture,
+}
+
+impl RewardModel for Model {
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        let pooled: Vec<usize> = (0..pack.len())
+            .map(|sample| self.architecture.pooling.position(pack.encoding(sample).ids(), self.architecture.pad_token_id))
+            .collect();
+        let rows: Vec<u32> = pooled.iter().enumerate().map(|(sample, position)| pack.row(sample, *position) as u32).collect();
+        let hidden = self.transformer.hidden(pack, &rows).map_err(|error| ModelError(error.to_string()))?;
+        let outputs = hidden.iter().zip(pooled).enumerate().map(|(sample, (hidden, pooled_position))| Output {
+            values: self.head.forward(hidden),
+            pooled_position,
+            shared_tokens: pack.shared_tokens(sample),
+        });
+        Ok(outputs.collect())
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
     }
 }

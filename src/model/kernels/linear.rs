@@ -1,0 +1,55 @@
+//! Small additions around the matrix products, and the head's own product.
+
+use super::for_rows;
+use super::math::dot;
+
+/// `x += y`, rows of `x` contiguous and `width` wide, rows of `y` `stride` apart.
+pub fn add_rows(x: &mut [f32], width: usize, y: &[f32], stride: usize) {
+    for_rows(x, width, |first, rows| {
+        for (row, x) in rows.chunks_exact_mut(width).enumerate() {
+            let start = (first + row) * stride;
+            for (x, y) in x.iter_mut().zip(&y[start..start + width]) {
+                *x += y;
+            }
+        }
+    });
+}
+
+/// `x += bias` on every row; rows of `x` are `stride` apart and may be wider than the bias.
+pub fn add_bias(x: &mut [f32], stride: usize, bias: &[f32]) {
+    for_rows(x, stride, |_, rows| {
+        for x in rows.chunks_exact_mut(stride) {
+            for (x, bias) in x.iter_mut().zip(bias) {
+                *x += bias;
+            }
+        }
+    });
+}
+
+/// `y = x W^T + b` for one row, each output by one dot product in a fixed order: the head's product, whose single column
+/// would take another path through a matrix product at every batch size. `weight` is `[outputs, x.len()]`.
+pub fn project(x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    pulp::Arch::new().dispatch(|| {
+        let rows = weight.chunks_exact(x.len());
+        rows.enumerate().map(|(output, row)| dot(x, row) + bias.map_or(0.0, |bias| bias[output])).collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_projection_of_a_worked_example() {
+        assert_eq!(project(&[1.0, 2.0, 3.0], &[1.0, 0.0, -1.0, 0.5, 0.5, 0.5], Some(&[10.0, -1.0])), [8.0, 2.0]);
+    }
+
+    #[test]
+    fn additions_read_strided_rows() {
+        let mut x = vec![1.0; 4];
+        add_rows(&mut x, 2, &[1.0, 2.0, 99.0, 3.0, 4.0, 99.0], 3);
+        assert_eq!(x, [2.0, 3.0, 4.0, 5.0]);
+        add_bias(&mut x, 2, &[10.0]);
+        assert_eq!(x, [12.0, 3.0, 14.0, 5.0]);
+    }
+}

@@ -1,0 +1,215 @@
+//! The seam between candle's tensors and our kernels: each function takes tensors on one device and does there what its
+//! kernel says. On the CPU that is [`super::kernels`].
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+
+use super::kernels::attention::Shape as AttentionShape;
+use super::kernels::rope::HeadTransform;
+use super::kernels::{activation, attention, linear, norm, rope};
+use super::pack::Pack;
+use crate::checkpoint::{Activation, Norm};
+
+/// Normalises the rows of `x`.
+pub fn normalise(kind: Norm, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
+        None => x.apply_op2_no_bwd(weight, &NormOp(kind)),
+        Some(bias) => x.apply_op3_no_bwd(weight, bias, &NormOp(kind)),
+    }
+}
+
+/// `x += y`, where the rows of `y` may be wider than those of `x`.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
+    x.inplace_op2(y, &AddRows)
+}
+
+/// `x += bias` on the first columns of every row.
+pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
+    x.inplace_op2(bias, &AddBias)
+}
+
+/// `act(x)` in place.
+pub fn activate(kind: Activation, x: &Tensor) -> Result<()> {
+    x.inplace_op1(&Activate(kind))
+}
+
+/// `act(gate) * up` of rows `[gate | up | ...]`, `width` columns each.
+pub fn gate(kind: Activation, x: &Tensor, width: usize) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&Gate { kind, width })
+}
+
+/// Norms and rotates the query and key heads of `[queries | keys | values]` in place.
+pub fn transform_heads(x: &Tensor, heads: Heads) -> Result<()> {
+    x.inplace_op1(&heads)
+}
+
+/// Attention of `[queries | keys | values]` over the forest of the pack.
+pub fn attend(x: &Tensor, shape: &AttentionShape, pack: &Pack) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&Attend { shape, pack })
+}
+
+/// What [`transform_heads`] needs beside the rows.
+pub struct Heads<'a> {
+    pub transform: HeadTransform<'a>,
+    pub positions: &'a [u32],
+}
+
+/// A matrix of a storage: its rows, how far apart they are, and how many.
+fn rows<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<(&'a [f32], usize, usize)> {
+    let values = storage.as_slice::<f32>()?;
+    let (count, stride) = shape_of(layout)?;
+    Ok((&values[layout.start_offset()..], stride, count))
+}
+
+fn rows_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<(&'a mut [f32], usize)> {
+    let (count, stride) = shape_of(layout)?;
+    if layout.start_offset() != 0 || stride != layout.dims()[1] {
+        bail!("expected whole contiguous rows, found {layout:?}");
+    }
+    match storage {
+        CpuStorage::F32(values) => Ok((&mut values[..count * stride], stride)),
+        _ => bail!("expected float32"),
+    }
+}
+
+fn shape_of(layout: &Layout) -> Result<(usize, usize)> {
+    match (layout.dims(), layout.stride()) {
+        (&[count, _], &[stride, 1]) => Ok((count, stride)),
+        _ => bail!("expected a matrix with contiguous rows, found {layout:?}"),
+    }
+}
+
+fn vector<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("expected a contiguous vector, found {layout:?}"),
+    }
+}
+
+struct NormOp(Norm);
+
+impl NormOp {
+    fn run(&self, x: (&CpuStorage, &Layout), weight: &[f32], bias: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+        let (values, stride, count) = rows(x.0, x.1)?;
+        let mut output = vec![0.0; count * weight.len()];
+        norm::normalise(self.0, values, stride, weight, bias, &mut output);
+        Ok((CpuStorage::F32(output), (count, weight.len()).into()))
+    }
+}
+
+impl CustomOp2 for NormOp {
+    fn name(&self) -> &'static str {
+        "norm"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run((s1, l1), vector(s2, l2)?, None)
+    }
+}
+
+impl CustomOp3 for NormOp {
+    fn name(&self) -> &'static str {
+        "norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.run((s1, l1), vector(s2, l2)?, Some(vector(s3, l3)?))
+    }
+}
+
+struct AddRows;
+
+impl InplaceOp2 for AddRows {
+    fn name(&self) -> &'static str {
+        "add_rows"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (y, y_stride, _) = rows(s2, l2)?;
+        let (x, width) = rows_mut(s1, l1)?;
+        linear::add_rows(x, width, y, y_stride);
+        Ok(())
+    }
+}
+
+struct AddBias;
+
+impl InplaceOp2 for AddBias {
+    fn name(&self) -> &'static str {
+        "add_bias"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (x, stride) = rows_mut(s1, l1)?;
+        linear::add_bias(x, stride, vector(s2, l2)?);
+        Ok(())
+    }
+}
+
+struct Activate(Activation);
+
+impl InplaceOp1 for Activate {
+    fn name(&self) -> &'static str {
+        "activate"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (x, width) = rows_mut(storage, layout)?;
+        activation::activate(self.0, x, width);
+        Ok(())
+    }
+}
+
+struct Gate {
+    kind: Activation,
+    width: usize,
+}
+
+impl CustomOp1 for Gate {
+    fn name(&self) -> &'static str {
+        "gate"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (values, stride, count) = rows(storage, layout)?;
+        let mut output = vec![0.0; count * self.width];
+        activation::gate(self.kind, values, stride, self.width, &mut output);
+        Ok((CpuStorage::F32(output), (count, self.width).into()))
+    }
+}
+
+impl InplaceOp1 for Heads<'_> {
+    fn name(&self) -> &'static str {
+        "transform_heads"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (x, stride) = rows_mut(storage, layout)?;
+        rope::transform_heads(&self.transform, x, stride, self.positions);
+        Ok(())
+    }
+}
+
+struct Attend<'a> {
+    shape: &'a AttentionShape,
+    pack: &'a Pack,
+}
+
+impl CustomOp1 for Attend<'_> {
+    fn name(&self) -> &'static str {
+        "attend"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (values, stride, count) = rows(storage, layout)?;
+        let output = attention::attend(self.shape, self.pack, values, stride, count);
+        Ok((CpuStorage::F32(output), (count, self.shape.heads * self.shape.head_dim).into()))
+    }
+}
