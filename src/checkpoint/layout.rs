@@ -280,3 +280,7 @@ impl Taker<'_> {
 fn looks_like_head(name: &str) -> bool {
     ["score", "classifier", "v_head", "value_head", "regression", "reward", "lm_head"].iter().any(|part| name.starts_with(part))
 }
+
+#[cfg(test)]
+#[path = "layout_tests.rs"]
+mod tests;
