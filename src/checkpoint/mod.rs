@@ -3,6 +3,8 @@
 mod architecture;
 mod dtype;
 mod error;
+#[cfg(test)]
+pub(crate) mod fixture;
 mod hf_config;
 mod layout;
 mod manifest;
@@ -15,5 +17,6 @@ pub use dtype::{Dtype, Elements};
 pub use error::CheckpointError;
 pub use layout::{BlockKeys, HeadStage, Layout, LinearKeys, NormKeys};
 pub use manifest::{Manifest, TensorInfo};
-pub use source::{CHUNK_ELEMENTS, SourceError, TensorSource};
+pub use reader::{Checkpoint, Weights};
+pub use source::{CHUNK_ELEMENTS, SourceError, TensorSource, look_up};
 pub use text_facts::TextFacts;

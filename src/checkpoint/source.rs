@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Elements, Manifest};
+use super::{Dtype, Elements, Manifest, TensorInfo};
 
 /// Why a tensor could not be read: the place, what was expected and what was found.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SourceError {
     /// Reading failed, or the file is no longer what its header said.
     #[error("{file}: tensor {tensor:?}: {problem}")]
@@ -13,6 +13,9 @@ pub enum SourceError {
     /// A value that is NaN or infinite.
     #[error("{file}: tensor {tensor:?}: element {index} is {value}, expected finite numbers")]
     NonFinite { file: String, tensor: String, index: usize, value: f64 },
+    /// A merged value that the output dtype cannot hold.
+    #[error("tensor {tensor:?}: element {index} merges to {value}, which {dtype} cannot hold; choose a wider dtype")]
+    Overflow { tensor: String, index: usize, value: f64, dtype: Dtype },
     /// A name or range that the manifest does not have: a mistake of the caller.
     #[error("tensor {tensor:?}: {problem}")]
     NoSuchTensor { tensor: String, problem: String },
@@ -25,9 +28,19 @@ pub trait TensorSource: Send + Sync {
 
     /// Reads the elements `range` (row-major indices into the flattened tensor) of `name` into `into`, replacing its
     /// content; the variant is that of the manifest's dtype. Floating-point values are checked: a NaN or an infinity is
-    /// an error that names the file, the tensor and the element.
+    /// an error that names the file, the tensor and the element. After an error the content of `into` is unspecified.
     fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError>;
 }
 
 /// How many elements a caller should ask for at once: large enough to be fast, small enough to keep memory flat.
 pub const CHUNK_ELEMENTS: usize = 4 << 20;
+
+/// The tensor that a [`TensorSource::read`] asks for, if the manifest has it and the range lies within it.
+pub fn look_up<'m>(manifest: &'m Manifest, name: &str, range: &Range<usize>) -> Result<&'m TensorInfo, SourceError> {
+    let wrong = |problem: String| SourceError::NoSuchTensor { tensor: name.to_owned(), problem };
+    let info = manifest.get(name).ok_or_else(|| wrong("there is no tensor of this name".to_owned()))?;
+    if range.start > range.end || range.end > info.elements() {
+        return Err(wrong(format!("elements {range:?} were asked for, expected a range within 0..{}", info.elements())));
+    }
+    Ok(info)
+}
