@@ -1,0 +1,124 @@
+//! The content hash of a checkpoint, taken from the reads that its merge does anyway.
+//!
+//! BLAKE3 is a tree over its input, so blocks of a tensor can be hashed in any order, by any thread, and joined later; the
+//! hash of a tensor is the plain BLAKE3 of its stored little-endian bytes. A block that is read again must have the same
+//! bytes as before, so what the hash names is what was merged, even if somebody writes into the file meanwhile.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+use blake3::hazmat::{HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
+use rayon::prelude::*;
+
+use crate::checkpoint::{Elements, SourceError, TensorInfo, TensorSource};
+
+/// Elements that are read, averaged and hashed together: a power of two, so that a block of any dtype is a subtree of
+/// BLAKE3 (at least 1 KiB), and small enough that sums, input and output of a block stay in a core's cache.
+pub const BLOCK_ELEMENTS: usize = 64 << 10;
+
+/// A source that remembers what it has read.
+pub struct Remembered {
+    source: Arc<dyn TensorSource>,
+    /// The place of the source, for errors.
+    place: String,
+    blocks: BTreeMap<String, Vec<OnceLock<[u8; 32]>>>,
+}
+
+impl Remembered {
+    /// Follows the tensors of `names` that the source has.
+    pub fn new(source: Arc<dyn TensorSource>, place: String, names: &[String]) -> Self {
+        let slots = |info: &TensorInfo| (0..info.elements().div_ceil(BLOCK_ELEMENTS).max(1)).map(|_| OnceLock::new()).collect();
+        let blocks = names.iter().filter_map(|name| Some((name.clone(), slots(source.manifest().get(name)?)))).collect();
+        Self { source, place, blocks }
+    }
+
+    /// Reads like the source itself; a range that is exactly one block is hashed too.
+    pub fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        let block = range.start / BLOCK_ELEMENTS;
+        let info = self.source.manifest().get(name);
+        self.source.read(name, range.clone(), into)?;
+        let (Some(info), Some(slots)) = (info, self.blocks.get(name)) else { return Ok(()) };
+        let Some(slot) = slots.get(block).filter(|_| range == block_range(info, block)) else { return Ok(()) };
+        let hash = into.with_little_endian(|bytes| hash_block(bytes, block, info, slots.len()));
+        if *slot.get_or_init(|| hash) == hash {
+            return Ok(());
+        }
+        let problem = format!("elements {range:?} have changed since they were first read; the file was changed while in use");
+        Err(SourceError::Read { file: self.place.clone(), tensor: name.to_owned(), problem })
+    }
+
+    /// BLAKE3 over name, dtype, shape and BLAKE3 of the bytes of every tensor that is followed, in name order: the same
+    /// however the tensors are spread over files. What has not been read yet is read now.
+    pub fn content_hash(&self) -> Result<[u8; 32], SourceError> {
+        let mut hasher = blake3::Hasher::new_derive_key("warm checkpoint content 1");
+        for (name, slots) in &self.blocks {
+            let Some(info) = self.source.manifest().get(name) else { continue };
+            let complete = |block: usize, slot: &OnceLock<[u8; 32]>, buffer: &mut Elements| {
+                if slot.get().is_none() {
+                    self.read(name, block_range(info, block), buffer)?;
+                }
+                Ok(slot.get().copied().unwrap_or_default())
+            };
+            let hashes: Vec<[u8; 32]> = slots
+                .par_iter()
+                .enumerate()
+                .map_init(Elements::default, |buffer, (block, slot)| complete(block, slot, buffer))
+                .collect::<Result<_, SourceError>>()?;
+            hash_text(&mut hasher, name);
+            hash_text(&mut hasher, info.dtype.safetensors_name());
+            hasher.update(&(info.shape.len() as u64).to_le_bytes());
+            for &dimension in &info.shape {
+                hasher.update(&(dimension as u64).to_le_bytes());
+            }
+            hasher.update(&join(&hashes, info.bytes(), true));
+        }
+        Ok(*hasher.finalize().as_bytes())
+    }
+}
+
+/// The elements of a tensor's block.
+pub fn block_range(info: &TensorInfo, block: usize) -> Range<usize> {
+    let begin = block * BLOCK_ELEMENTS;
+    begin..info.elements().min(begin.saturating_add(BLOCK_ELEMENTS))
+}
+
+/// Adds text with its length, so that no two lists of texts give the same bytes.
+pub fn hash_text(hasher: &mut blake3::Hasher, text: &str) {
+    hasher.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
+}
+
+fn hash_block(bytes: &[u8], block: usize, info: &TensorInfo, blocks: usize) -> [u8; 32] {
+    if blocks == 1 {
+        return *blake3::hash(bytes).as_bytes();
+    }
+    let offset = block as u64 * (BLOCK_ELEMENTS * info.dtype.size()) as u64;
+    blake3::Hasher::new().set_input_offset(offset).update(bytes).finalize_non_root()
+}
+
+/// Joins the hashes of blocks that hold `bytes` bytes together. All but the last are full, and BLAKE3 splits its input at
+/// a power of two of chunks, hence always between two blocks.
+fn join(hashes: &[[u8; 32]], bytes: u64, root: bool) -> [u8; 32] {
+    match hashes {
+        [] => [0; 32],
+        [hash] => *hash,
+        _ => {
+            let left_bytes = left_subtree_len(bytes);
+            let mut left = 1;
+            while left * 2 < hashes.len() {
+                left *= 2;
+            }
+            let (left, right) = hashes.split_at(left);
+            let (left, right) = (join(left, left_bytes, false), join(right, bytes - left_bytes, false));
+            if root {
+                *merge_subtrees_root(&left, &right, Mode::Hash).as_bytes()
+            } else {
+                merge_subtrees_non_root(&left, &right, Mode::Hash)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "content_tests.rs"]
+mod tests;
