@@ -116,3 +116,6 @@ impl RewardModel for Model {
         self.limits
     }
 }
+
+#[cfg(test)]
+mod parity_tests;

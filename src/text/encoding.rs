@@ -16,6 +16,12 @@ impl Encoding {
         Self { ids, type_ids, truncated, rendered }
     }
 
+    /// An encoding with segment numbers, for tests of the layers below the text.
+    #[cfg(test)]
+    pub(crate) fn with_types_for_test(ids: Vec<u32>, type_ids: Option<Vec<u32>>) -> Self {
+        Self::new(ids, type_ids, false, None)
+    }
+
     /// An encoding for tests of the layers below the text.
     #[cfg(test)]
     pub(crate) fn for_test(ids: Vec<u32>) -> Self {
