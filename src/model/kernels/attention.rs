@@ -10,6 +10,8 @@ use rayon::prelude::*;
 use super::math::{LANES, exp, fold};
 use crate::model::pack::Pack;
 
+/// Products of queries and keys below which a hand-over to another thread costs more than the work.
+const ALONE: usize = 1 << 18;
 /// Query rows that share the loads of a key block.
 const TILE: usize = 4;
 /// Keys in a block.
