@@ -208,6 +208,7 @@ fn check_folder(dir: &Path) -> Result<(), CheckpointError> {
     let wrong = |problem: String| Err(CheckpointError::new(dir.display(), problem));
     match std::fs::metadata(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => wrong("there is no such folder".to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => wrong("is a file, expected a checkpoint folder".to_owned()),
         Err(error) => wrong(format!("cannot be opened: {error}")),
         Ok(found) if !found.is_dir() => wrong("is a file, expected a checkpoint folder".to_owned()),
         Ok(_) if dir.join("config.json").exists() => Ok(()),

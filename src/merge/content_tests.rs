@@ -1,1 +1,87 @@
 use super::*;
+use crate::checkpoint::{Dtype, Manifest, TensorInfo};
+
+#[test]
+fn blocks_join_to_the_plain_hash_of_all_bytes() {
+    for dtype in [Dtype::U8, Dtype::Bf16, Dtype::F32, Dtype::F64] {
+        let block = BLOCK_ELEMENTS;
+        for elements in [0, 1, 511, block - 1, block, block + 1, 2 * block, 2 * block + 7, 3 * block, 5 * block + 1, 8 * block, 9 * block] {
+            let info = TensorInfo { dtype, shape: vec![elements] };
+            let bytes: Vec<u8> = (0..elements * dtype.size()).map(|i| (i % 251) as u8).collect();
+            let blocks = elements.div_ceil(block).max(1);
+            let part = |index| {
+                let range = block_range(&info, index);
+                hash_block(&bytes[range.start * dtype.size()..range.end * dtype.size()], index, &info, blocks)
+            };
+            let hashes: Vec<_> = (0..blocks).map(part).collect();
+            assert_eq!(join(&hashes, info.bytes(), true), *blake3::hash(&bytes).as_bytes(), "{elements} of {dtype}");
+        }
+    }
+}
+
+/// Tensors in memory that somebody may change, and a count of reads.
+struct Memory {
+    manifest: Manifest,
+    values: std::sync::Mutex<Vec<f32>>,
+    reads: std::sync::atomic::AtomicUsize,
+}
+
+impl Memory {
+    fn new(elements: usize) -> Arc<Self> {
+        let info = TensorInfo { dtype: Dtype::F32, shape: vec![elements] };
+        let manifest = [("w".to_owned(), info)].into_iter().collect();
+        Arc::new(Self { manifest, values: vec![1.5; elements].into(), reads: 0.into() })
+    }
+
+    fn remembered(self: &Arc<Self>) -> Remembered {
+        Remembered::new(Arc::clone(self) as Arc<dyn TensorSource>, "rm-0".to_owned(), &["w".to_owned()])
+    }
+}
+
+impl TensorSource for Memory {
+    fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    fn read(&self, _: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        self.reads.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        *into = Elements::F32(self.values.lock().unwrap()[range].to_vec());
+        Ok(())
+    }
+}
+
+#[test]
+fn what_was_read_before_is_not_read_again_for_the_hash() {
+    let memory = Memory::new(3 * BLOCK_ELEMENTS + 5);
+    let untouched = memory.remembered().content_hash().unwrap();
+    let remembered = memory.remembered();
+    memory.reads.store(0, std::sync::atomic::Ordering::Relaxed);
+    let mut into = Elements::default();
+    for block in [2, 0, 3] {
+        remembered.read("w", block_range(memory.manifest.get("w").unwrap(), block), &mut into).unwrap();
+    }
+    remembered.read("w", 5..9, &mut into).unwrap();
+    assert_eq!(remembered.content_hash().unwrap(), untouched);
+    assert_eq!(remembered.content_hash().unwrap(), untouched);
+    assert_eq!(memory.reads.load(std::sync::atomic::Ordering::Relaxed), 5);
+}
+
+#[test]
+fn one_changed_bit_changes_the_hash() {
+    let memory = Memory::new(2 * BLOCK_ELEMENTS);
+    let before = memory.remembered().content_hash().unwrap();
+    memory.values.lock().unwrap()[BLOCK_ELEMENTS + 3] = -1.5;
+    assert_ne!(memory.remembered().content_hash().unwrap(), before);
+}
+
+#[test]
+fn bytes_that_change_between_two_reads_are_an_error() {
+    let memory = Memory::new(BLOCK_ELEMENTS + 1);
+    let remembered = memory.remembered();
+    let mut into = Elements::default();
+    remembered.read("w", 0..BLOCK_ELEMENTS, &mut into).unwrap();
+    remembered.read("w", 0..BLOCK_ELEMENTS, &mut into).unwrap();
+    memory.values.lock().unwrap()[7] = 2.0;
+    let error = remembered.read("w", 0..BLOCK_ELEMENTS, &mut into).unwrap_err().to_string();
+    assert_eq!(error, "rm-0: tensor \"w\": elements 0..65536 have changed since they were first read; the file was changed while in use");
+}

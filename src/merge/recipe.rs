@@ -164,11 +164,11 @@ impl Recipe {
         let mut problems = Vec::new();
         let last: Vec<_> = paths.iter().map(|path| default_name(path, 1)).collect();
         let mut drafts = Vec::new();
-        for (path, name) in paths.iter().zip(&last) {
+        for (index, (path, name)) in paths.iter().zip(&last).enumerate() {
             let repeated = last.iter().filter(|other| *other == name).count() > 1;
             let name = if repeated { default_name(path, 2) } else { name.clone() };
             match name {
-                Some(name) => drafts.push(Draft { name, path: path.clone(), coefficient: 1.0 }),
+                Some(name) => drafts.push(Draft { index, name, path: path.clone(), coefficient: 1.0 }),
                 None => problems.push(format!("no name can be taken from the path {:?}", path.display().to_string())),
             }
         }
@@ -230,6 +230,8 @@ pub fn dtype_name(dtype: Dtype) -> Option<&'static str> {
 
 /// A member whose name and coefficient are still as they were written.
 struct Draft {
+    /// Its place in the list.
+    index: usize,
     name: String,
     path: PathBuf,
     coefficient: f64,
@@ -260,7 +262,7 @@ fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Rec
     match recipe.get("members") {
         Some(Value::Sequence(members)) => {
             for (index, member) in members.iter().enumerate() {
-                drafts.extend(draft(member, &format!("members[{index}]"), base, problems));
+                drafts.extend(draft(member, index, base, problems));
             }
             if members.is_empty() {
                 problems.push("members: the list is empty, expected at least one checkpoint".to_owned());
@@ -269,14 +271,11 @@ fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Rec
         Some(other) => problems.push(format!("members: expected a list, found {}", kind(other))),
         None => problems.push("members: missing, expected a list of checkpoints".to_owned()),
     }
-    // With a member missing, sums and names of the rest would give mistakes that are none.
-    if drafts.is_empty() || !problems.is_empty() {
-        return None;
-    }
-    finish(method, init, drafts, dtype, problems)
+    if drafts.is_empty() { None } else { finish(method, init, drafts, dtype, problems) }
 }
 
-fn draft(value: &Value, place: &str, base: &Path, problems: &mut Vec<String>) -> Option<Draft> {
+fn draft(value: &Value, index: usize, base: &Path, problems: &mut Vec<String>) -> Option<Draft> {
+    let place = &format!("members[{index}]");
     let (found, name, coefficient) = match value {
         Value::String(found) if !found.is_empty() => (Some(base.join(found)), None, 1.0),
         Value::Mapping(member) => {
@@ -306,17 +305,23 @@ fn draft(value: &Value, place: &str, base: &Path, problems: &mut Vec<String>) ->
     if let Err(invalid) = MemberName::try_from(name.clone()) {
         problems.push(format!("{place}.name: {invalid}"));
     }
-    Some(Draft { name, path, coefficient })
+    Some(Draft { index, name, path, coefficient })
 }
 
 fn finish(method: Method, init: Option<PathBuf>, drafts: Vec<Draft>, dtype: Dtype, problems: &mut Vec<String>) -> Option<Recipe> {
-    for (index, draft) in drafts.iter().enumerate() {
-        if let Some(first) = drafts.iter().take(index).position(|other| other.name == draft.name) {
-            problems.push(format!("members[{index}].name: {:?} is the name of members[{first}] already, give it another", draft.name));
+    // With a mistake in a member, the sum of all would give mistakes that are none.
+    let sum_is_known = problems.is_empty();
+    for (place, draft) in drafts.iter().enumerate() {
+        if let Some(first) = drafts.iter().take(place).find(|other| other.name == draft.name) {
+            let (index, name) = (draft.index, &draft.name);
+            problems.push(format!("members[{index}].name: {name:?} is the name of members[{}] already, give it another", first.index));
         }
     }
     if drafts.is_empty() && problems.is_empty() {
         problems.push("members: the list is empty, expected at least one checkpoint".to_owned());
+    }
+    if !sum_is_known {
+        return None;
     }
     let raw: Vec<f64> = drafts.iter().map(|draft| draft.coefficient).collect();
     let coefficients =
