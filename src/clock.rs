@@ -3,9 +3,17 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::Notify;
+
 /// Where the time comes from: the machine, or a test's hand.
 #[derive(Clone, Debug, Default)]
-pub struct Clock(Option<Arc<Mutex<Manual>>>);
+pub struct Clock(Option<Arc<Hand>>);
+
+#[derive(Debug)]
+struct Hand {
+    time: Mutex<Manual>,
+    moved: Notify,
+}
 
 #[derive(Debug)]
 struct Manual {
@@ -22,14 +30,14 @@ impl Clock {
     /// A clock that stands still until [`Clock::advance`] moves it.
     pub fn manual() -> Self {
         let start = Manual { now: Instant::now(), wall: SystemTime::UNIX_EPOCH };
-        Self(Some(Arc::new(Mutex::new(start))))
+        Self(Some(Arc::new(Hand { time: Mutex::new(start), moved: Notify::new() })))
     }
 
     /// Monotonic time, for durations and deadlines.
     pub fn now(&self) -> Instant {
         match &self.0 {
             None => Instant::now(),
-            Some(manual) => lock(manual).now,
+            Some(hand) => lock(&hand.time).now,
         }
     }
 
@@ -37,16 +45,31 @@ impl Clock {
     pub fn wall(&self) -> SystemTime {
         match &self.0 {
             None => SystemTime::now(),
-            Some(manual) => lock(manual).wall,
+            Some(hand) => lock(&hand.time).wall,
         }
     }
 
     /// Moves a manual clock forward; the system's clock moves by itself, so there it does nothing.
     pub fn advance(&self, by: Duration) {
-        if let Some(manual) = &self.0 {
-            let mut manual = lock(manual);
+        if let Some(hand) = &self.0 {
+            let mut manual = lock(&hand.time);
             manual.now += by;
             manual.wall += by;
+            drop(manual);
+            hand.moved.notify_waiters();
+        }
+    }
+
+    /// Completes when the time is `deadline` or later: by tokio's timer, or when the hand of a manual clock gets there.
+    pub async fn sleep_until(&self, deadline: Instant) {
+        let Some(hand) = &self.0 else { return tokio::time::sleep_until(deadline.into()).await };
+        loop {
+            // Asked for before the time is read, so that a move in between is not missed.
+            let moved = hand.moved.notified();
+            if self.now() >= deadline {
+                return;
+            }
+            moved.await;
         }
     }
 }
