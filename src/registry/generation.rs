@@ -1,0 +1,230 @@
+//! One generation: everything that scores a request, and the fingerprint that names it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use crate::domain::{Failure, Fingerprint, GenerationId, MemberName, Sample, Score, Truncation, WeightsId};
+use crate::model::{Limits, RewardModel};
+use crate::text::Encoding;
+
+/// The number of the meaning of a score. It rises when the same weights and text get another score on purpose.
+pub const SCORE_SEMANTICS: u32 = 1;
+
+/// Turns a sample into what the model reads. [`crate::text::TextPipeline`] is one; tests have others.
+pub trait Encode: Send + Sync {
+    fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure>;
+}
+
+/// Where the rewards of a reference set lie: a calibrated reward is `(raw - mean) / std`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Calibration {
+    mean: f64,
+    std: f64,
+    samples: u64,
+    source: String,
+}
+
+/// Numbers that cannot calibrate anything.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("calibration: expected a finite mean and a finite std above 0, found mean {mean} and std {std}")]
+pub struct InvalidCalibration {
+    pub mean: f64,
+    pub std: f64,
+}
+
+impl Calibration {
+    /// `samples` and `source` say what the numbers were measured on.
+    pub fn new(mean: f64, std: f64, samples: u64, source: impl Into<String>) -> Result<Self, InvalidCalibration> {
+        if !mean.is_finite() || !std.is_finite() || std <= 0.0 {
+            return Err(InvalidCalibration { mean, std });
+        }
+        Ok(Self { mean, std, samples, source: source.into() })
+    }
+
+    pub fn mean(&self) -> f64 {
+        self.mean
+    }
+
+    pub fn std(&self) -> f64 {
+        self.std
+    }
+
+    pub fn samples(&self) -> u64 {
+        self.samples
+    }
+
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The reward in units of the calibration. May leave the range of float32, so it is checked again.
+    pub fn apply(&self, raw: Score) -> Result<Score, crate::domain::NonFinite> {
+        Score::try_from(((f64::from(raw.get()) - self.mean) / self.std) as f32)
+    }
+}
+
+/// One member of the merge, for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemberInfo {
+    pub name: MemberName,
+    pub coefficient: f64,
+    /// BLAKE3 over the member's tensors, in hex.
+    pub content_hash: String,
+}
+
+/// How text becomes tokens, for people.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TextInfo {
+    pub bos: String,
+    pub eos: String,
+    pub pooling: String,
+    pub reasoning: String,
+    pub pad_token_id: Option<u32>,
+    pub template_hash: String,
+}
+
+/// What a generation says of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerationInfo {
+    /// `linear`, ...
+    pub method: String,
+    pub members: Vec<MemberInfo>,
+    pub architecture: String,
+    /// What the forward runs in, such as `float32`.
+    pub dtype: String,
+    pub devices: Vec<String>,
+    /// As resolved.
+    pub recipe: String,
+    pub loaded: SystemTime,
+    pub text: TextInfo,
+    /// One name per output of the head, if there are several.
+    pub output_names: Vec<String>,
+    /// What a score depends on, sentence by sentence: what the operator should know (nothing loaded, ignored, unusual).
+    pub notes: Vec<String>,
+}
+
+/// A member on the device, beside the merged model.
+#[derive(Clone)]
+pub struct LoadedMember {
+    pub name: MemberName,
+    pub model: Arc<dyn RewardModel>,
+}
+
+/// What a generation is made of.
+pub struct GenerationParts {
+    pub id: GenerationId,
+    pub fingerprint: Fingerprint,
+    pub weights_id: WeightsId,
+    pub text: Arc<dyn Encode>,
+    pub merged: Arc<dyn RewardModel>,
+    /// In the order of `info.members`; empty where the ensemble is not resident.
+    pub resident: Vec<LoadedMember>,
+    pub calibration: Option<Calibration>,
+    pub info: GenerationInfo,
+}
+
+/// Models that run over the same packs, and the number by which the queue tells them from others.
+#[derive(Clone)]
+pub(super) struct Lane {
+    pub number: u64,
+    pub models: Arc<[Arc<dyn RewardModel>]>,
+}
+
+impl Lane {
+    /// A lane that no other submission of this process shares by accident.
+    pub fn new(models: impl IntoIterator<Item = Arc<dyn RewardModel>>) -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self { number: LAST.fetch_add(1, Ordering::Relaxed), models: models.into_iter().collect() }
+    }
+}
+
+/// Tokenizer, merged model, members and fingerprint, pinned by a request for its whole length. Immutable.
+pub struct Generation {
+    pub id: GenerationId,
+    pub fingerprint: Fingerprint,
+    pub weights_id: WeightsId,
+    pub text: Arc<dyn Encode>,
+    pub calibration: Option<Calibration>,
+    pub info: GenerationInfo,
+    pub(super) merged: Lane,
+    pub(super) resident: Vec<(MemberName, Lane)>,
+    /// The merged model, then every resident member.
+    pub(super) ensemble: Lane,
+}
+
+impl Generation {
+    pub fn new(parts: GenerationParts) -> Self {
+        let GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info } = parts;
+        let ensemble = Lane::new(std::iter::once(merged.clone()).chain(resident.iter().map(|member| member.model.clone())));
+        let resident = resident.into_iter().map(|member| (member.name, Lane::new([member.model]))).collect();
+        Self { id, fingerprint, weights_id, text, calibration, info, merged: Lane::new([merged]), resident, ensemble }
+    }
+
+    /// Limits of the merged model.
+    pub fn limits(&self) -> Limits {
+        self.merged.models[0].limits()
+    }
+
+    /// Whether there are members to compare with.
+    pub fn members_loaded(&self) -> bool {
+        !self.resident.is_empty()
+    }
+
+    /// The members on the device, in order.
+    pub fn resident(&self) -> impl Iterator<Item = &MemberName> {
+        self.resident.iter().map(|(name, _)| name)
+    }
+
+    /// Bytes that the merged model and the resident members take on the device.
+    pub fn device_bytes(&self) -> u64 {
+        self.ensemble.models.iter().map(|model| model.limits().device_bytes).sum()
+    }
+}
+
+impl fmt::Debug for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Generation").field("id", &self.id).field("fingerprint", &self.fingerprint).finish_non_exhaustive()
+    }
+}
+
+/// Everything that a score depends on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FingerprintParts<'a> {
+    pub weights_id: WeightsId,
+    /// What the forward runs in.
+    pub dtype: &'a str,
+    /// The architecture in its canonical form; it covers pooling and the head's shape (the head's weights are in
+    /// `weights_id`).
+    pub architecture: &'a str,
+    /// Tokenizer, template and text policy.
+    pub text: [u8; 32],
+    /// The longest sample: what is longer fails or is cut.
+    pub max_tokens: usize,
+    pub calibration: Option<&'a Calibration>,
+}
+
+impl FingerprintParts<'_> {
+    /// BLAKE3 over all parts, each with its name and length, and [`SCORE_SEMANTICS`].
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut hasher = blake3::Hasher::new();
+        let mut field = |name: &str, value: &[u8]| {
+            for part in [name.as_bytes(), value] {
+                hasher.update(&(part.len() as u64).to_le_bytes());
+                hasher.update(part);
+            }
+        };
+        field("semantics", &SCORE_SEMANTICS.to_le_bytes());
+        field("weights", &self.weights_id.0);
+        field("dtype", self.dtype.as_bytes());
+        field("architecture", self.architecture.as_bytes());
+        field("text", &self.text);
+        field("max_tokens", &(self.max_tokens as u64).to_le_bytes());
+        if let Some(calibration) = self.calibration {
+            // Of the calibration only the numbers reach a score; where they come from does not.
+            field("calibration", &[calibration.mean.to_le_bytes(), calibration.std.to_le_bytes()].concat());
+        }
+        Fingerprint(*hasher.finalize().as_bytes())
+    }
+}

@@ -1,0 +1,140 @@
+//! Fakes for tests of this layer and of those above it: a model whose score is a pure function of the token ids, with
+//! hooks, and a text pipeline of one token per byte.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::clock::Clock;
+use crate::domain::{Failure, FailureKind, Fingerprint, MemberName, Sample, Truncation, WeightsId};
+use crate::model::{Limits, ModelError, Output, Pack, RewardModel};
+use crate::scorer::{ScorerHandle, ScorerMetrics, ScorerOptions, Worker, pair};
+use crate::text::Encoding;
+
+/// A token that makes the forward panic, fail, or give NaN for the samples that begin with it.
+pub(crate) const PANIC: u32 = 1_000_001;
+pub(crate) const FAIL: u32 = 1_000_002;
+pub(crate) const NAN: u32 = 1_000_003;
+
+/// Called with the ids of every sample of a pack before it is scored.
+pub(crate) type Hook = Box<dyn Fn(&[Vec<u32>]) + Send + Sync>;
+
+/// Scores `factor * sum(id * (position + 1))`.
+pub(crate) struct FakeModel {
+    pub factor: f32,
+    pub outputs: usize,
+    pub forwards: AtomicU64,
+    pub hook: Mutex<Option<Hook>>,
+}
+
+impl FakeModel {
+    pub fn new(factor: f32) -> Arc<Self> {
+        Arc::new(Self { factor, outputs: 1, forwards: AtomicU64::new(0), hook: Mutex::new(None) })
+    }
+
+    pub fn hooked(factor: f32, hook: impl Fn(&[Vec<u32>]) + Send + Sync + 'static) -> Arc<Self> {
+        let model = Self::new(factor);
+        *model.hook.lock().expect("no panic under the lock") = Some(Box::new(hook));
+        model
+    }
+
+    pub fn score(&self, ids: &[u32]) -> f32 {
+        self.factor * ids.iter().enumerate().map(|(i, &id)| id as f32 * (i + 1) as f32).sum::<f32>()
+    }
+}
+
+impl RewardModel for FakeModel {
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        self.forwards.fetch_add(1, Ordering::Relaxed);
+        let samples: Vec<Vec<u32>> = pack_ids(pack);
+        if let Ok(Some(hook)) = self.hook.lock().as_deref() {
+            hook(&samples);
+        }
+        if samples.iter().any(|ids| ids[0] == FAIL) {
+            return Err(ModelError("asked to fail".to_owned()));
+        }
+        assert!(!samples.iter().any(|ids| ids[0] == PANIC), "asked to panic");
+        let output = |ids: &Vec<u32>| Output {
+            values: vec![if ids[0] == NAN { f32::NAN } else { self.score(ids) }; self.outputs],
+            pooled_position: ids.len() - 1,
+            shared_tokens: 0,
+        };
+        Ok(samples.iter().map(output).collect())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_tokens: 64, outputs: self.outputs, parameters: 1, device_bytes: 4 }
+    }
+}
+
+/// The ids of every sample of a pack: the one place of the tests that looks into it.
+fn pack_ids(pack: &Pack) -> Vec<Vec<u32>> {
+    pack.samples.iter().map(|sample| sample.ids().to_vec()).collect()
+}
+
+/// One token per byte of text, at most 64; conversations are refused as a template would.
+pub(crate) struct FakeText;
+
+impl Encode for FakeText {
+    fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
+        let mut ids: Vec<u32> = match sample {
+            Sample::Text(text) => text.bytes().map(u32::from).collect(),
+            Sample::Tokens(ids) => ids.clone(),
+            Sample::Pair { .. } => panic!("asked to panic"),
+            Sample::Conversation(_) => return Err(Failure::new(FailureKind::TemplateRefused, "no template")),
+        };
+        if ids.is_empty() {
+            return Err(Failure::new(FailureKind::Empty, "no tokens"));
+        }
+        match truncation {
+            _ if ids.len() <= 64 => {}
+            Truncation::Refuse => return Err(Failure::new(FailureKind::TooLong, "more than 64 tokens")),
+            Truncation::Left => drop(ids.drain(..ids.len() - 64)),
+            Truncation::Right => ids.truncate(64),
+        }
+        Ok(Encoding::for_test(ids))
+    }
+}
+
+/// A generation of fakes: `factor` is in its scores and in its fingerprint.
+pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> Generation {
+    let name = |name: &str| MemberName::try_from(name.to_owned()).expect("a plain name");
+    let mut fingerprint = [0; 32];
+    fingerprint[..4].copy_from_slice(&merged.factor.to_be_bytes());
+    Generation::new(GenerationParts {
+        id: crate::domain::GenerationId(id),
+        fingerprint: Fingerprint(fingerprint),
+        weights_id: WeightsId([7; 32]),
+        text: Arc::new(FakeText),
+        merged,
+        resident: members.iter().map(|(member, model)| LoadedMember { name: name(member), model: model.clone() }).collect(),
+        calibration: None,
+        info: GenerationInfo {
+            method: "linear".to_owned(),
+            members: ["rm-0", "rm-1"]
+                .map(|member| MemberInfo { name: name(member), coefficient: 0.5, content_hash: "00".to_owned() })
+                .to_vec(),
+            architecture: "fake".to_owned(),
+            dtype: "float32".to_owned(),
+            devices: vec!["cpu".to_owned()],
+            recipe: String::new(),
+            loaded: std::time::SystemTime::UNIX_EPOCH,
+            text: TextInfo::default(),
+            output_names: Vec::new(),
+            notes: Vec::new(),
+        },
+    })
+}
+
+/// An engine on a worker that the test steps by hand.
+pub(crate) fn stepped(options: ScorerOptions, clock: Clock) -> (Engine, Worker) {
+    let (scorer, worker) = pair(options, clock.clone(), ScorerMetrics::unregistered());
+    (engine_on(scorer, clock), worker)
+}
+
+/// An engine without a generation.
+pub(crate) fn engine_on(scorer: ScorerHandle, clock: Clock) -> Engine {
+    let parts = EngineParts { registry: Registry::new(RegistryMetrics::unregistered()), scorer, clock };
+    let options = EngineOptions { instance: "test".to_owned(), tokenizer_threads: 1, ..EngineOptions::default() };
+    Engine::new(parts, options).expect("a thread")
+}

@@ -1,0 +1,235 @@
+//! Who may come in: bounds on requests, bytes and tokens in flight, in two gates.
+//!
+//! The first gate ([`Admission::admit`]) stands where a request's headers arrive: a slot and room for the bytes its
+//! message may have, so that a refusal costs no reading. The second ([`Permit::charge`]) stands before encoding, where
+//! tokens are still an estimate (half the bytes); [`Permit::correct`] puts the true number in its place afterwards. The
+//! permit travels inside the job and gives everything back when the last of its clones is dropped.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{ScorerMetrics, lock};
+
+/// Bounds on what is in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdmissionOptions {
+    pub max_requests: usize,
+    pub max_bytes: u64,
+    pub max_tokens: u64,
+    /// When a caller that was shed should try again.
+    pub retry_after: Duration,
+}
+
+impl Default for AdmissionOptions {
+    fn default() -> Self {
+        Self { max_requests: 1024, max_bytes: 1 << 30, max_tokens: 4 << 20, retry_after: Duration::from_secs(1) }
+    }
+}
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ShedReason {
+    /// All request slots are taken.
+    Requests,
+    /// The bytes in flight are at their bound.
+    Bytes,
+    /// The tokens in flight are at their bound.
+    Tokens,
+    /// More tokens (by estimate) than may ever be in flight: trying again does not help.
+    TooLarge,
+    /// The device's queue is full.
+    Queue,
+    /// The server is about to stop.
+    Draining,
+}
+
+impl ShedReason {
+    pub const ALL: [Self; 6] = [Self::Requests, Self::Bytes, Self::Tokens, Self::TooLarge, Self::Queue, Self::Draining];
+
+    /// The name used in metric labels and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Requests => "requests",
+            Self::Bytes => "bytes",
+            Self::Tokens => "tokens",
+            Self::TooLarge => "too_large",
+            Self::Queue => "queue",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// A request that was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Shed {
+    pub reason: ShedReason,
+    pub retry_after: Duration,
+    pub message: String,
+}
+
+/// The bounds and what is in flight under them. Clones are handles of the same.
+#[derive(Clone, Debug)]
+pub struct Admission(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    options: AdmissionOptions,
+    state: Mutex<State>,
+    requests: watch::Sender<usize>,
+    metrics: ScorerMetrics,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    requests: usize,
+    bytes: u64,
+    tokens: u64,
+    draining: bool,
+}
+
+impl Admission {
+    pub fn new(options: AdmissionOptions, metrics: ScorerMetrics) -> Self {
+        Self(Arc::new(Inner { options, state: Mutex::default(), requests: watch::Sender::new(0), metrics }))
+    }
+
+    /// The first gate: a slot, and room for a message of up to `bytes`.
+    pub fn admit(&self, bytes: u64) -> Result<Permit, Shed> {
+        let mut state = lock(&self.0.state);
+        let options = &self.0.options;
+        let refusal = if state.draining {
+            Some((ShedReason::Draining, "the server is about to stop".to_owned()))
+        } else if state.requests >= options.max_requests {
+            Some((ShedReason::Requests, format!("{} requests are in flight, which is the bound", state.requests)))
+        } else if state.requests > 0 && state.bytes.saturating_add(bytes) > options.max_bytes {
+            // A request that is alone always fits: its size is bounded by the message limit.
+            Some((ShedReason::Bytes, format!("requests of {} bytes are in flight, of at most {}", state.bytes, options.max_bytes)))
+        } else {
+            None
+        };
+        if let Some((reason, message)) = refusal {
+            drop(state);
+            return Err(self.0.shed(reason, message));
+        }
+        state.requests += 1;
+        state.bytes += bytes;
+        self.0.show(&state);
+        Ok(Permit(Some(Arc::new(Held { admission: self.0.clone(), charge: Mutex::new(Charge { bytes, tokens: 0 }) }))))
+    }
+
+    /// Refuses every request from now on. What has a permit is finished.
+    pub fn drain(&self) {
+        lock(&self.0.state).draining = true;
+    }
+
+    pub fn is_draining(&self) -> bool {
+        lock(&self.0.state).draining
+    }
+
+    /// The number of requests that hold a permit, as it changes.
+    pub fn in_flight(&self) -> watch::Receiver<usize> {
+        self.0.requests.subscribe()
+    }
+
+    /// Completes when no request holds a permit. How long to wait is the caller's decision.
+    pub async fn idle(&self) {
+        // The sender lives as long as `self`, so waiting cannot fail.
+        let _ = self.in_flight().wait_for(|&requests| requests == 0).await;
+    }
+}
+
+impl Inner {
+    fn shed(&self, reason: ShedReason, message: String) -> Shed {
+        self.metrics.shed.with_label_values(&[reason.name()]).inc();
+        Shed { reason, retry_after: self.options.retry_after, message }
+    }
+
+    /// Called under the lock, so that what is shown never goes back in time.
+    fn show(&self, state: &State) {
+        self.metrics.in_flight_requests.set(state.requests as i64);
+        self.metrics.in_flight_bytes.set(state.bytes as i64);
+        self.metrics.in_flight_tokens.set(state.tokens as i64);
+        self.requests.send_if_modified(|requests| std::mem::replace(requests, state.requests) != state.requests);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Charge {
+    bytes: u64,
+    tokens: u64,
+}
+
+#[derive(Debug)]
+struct Held {
+    admission: Arc<Inner>,
+    charge: Mutex<Charge>,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let charge = *lock(&self.charge);
+        let mut state = lock(&self.admission.state);
+        state.requests -= 1;
+        state.bytes -= charge.bytes;
+        state.tokens -= charge.tokens;
+        self.admission.show(&state);
+    }
+}
+
+/// The right to be in flight. Clones share it; it ends with the last of them.
+#[derive(Clone, Debug)]
+pub struct Permit(Option<Arc<Held>>);
+
+impl Permit {
+    /// A permit under no bound: for work that is not a remote request.
+    pub fn unlimited() -> Self {
+        Self(None)
+    }
+
+    /// The second gate: room for `tokens`, an estimate, instead of what was charged before.
+    pub fn charge(&self, tokens: u64) -> Result<(), Shed> {
+        let Some(held) = &self.0 else { return Ok(()) };
+        let (admission, mut charge) = (&held.admission, lock(&held.charge));
+        let most = admission.options.max_tokens;
+        if tokens > most {
+            let message = format!("about {tokens} tokens in one request, expected at most {most}: send fewer samples at a time");
+            return Err(admission.shed(ShedReason::TooLarge, message));
+        }
+        let mut state = lock(&admission.state);
+        let after = state.tokens - charge.tokens + tokens;
+        if tokens > charge.tokens && after > most {
+            let message = format!("{} tokens are in flight, and {tokens} more would exceed {most}", state.tokens - charge.tokens);
+            drop(state);
+            return Err(admission.shed(ShedReason::Tokens, message));
+        }
+        state.tokens = after;
+        charge.tokens = tokens;
+        admission.show(&state);
+        Ok(())
+    }
+
+    /// Puts the true number of tokens in the place of the estimate. What was let in is not refused any more, so the
+    /// bound may be exceeded by what the estimate was too low.
+    pub fn correct(&self, tokens: u64) {
+        self.adjust(|charge| charge.tokens = tokens);
+    }
+
+    /// Puts the true size of the message in the place of the largest it could have.
+    pub fn correct_bytes(&self, bytes: u64) {
+        self.adjust(|charge| charge.bytes = bytes);
+    }
+
+    fn adjust(&self, change: impl FnOnce(&mut Charge)) {
+        let Some(held) = &self.0 else { return };
+        let mut charge = lock(&held.charge);
+        let mut state = lock(&held.admission.state);
+        state.bytes -= charge.bytes;
+        state.tokens -= charge.tokens;
+        change(&mut charge);
+        state.bytes += charge.bytes;
+        state.tokens += charge.tokens;
+        held.admission.show(&state);
+    }
+}
