@@ -69,7 +69,7 @@ impl RewardModel for FakeModel {
 
 /// The ids of every sample of a pack: the one place of the tests that looks into it.
 fn pack_ids(pack: &Pack) -> Vec<Vec<u32>> {
-    pack.samples.iter().map(|sample| sample.ids().to_vec()).collect()
+    (0..pack.len()).map(|sample| pack.encoding(sample).ids().to_vec()).collect()
 }
 
 /// One token per byte of text, at most 64; conversations are refused as a template would.

@@ -1,26 +1,47 @@
 //! Activations, alone and fused with the gate's product.
 
-use super::for_rows;
 use super::math::exp;
+use super::{RowKernel, for_rows};
 use crate::checkpoint::Activation;
 
 /// `act(x)` in place.
 pub fn activate(kind: Activation, data: &mut [f32], width: usize) {
-    for_rows(data, width, |_, rows| apply(kind, rows));
+    for_rows(data, width, &Activate(kind));
 }
 
 /// `act(gate) * up`: `input` holds rows of `[gate | up | ...]`, `stride` apart; `output` is contiguous, `width` wide.
 pub fn gate(kind: Activation, input: &[f32], stride: usize, width: usize, output: &mut [f32]) {
-    for_rows(output, width, |first, rows| {
-        for (row, output) in rows.chunks_exact_mut(width).enumerate() {
-            let start = (first + row) * stride;
-            output.copy_from_slice(&input[start..start + width]);
-            apply(kind, output);
-            for (output, up) in output.iter_mut().zip(&input[start + width..start + 2 * width]) {
+    for_rows(output, width, &Gate { kind, input, stride, width });
+}
+
+struct Activate(Activation);
+
+impl RowKernel for Activate {
+    #[inline(always)]
+    fn rows(&self, _: usize, rows: &mut [f32]) {
+        apply(self.0, rows);
+    }
+}
+
+struct Gate<'a> {
+    kind: Activation,
+    input: &'a [f32],
+    stride: usize,
+    width: usize,
+}
+
+impl RowKernel for Gate<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, rows: &mut [f32]) {
+        for (row, output) in rows.chunks_exact_mut(self.width).enumerate() {
+            let (gate, rest) = self.input[(first + row) * self.stride..].split_at(self.width);
+            output.copy_from_slice(gate);
+            apply(self.kind, output);
+            for (output, up) in output.iter_mut().zip(&rest[..self.width]) {
                 *output *= up;
             }
         }
-    });
+    }
 }
 
 #[inline(always)]

@@ -8,6 +8,7 @@
 use rayon::prelude::*;
 
 use super::math::{LANES, exp, fold};
+use super::{Vectorised, vectorised};
 use crate::model::pack::Pack;
 
 /// Products of queries and keys below which a hand-over to another thread costs more than the work.
@@ -40,9 +41,10 @@ pub fn attend(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, rows: usi
     let group = shape.heads / shape.kv_heads;
     let tasks: Vec<(usize, usize)> =
         (0..pack.nodes().len()).flat_map(|node| (0..shape.kv_heads).map(move |kv_head| (node, kv_head))).collect();
-    let arch = pulp::Arch::new();
+    let run = |&(node, kv_head): &(usize, usize)| vectorised(OneNode { shape, pack, data, stride, node, kv_head });
+    let products: usize = pack.nodes().iter().map(|node| node.rows.len() * (node.start + node.rows.len())).sum();
     let parts: Vec<Vec<f32>> =
-        tasks.par_iter().map(|&(node, kv_head)| arch.dispatch(|| one_node(shape, pack, data, stride, node, kv_head))).collect();
+        if products * width <= ALONE { tasks.iter().map(run).collect() } else { tasks.par_iter().map(run).collect() };
     let mut output = vec![0.0f32; rows * width];
     for ((node, kv_head), part) in tasks.into_iter().zip(parts) {
         let first_column = kv_head * group * shape.head_dim;
@@ -52,6 +54,24 @@ pub fn attend(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, rows: usi
         }
     }
     output
+}
+
+struct OneNode<'a> {
+    shape: &'a Shape,
+    pack: &'a Pack,
+    data: &'a [f32],
+    stride: usize,
+    node: usize,
+    kv_head: usize,
+}
+
+impl Vectorised for OneNode<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<f32> {
+        one_node(self.shape, self.pack, self.data, self.stride, self.node, self.kv_head)
+    }
 }
 
 /// The queries of one node in the query heads that read one key head: `[queries, group, head_dim]`.
@@ -151,6 +171,7 @@ impl Tile {
         }
     }
 
+    #[inline(always)]
     fn clear(&mut self) {
         self.query.fill(0.0);
         self.top = [LOWEST; TILE];
@@ -219,6 +240,7 @@ impl Tile {
         products
     }
 
+    #[inline(always)]
     fn finish(&self, slot: usize, output: &mut [f32]) {
         for (part, output) in output.chunks_mut(COLUMNS).enumerate() {
             for (output, gathered) in output.iter_mut().zip(&self.gathered[part][slot]) {

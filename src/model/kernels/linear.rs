@@ -1,38 +1,75 @@
 //! Small additions around the matrix products, and the head's own product.
 
-use super::for_rows;
 use super::math::dot;
+use super::{RowKernel, Vectorised, for_rows, vectorised};
 
 /// `x += y`, rows of `x` contiguous and `width` wide, rows of `y` `stride` apart.
 pub fn add_rows(x: &mut [f32], width: usize, y: &[f32], stride: usize) {
-    for_rows(x, width, |first, rows| {
-        for (row, x) in rows.chunks_exact_mut(width).enumerate() {
-            let start = (first + row) * stride;
-            for (x, y) in x.iter_mut().zip(&y[start..start + width]) {
-                *x += y;
-            }
-        }
-    });
+    for_rows(x, width, &AddRows { width, y, stride });
 }
 
 /// `x += bias` on every row; rows of `x` are `stride` apart and may be wider than the bias.
 pub fn add_bias(x: &mut [f32], stride: usize, bias: &[f32]) {
-    for_rows(x, stride, |_, rows| {
-        for x in rows.chunks_exact_mut(stride) {
-            for (x, bias) in x.iter_mut().zip(bias) {
-                *x += bias;
-            }
-        }
-    });
+    for_rows(x, stride, &AddBias { stride, bias });
 }
 
 /// `y = x W^T + b` for one row, each output by one dot product in a fixed order: the head's product, whose single column
 /// would take another path through a matrix product at every batch size. `weight` is `[outputs, x.len()]`.
 pub fn project(x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
-    pulp::Arch::new().dispatch(|| {
-        let rows = weight.chunks_exact(x.len());
-        rows.enumerate().map(|(output, row)| dot(x, row) + bias.map_or(0.0, |bias| bias[output])).collect()
-    })
+    vectorised(Project { x, weight, bias })
+}
+
+struct AddRows<'a> {
+    width: usize,
+    y: &'a [f32],
+    stride: usize,
+}
+
+impl RowKernel for AddRows<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, rows: &mut [f32]) {
+        for (row, x) in rows.chunks_exact_mut(self.width).enumerate() {
+            let start = (first + row) * self.stride;
+            for (x, y) in x.iter_mut().zip(&self.y[start..start + self.width]) {
+                *x += y;
+            }
+        }
+    }
+}
+
+struct AddBias<'a> {
+    stride: usize,
+    bias: &'a [f32],
+}
+
+impl RowKernel for AddBias<'_> {
+    #[inline(always)]
+    fn rows(&self, _: usize, rows: &mut [f32]) {
+        for x in rows.chunks_exact_mut(self.stride) {
+            for (x, bias) in x.iter_mut().zip(self.bias) {
+                *x += bias;
+            }
+        }
+    }
+}
+
+struct Project<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+}
+
+impl Vectorised for Project<'_> {
+    type Output = Vec<f32>;
+
+    #[inline(always)]
+    fn call(self) -> Vec<f32> {
+        let mut outputs = Vec::with_capacity(self.weight.len() / self.x.len());
+        for (output, row) in self.weight.chunks_exact(self.x.len()).enumerate() {
+            outputs.push(dot(self.x, row) + self.bias.map_or(0.0, |bias| bias[output]));
+        }
+        outputs
+    }
 }
 
 #[cfg(test)]

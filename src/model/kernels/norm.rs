@@ -1,18 +1,31 @@
 //! Norms over the rows of a matrix.
 
-use super::for_rows;
 use super::math::{dot, sum};
+use super::{RowKernel, for_rows};
 use crate::checkpoint::Norm;
 
 /// Normalises every row of `input` (rows `stride` apart, `width` wide) into `output` (contiguous).
 pub fn normalise(kind: Norm, input: &[f32], stride: usize, weight: &[f32], bias: Option<&[f32]>, output: &mut [f32]) {
-    let width = weight.len();
-    for_rows(output, width, |first, rows| {
+    for_rows(output, weight.len(), &Normalise { kind, input, stride, weight, bias });
+}
+
+struct Normalise<'a> {
+    kind: Norm,
+    input: &'a [f32],
+    stride: usize,
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+}
+
+impl RowKernel for Normalise<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, rows: &mut [f32]) {
+        let width = self.weight.len();
         for (row, output) in rows.chunks_exact_mut(width).enumerate() {
-            let start = (first + row) * stride;
-            one(kind, &input[start..start + width], weight, bias, output);
+            let start = (first + row) * self.stride;
+            one(self.kind, &self.input[start..start + width], self.weight, self.bias, output);
         }
-    });
+    }
 }
 
 #[inline(always)]

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, RwLock};
 
-use super::for_rows;
 use super::norm::rms_scale;
+use super::{RowKernel, for_rows};
 use crate::checkpoint::{Rope, RopeScaling};
 
 /// Cosines and sines of one rotary embedding, for positions `0..rows`.
@@ -100,11 +100,23 @@ pub struct HeadTransform<'a> {
 
 /// Norms and rotates the query and key heads of `data` (rows of `stride`) in place; row `i` stands at `positions[i]`.
 pub fn transform_heads(transform: &HeadTransform, data: &mut [f32], stride: usize, positions: &[u32]) {
-    let dim = transform.head_dim;
-    for_rows(data, stride, |first, rows| {
-        for (row, values) in rows.chunks_exact_mut(stride).enumerate() {
-            let position = positions[first + row] as usize;
-            for (head, x) in values.chunks_exact_mut(dim).take(transform.query_heads + transform.key_heads).enumerate() {
+    for_rows(data, stride, &TransformRows { transform, stride, positions });
+}
+
+struct TransformRows<'a> {
+    transform: &'a HeadTransform<'a>,
+    stride: usize,
+    positions: &'a [u32],
+}
+
+impl RowKernel for TransformRows<'_> {
+    #[inline(always)]
+    fn rows(&self, first: usize, rows: &mut [f32]) {
+        let transform = self.transform;
+        for (row, values) in rows.chunks_exact_mut(self.stride).enumerate() {
+            let position = self.positions[first + row] as usize;
+            let heads = values.chunks_exact_mut(transform.head_dim).take(transform.query_heads + transform.key_heads);
+            for (head, x) in heads.enumerate() {
                 if let Some((query, key, eps)) = transform.norms {
                     let weight = if head < transform.query_heads { query } else { key };
                     let scale = rms_scale(x, eps);
@@ -117,7 +129,7 @@ pub fn transform_heads(transform: &HeadTransform, data: &mut [f32], stride: usiz
                 }
             }
         }
-    });
+    }
 }
 
 /// Rotates the pairs `(x_i, x_{i + half})`, as transformers' `rotate_half` does.
