@@ -1,5 +1,11 @@
 //! Words to tokens: the model's own chat template, its own tokenizer, and a policy for what neither of them says.
 
 mod encoding;
+mod options;
+mod pipeline;
+mod template;
+mod tokenizer;
 
 pub use encoding::Encoding;
+pub use options::{BosPolicy, EosPolicy, TemplateChoice, TextError, TextOptions, TextPolicy};
+pub use pipeline::{Explanation, TextPipeline};

@@ -1,0 +1,333 @@
+//! From a sample to the ids that the model reads.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{
+    encoding::Encoding,
+    options::{BosPolicy, EosPolicy, TextError, TextOptions, TextPolicy},
+    template::Templates,
+    tokenizer::{Piece, Tokenizer},
+};
+use crate::{
+    checkpoint::TextFacts,
+    domain::{Failure, FailureKind, Sample, Truncation},
+};
+
+/// Everything that turns a sample into tokens for one model. Immutable but for a counter, so any number of threads may
+/// use it; it starts none itself.
+#[derive(Debug)]
+pub struct TextPipeline {
+    tokenizer: Tokenizer,
+    templates: Templates,
+    options: TextOptions,
+    policy: TextPolicy,
+    uses_type_ids: bool,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    hash: [u8; 32],
+    doubled_bos: AtomicU64,
+}
+
+/// What one sample becomes, step by step: what `warm explain` prints.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explanation {
+    pub encoding: Encoding,
+    /// The vocabulary's own name of each token.
+    pub tokens: Vec<String>,
+    /// Which of them are special tokens.
+    pub special: Vec<bool>,
+    /// One sentence for each decision about BOS, EOS and truncation.
+    pub notes: Vec<String>,
+}
+
+/// A sequence before its length is settled: what is fixed, and one or two bodies that may be cut.
+struct Draft {
+    pieces: Vec<Piece>,
+    first: Vec<u32>,
+    second: Vec<u32>,
+    rendered: Option<String>,
+    notes: Vec<String>,
+}
+
+impl Draft {
+    fn specials(&self) -> usize {
+        self.pieces.iter().filter(|piece| piece.is_special()).count()
+    }
+
+    fn tokens(&self) -> usize {
+        self.specials() + self.first.len() + self.second.len()
+    }
+
+    fn special_at(&self, piece: Option<&Piece>, wanted: u32) -> bool {
+        matches!(piece, Some(Piece::Special { id, .. }) if *id == wanted)
+    }
+
+    /// The body that ends the sequence; none where a special token does.
+    fn last_body(&mut self) -> Option<&mut Vec<u32>> {
+        match self.pieces.last() {
+            Some(Piece::First { .. }) => Some(&mut self.first),
+            Some(Piece::Second { .. }) => Some(&mut self.second),
+            _ => None,
+        }
+    }
+}
+
+impl TextPipeline {
+    /// Fails where the tokenizer or the template cannot be used, or an option asks for a token that there is none of. A
+    /// model without a template loads: only conversations need one.
+    pub fn new(facts: &TextFacts, options: TextOptions) -> Result<Self, TextError> {
+        if options.max_tokens == 0 {
+            return Err(TextError("max_tokens: expected at least 1, found 0".to_owned()));
+        }
+        let tokenizer = Tokenizer::new(facts, options.vocab_rows)?;
+        let templates = Templates::new(facts, &options.template, options.template_time)?;
+        let special = |name: &str| facts.special_tokens().get(name).and_then(|token| Some((token.clone(), tokenizer.id_of(token)?)));
+        let (bos, eos) = (special("bos_token"), special("eos_token"));
+        if bos.is_none() && options.bos == BosPolicy::Always {
+            return Err(TextError("bos: always needs a `bos_token`, and the tokenizer has none".to_owned()));
+        }
+        if eos.is_none() && options.eos == EosPolicy::Ensure {
+            return Err(TextError("eos: ensure needs an `eos_token`, and the tokenizer has none".to_owned()));
+        }
+        let policy = TextPolicy {
+            bos: options.bos,
+            eos: options.eos,
+            pad_id: special("pad_token").map(|(_, id)| id),
+            template: templates.name().map(str::to_owned),
+            template_hash: templates.hash().map(|hash| blake3::Hash::from(hash).to_hex().to_string()),
+            template_time: templates.tells_the_time().then_some(options.template_time),
+            reasoning: "keep",
+            max_tokens: options.max_tokens,
+            bos_token: bos.as_ref().map(|(token, _)| token.clone()),
+            eos_token: eos.as_ref().map(|(token, _)| token.clone()),
+        };
+        let hash = policy_hash(facts, &options, &templates);
+        let (bos, eos) = (bos.map(|(_, id)| id), eos.map(|(_, id)| id));
+        let uses_type_ids = facts.uses_type_ids();
+        Ok(Self { tokenizer, templates, options, policy, uses_type_ids, bos, eos, hash, doubled_bos: AtomicU64::new(0) })
+    }
+
+    /// The tokens of a sample.
+    ///
+    /// Conversations are rendered by the chat template and tokenised without adding special tokens; texts and pairs get
+    /// those of the post-processor; ids are taken as they are. A pair whose second segment is empty is a text, as in
+    /// transformers.
+    ///
+    /// # Truncation
+    /// Only bodies are cut, never the special tokens that the tokenizer or the policy puts around them; of a pair the
+    /// longer segment first, until both are equal (transformers' `longest_first`). Cutting the right end must not cut
+    /// what the head reads, silently. Where the head reads the last token and `eos` is not `ensure`, it is therefore
+    /// refused for conversations (the template's closing tokens would go) and for texts and ids that end with a special
+    /// token which would go.
+    pub fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
+        self.finish(sample, truncation).map(|(encoding, _)| encoding)
+    }
+
+    /// The same, with what there is to see on the way.
+    pub fn explain(&self, sample: &Sample, truncation: Truncation) -> Result<Explanation, Failure> {
+        let (encoding, notes) = self.finish(sample, truncation)?;
+        let tokens = encoding.ids().iter().map(|&id| self.tokenizer.token_of(id).unwrap_or_default()).collect();
+        let special = encoding.ids().iter().map(|&id| self.tokenizer.is_special(id)).collect();
+        Ok(Explanation { encoding, tokens, special, notes })
+    }
+
+    /// BLAKE3 over all that decides which tokens a sample becomes: facts, policies, limit, template and (where the
+    /// template asks for it) the time. Part of the fingerprint.
+    pub fn hash(&self) -> [u8; 32] {
+        self.hash
+    }
+
+    pub fn policy(&self) -> &TextPolicy {
+        &self.policy
+    }
+
+    /// How many texts came with a BOS of their own, so that the tokenizer's was not doubled.
+    pub fn doubled_bos(&self) -> u64 {
+        self.doubled_bos.load(Ordering::Relaxed)
+    }
+
+    fn finish(&self, sample: &Sample, truncation: Truncation) -> Result<(Encoding, Vec<String>), Failure> {
+        let mut draft = self.draft(sample)?;
+        if !matches!(sample, Sample::Tokens(_)) {
+            self.apply_bos(&mut draft, matches!(sample, Sample::Text(_) | Sample::Pair { .. }));
+        }
+        self.apply_eos(&mut draft, matches!(sample, Sample::Tokens(_)));
+        if draft.tokens() == 0 {
+            return Err(Failure::new(FailureKind::Empty, "no token is left to score"));
+        }
+        let truncated = draft.tokens() > self.options.max_tokens;
+        if truncated {
+            self.truncate(&mut draft, matches!(sample, Sample::Conversation(_)), truncation)?;
+        }
+        let mut ids = Vec::with_capacity(draft.tokens());
+        let mut type_ids = Vec::new();
+        for &piece in &draft.pieces {
+            match piece {
+                Piece::Special { id, .. } => ids.push(id),
+                Piece::First { .. } => ids.extend_from_slice(&draft.first),
+                Piece::Second { .. } => ids.extend_from_slice(&draft.second),
+            }
+            if self.uses_type_ids {
+                type_ids.resize(ids.len(), piece.type_id());
+            }
+        }
+        Ok((Encoding::new(ids, self.uses_type_ids.then_some(type_ids), truncated, draft.rendered), draft.notes))
+    }
+
+    fn draft(&self, sample: &Sample) -> Result<Draft, Failure> {
+        let ids = |text: &str| -> Result<Vec<u32>, Failure> {
+            let ids = self
+                .tokenizer
+                .ids(text)
+                .map_err(|error| Failure::new(FailureKind::UnknownToken, format!("the tokenizer cannot encode this text: {error}")))?;
+            self.check_rows(&ids)?;
+            Ok(ids)
+        };
+        let bare = || vec![Piece::First { type_id: 0 }];
+        let draft = |pieces: Vec<Piece>, first, second| Draft { pieces, first, second, rendered: None, notes: Vec::new() };
+        Ok(match sample {
+            Sample::Conversation(conversation) => {
+                let rendered = self.templates.render(conversation)?;
+                Draft { rendered: Some(rendered.clone()), ..draft(bare(), ids(&rendered)?, Vec::new()) }
+            }
+            Sample::Text(text) => draft(self.tokenizer.single().to_vec(), ids(text)?, Vec::new()),
+            Sample::Pair { first, second } if second.is_empty() => draft(self.tokenizer.single().to_vec(), ids(first)?, Vec::new()),
+            Sample::Pair { first, second } => draft(self.tokenizer.pair().to_vec(), ids(first)?, ids(second)?),
+            Sample::Tokens(tokens) => {
+                self.check_rows(tokens)?;
+                draft(bare(), tokens.clone(), Vec::new())
+            }
+        })
+    }
+
+    fn check_rows(&self, ids: &[u32]) -> Result<(), Failure> {
+        let rows = self.options.vocab_rows;
+        match ids.iter().position(|&id| id as usize >= rows) {
+            None => Ok(()),
+            Some(at) => {
+                let id = ids[at];
+                Err(Failure::new(
+                    FailureKind::UnknownToken,
+                    format!("token id {id} at position {at}: the model's embedding has {rows} rows"),
+                ))
+            }
+        }
+    }
+
+    fn apply_bos(&self, draft: &mut Draft, is_text: bool) {
+        let Some(bos) = self.bos else { return };
+        let framed = draft.special_at(draft.pieces.first(), bos);
+        let leading = draft.first.iter().take_while(|&&id| id == bos).count();
+        match self.options.bos {
+            BosPolicy::AsIs => {}
+            BosPolicy::Auto if is_text && framed && leading > 0 => {
+                self.doubled_bos.fetch_add(1, Ordering::Relaxed);
+                draft.first.remove(0);
+                draft.notes.push("the text begins with BOS and the tokenizer puts one before it: one was dropped (bos: auto)".to_owned());
+            }
+            BosPolicy::Auto => {}
+            BosPolicy::Always => {
+                draft.first.drain(..leading);
+                if !framed {
+                    let type_id = draft.pieces.first().map_or(0, |piece| piece.type_id());
+                    draft.pieces.insert(0, Piece::Special { id: bos, type_id });
+                }
+                match (framed, leading) {
+                    (false, 0) => draft.notes.push("BOS was put at the beginning (bos: always)".to_owned()),
+                    (true, 1..) => {
+                        self.doubled_bos.fetch_add(1, Ordering::Relaxed);
+                        draft.notes.push("a doubled BOS was dropped (bos: always)".to_owned());
+                    }
+                    _ => {}
+                }
+            }
+            BosPolicy::Never => {
+                draft.first.drain(..leading);
+                if framed {
+                    draft.pieces.remove(0);
+                }
+                if framed || leading > 0 {
+                    draft.notes.push("BOS was taken from the beginning (bos: never)".to_owned());
+                }
+            }
+        }
+    }
+
+    fn apply_eos(&self, draft: &mut Draft, is_ids: bool) {
+        let (Some(eos), EosPolicy::Ensure) = (self.eos, self.options.eos) else { return };
+        if draft.special_at(draft.pieces.last(), eos) {
+            return;
+        }
+        let type_id = draft.pieces.last().map_or(0, |piece| piece.type_id());
+        // An EOS of the body's own becomes a fixed one, so that truncation keeps it.
+        let own = draft.last_body().filter(|body| body.last() == Some(&eos)).map(Vec::pop).is_some();
+        if !own && is_ids {
+            return;
+        }
+        draft.pieces.push(Piece::Special { id: eos, type_id });
+        if !own {
+            draft.notes.push("EOS was put at the end (eos: ensure)".to_owned());
+        }
+    }
+
+    fn truncate(&self, draft: &mut Draft, is_conversation: bool, truncation: Truncation) -> Result<(), Failure> {
+        let (found, limit) = (draft.tokens(), self.options.max_tokens);
+        let too_long =
+            |why: &str| Err(Failure::new(FailureKind::TooLong, format!("{found} tokens, and the model takes at most {limit}{why}")));
+        if truncation == Truncation::Refuse {
+            return too_long("");
+        }
+        let Some(room) = limit.checked_sub(draft.specials()).filter(|&room| room > 0) else {
+            return too_long("; the special tokens alone fill that");
+        };
+        if truncation == Truncation::Right && self.options.reads_last_token && self.options.eos != EosPolicy::Ensure {
+            if is_conversation {
+                return too_long(
+                    "; cutting the right would cut the template's closing tokens, which the head reads: truncate left, or set `eos: ensure`",
+                );
+            }
+            let ends_special = draft.last_body().and_then(|body| body.last().copied()).is_some_and(|id| self.tokenizer.is_special(id));
+            if ends_special {
+                return too_long(
+                    "; cutting the right would cut the special token at the end, which the head reads: truncate left, or set `eos: ensure`",
+                );
+            }
+        }
+        let (first, second) = longest_first(draft.first.len(), draft.second.len(), room);
+        for (body, keep) in [(&mut draft.first, first), (&mut draft.second, second)] {
+            match truncation {
+                Truncation::Left => _ = body.drain(..body.len() - keep),
+                Truncation::Right | Truncation::Refuse => body.truncate(keep),
+            }
+        }
+        let side = if truncation == Truncation::Left { "left" } else { "right" };
+        draft.notes.push(format!("{found} tokens were cut to {limit} on the {side}"));
+        Ok(())
+    }
+}
+
+/// The lengths of two bodies that share `room`: the longer one gives first; where both must give, they become equal, and
+/// an odd token goes to the longer one.
+fn longest_first(first: usize, second: usize, room: usize) -> (usize, usize) {
+    if first + second <= room {
+        return (first, second);
+    }
+    let short = first.min(second).min(room / 2);
+    if first <= second { (short, room - short) } else { (room - short, short) }
+}
+
+fn policy_hash(facts: &TextFacts, options: &TextOptions, templates: &Templates) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(b"warm text policy 1");
+    hasher.update(&facts.hash());
+    for number in [options.max_tokens, options.vocab_rows] {
+        hasher.update(&(number as u64).to_le_bytes());
+    }
+    hasher.update(&[options.bos as u8, options.eos as u8, u8::from(options.reads_last_token)]);
+    hasher.update(&templates.fingerprint());
+    *hasher.finalize().as_bytes()
+}
+
+#[cfg(test)]
+#[path = "pipeline_tests.rs"]
+mod tests;
