@@ -1,6 +1,18 @@
-//! From a recipe to a generation that has answered.
+//! From a recipe to a generation that has answered: plan, merge while loading, members, warm-up.
 
-use crate::checkpoint::Dtype;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use jiff::civil::DateTime;
+
+use super::generation::{Encode, FingerprintParts};
+use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
+use crate::checkpoint::{Architecture, Dtype, Pooling, SourceError};
+use crate::clock::Clock;
+use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
+use crate::merge::{MergeError, MergePlan, Merged, Recipe};
+use crate::model::{self, Pack, RewardModel};
+use crate::text::{BosPolicy, Encoding, EosPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
 /// Whether the members stand on the device beside the merged model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -10,30 +22,233 @@ pub enum Ensemble {
     Resident,
 }
 
+/// What the operator says of the text, over what the checkpoints say.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TextOverrides {
+    pub bos: BosPolicy,
+    pub eos: EosPolicy,
+    pub template: TemplateChoice,
+    /// The time that templates see; `None` for midnight (UTC) of the day of the load.
+    pub template_time: Option<DateTime>,
+}
+
+/// What is to be loaded.
+#[derive(Clone, Debug)]
+pub struct LoadSpec {
+    pub recipe: Recipe,
+    pub ensemble: Ensemble,
+    pub text: TextOverrides,
+    /// The longest sample; `None` for what the model is made for, as far as a pack can hold it.
+    pub max_tokens: Option<usize>,
+    /// The scorer's, which no sample may exceed.
+    pub max_pack_tokens: usize,
+    pub calibration: Option<Calibration>,
+}
+
+impl LoadSpec {
+    /// The defaults for a recipe.
+    pub fn new(recipe: Recipe) -> Self {
+        let max_pack_tokens = crate::scorer::ScorerOptions::default().max_pack_tokens;
+        Self { recipe, ensemble: Ensemble::Off, text: TextOverrides::default(), max_tokens: None, max_pack_tokens, calibration: None }
+    }
+
+    /// The uniform average of some folders, with the defaults.
+    pub fn uniform(paths: &[PathBuf]) -> Result<Self, crate::merge::RecipeError> {
+        Recipe::uniform(paths).map(Self::new)
+    }
+}
+
 /// How far a load has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
-    pub stage: &'static str,
+    /// `plan`, `merge`, `member NAME`, `hash` or `warm-up`.
+    pub stage: String,
+    /// Bytes where `total` is a number of bytes, else steps.
     pub done: u64,
     pub total: u64,
 }
 
-pub struct LoadSpec {
-    pub ensemble: Ensemble,
-    pub dtype: Dtype,
-}
-
+/// Why there is no generation.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    #[error("{0}")]
-    Warmup(String),
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error("cannot read the weights: {0}")]
+    Source(#[from] SourceError),
+    #[error("cannot load {what}")]
+    Model { what: String, source: model::LoadError },
+    #[error("{field}: {problem}")]
+    Options { field: &'static str, problem: String },
+    #[error("{what} does not answer: {problem}")]
+    WarmUp { what: String, problem: String },
 }
 
+impl Encode for TextPipeline {
+    fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
+        TextPipeline::encode(self, sample, truncation)
+    }
+}
+
+/// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
+/// probes. Blocks for as long as it takes; reading runs in the current rayon pool. `progress` is called often.
 pub fn load_generation(
-    _spec: &LoadSpec,
-    _id: crate::domain::GenerationId,
-    _clock: &crate::clock::Clock,
-    _progress: &mut dyn FnMut(Progress),
-) -> Result<super::Generation, LoadError> {
-    Err(LoadError::Warmup("stub".to_owned()))
+    spec: &LoadSpec,
+    id: GenerationId,
+    clock: &Clock,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Generation, LoadError> {
+    let mut report = |stage: &str, done: u64, total: u64| progress(Progress { stage: stage.to_owned(), done, total });
+    report("plan", 0, 1);
+    let plan = Arc::new(MergePlan::open(&spec.recipe)?);
+    let architecture = plan.architecture();
+    let max_tokens = max_tokens(spec, architecture)?;
+    let text = Arc::new(TextPipeline::new(plan.text(), text_options(spec, architecture, max_tokens, clock))?);
+    report("plan", 1, 1);
+
+    let merged_source = Merged::new(plan.clone());
+    let mut load = |stage: &str, what: &str, source: &Merged| {
+        let mut tell = |done, total| report(stage, done, total);
+        model::load(source, architecture, plan.layout(), max_tokens, &mut tell)
+            .map_err(|source| LoadError::Model { what: what.to_owned(), source })
+    };
+    let merged = load("merge", "the merged model", &merged_source)?;
+    let mut resident = Vec::new();
+    if spec.ensemble == Ensemble::Resident {
+        for (index, member) in plan.members().iter().enumerate() {
+            let name = member.name().clone();
+            let model = match plan.member_source(index) {
+                // The merge of one is that one.
+                _ if plan.members().len() == 1 => merged.clone(),
+                Some(source) => load(&format!("member {name}"), &format!("member {name}"), &source)?,
+                None => unreachable!("every index below the number of members has a source"),
+            };
+            resident.push(LoadedMember { name, model });
+        }
+    }
+    // After loading, when every block has been hashed as it was read.
+    report("hash", 0, 1);
+    let weights_id = merged_source.weights_id()?;
+    let hashes = merged_source.member_hashes()?;
+    report("hash", 1, 1);
+
+    let models = 1 + resident.len() as u64;
+    let probes = probes(text.as_ref())?;
+    warm_up("the merged model", merged.as_ref(), &probes)?;
+    report("warm-up", 1, models);
+    for (done, member) in resident.iter().enumerate() {
+        warm_up(&format!("member {}", member.name), member.model.as_ref(), &probes)?;
+        report("warm-up", done as u64 + 2, models);
+    }
+
+    let dtype = dtype_name(spec.recipe.dtype());
+    let canonical = serde_json::to_string(architecture)
+        .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
+    let calibration = spec.calibration.clone();
+    let parts =
+        FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
+    let fingerprint = parts.fingerprint();
+    let info = info(spec, &plan, &hashes, text.policy(), clock);
+    Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
+}
+
+fn max_tokens(spec: &LoadSpec, architecture: &Architecture) -> Result<usize, LoadError> {
+    let (model, pack) = (architecture.max_positions, spec.max_pack_tokens);
+    let wrong = |problem| Err(LoadError::Options { field: "max_tokens", problem });
+    match spec.max_tokens {
+        None => Ok(model.min(pack)),
+        Some(0) => wrong("expected at least 1, found 0".to_owned()),
+        Some(asked) if asked > model => wrong(format!("expected at most {model}, which the model is made for, found {asked}")),
+        Some(asked) if asked > pack => wrong(format!("expected at most max_pack_tokens, which is {pack}, found {asked}")),
+        Some(asked) => Ok(asked),
+    }
+}
+
+fn text_options(spec: &LoadSpec, architecture: &Architecture, max_tokens: usize, clock: &Clock) -> TextOptions {
+    // A clock before the year -9999 or after 9999 has no civil time; then the day is as good as any.
+    let today = || jiff::Timestamp::try_from(clock.wall()).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
+    let midnight = || today().to_zoned(jiff::tz::TimeZone::UTC).date().to_datetime(jiff::civil::Time::midnight());
+    TextOptions {
+        bos: spec.text.bos,
+        eos: spec.text.eos,
+        template: spec.text.template.clone(),
+        reads_last_token: architecture.pooling == Pooling::LastNonPad,
+        ..TextOptions::new(max_tokens, architecture.vocab_size, spec.text.template_time.unwrap_or_else(midnight))
+    }
+}
+
+/// What a model must answer before it goes live: a conversation, where there is a template for it, and texts of a few lengths.
+fn probes(text: &TextPipeline) -> Result<Vec<Arc<Encoding>>, LoadError> {
+    let chat = Conversation::user("What is the capital of France?").answered("The capital of France is Paris.");
+    let long = "A longer answer names its reasons one by one, and says what it does not know. ".repeat(8);
+    let samples = [Sample::Conversation(chat), Sample::Text("Hello.".to_owned()), Sample::Text(long)];
+    let encoded: Vec<Result<Encoding, Failure>> = samples.iter().map(|sample| text.encode(sample, Truncation::Left)).collect();
+    let probes: Vec<_> = encoded.iter().flatten().cloned().map(Arc::new).collect();
+    match encoded.into_iter().find_map(Result::err) {
+        // A model without a template, or with one that refuses the probe, still scores text.
+        Some(failure) if probes.is_empty() => {
+            Err(LoadError::WarmUp { what: "the tokenizer".to_owned(), problem: format!("no probe can be encoded: {failure}") })
+        }
+        _ => Ok(probes),
+    }
+}
+
+/// Every probe gets a finite score.
+fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Result<(), LoadError> {
+    let wrong = |problem: String| LoadError::WarmUp { what: what.to_owned(), problem };
+    let outputs = model.forward(&Pack::new(probes)).map_err(|error| wrong(error.to_string()))?;
+    if outputs.len() != probes.len() {
+        return Err(wrong(format!("expected scores of {} probes, found {}", probes.len(), outputs.len())));
+    }
+    for (i, output) in outputs.iter().enumerate() {
+        if output.values.is_empty() {
+            return Err(wrong("the head has no output".to_owned()));
+        }
+        if let Some(bad) = output.values.iter().find_map(|&value| Score::try_from(value).err()) {
+            return Err(wrong(format!("probe {i}: {bad}")));
+        }
+    }
+    Ok(())
+}
+
+fn info(spec: &LoadSpec, plan: &MergePlan, hashes: &[[u8; 32]], policy: &TextPolicy, clock: &Clock) -> GenerationInfo {
+    let architecture = plan.architecture();
+    let members = plan.members().iter().zip(hashes).map(|(member, hash)| MemberInfo {
+        name: member.name().clone(),
+        coefficient: member.coefficient(),
+        content_hash: blake3::Hash::from(*hash).to_hex().to_string(),
+    });
+    let outputs = plan.layout().outputs();
+    let label = |i: usize| plan.config().pointer(&format!("/id2label/{i}")).and_then(|label| label.as_str()).map(str::to_owned);
+    let names = (0..outputs).map(|i| label(i).unwrap_or_else(|| format!("LABEL_{i}")));
+    GenerationInfo {
+        method: spec.recipe.method().name().to_owned(),
+        members: members.collect(),
+        architecture: architecture.model_type.clone(),
+        dtype: dtype_name(spec.recipe.dtype()).to_owned(),
+        devices: vec!["cpu".to_owned()],
+        recipe: spec.recipe.to_resolved_string(),
+        loaded: clock.wall(),
+        text: TextInfo {
+            bos: policy.bos.name().to_owned(),
+            eos: policy.eos.name().to_owned(),
+            pooling: architecture.pooling.name().to_owned(),
+            reasoning: policy.reasoning.to_owned(),
+            pad_token_id: architecture.pad_token_id,
+            template_hash: policy.template_hash.clone().unwrap_or_default(),
+        },
+        output_names: if outputs > 1 { names.collect() } else { Vec::new() },
+        notes: plan.notes().to_vec(),
+    }
+}
+
+fn dtype_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F32 => "float32",
+        Dtype::Bf16 => "bfloat16",
+        Dtype::F16 => "float16",
+        // No recipe has another one, but a name is no reason to fail.
+        other => other.safetensors_name(),
+    }
 }

@@ -233,3 +233,94 @@ impl Permit {
         held.admission.show(&state);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn admission(max_requests: usize, max_bytes: u64, max_tokens: u64) -> Admission {
+        let options = AdmissionOptions { max_requests, max_bytes, max_tokens, retry_after: Duration::from_millis(7) };
+        Admission::new(options, ScorerMetrics::unregistered())
+    }
+
+    fn reason(refused: Result<impl std::fmt::Debug, Shed>) -> ShedReason {
+        refused.expect_err("no room").reason
+    }
+
+    #[test]
+    fn each_bound_refuses_by_its_name_and_room_comes_back() {
+        let admission = admission(2, 100, 10);
+        let first = admission.admit(60).expect("room");
+        assert_eq!(reason(admission.admit(60)), ShedReason::Bytes);
+        first.correct_bytes(30);
+        let second = admission.admit(60).expect("room after the correction");
+        let shed = admission.admit(1).expect_err("two are in flight");
+        assert_eq!((shed.reason, shed.retry_after), (ShedReason::Requests, Duration::from_millis(7)));
+        first.charge(8).expect("room");
+        assert_eq!(reason(second.charge(3)), ShedReason::Tokens);
+        assert_eq!(reason(second.charge(11)), ShedReason::TooLarge);
+        first.correct(4);
+        second.charge(6).expect("room after the correction");
+        drop(first);
+        assert!(admission.admit(1).is_ok());
+        let count = |reason: &str| admission.0.metrics.shed.with_label_values(&[reason]).get();
+        assert_eq!([count("bytes"), count("requests"), count("tokens"), count("too_large"), count("queue")], [1, 1, 1, 1, 0]);
+    }
+
+    #[test]
+    fn a_request_alone_may_have_any_number_of_bytes() {
+        assert!(admission(2, 100, 10).admit(1000).is_ok());
+    }
+
+    #[test]
+    fn a_permit_ends_with_its_last_clone() {
+        let admission = admission(1, 100, 10);
+        let permit = admission.admit(1).expect("room");
+        let clone = permit.clone();
+        drop(permit);
+        assert_eq!(*admission.in_flight().borrow(), 1);
+        drop(clone);
+        assert_eq!(*admission.in_flight().borrow(), 0);
+        Permit::unlimited().charge(u64::MAX).expect("no bound");
+    }
+
+    #[tokio::test]
+    async fn draining_refuses_the_new_and_waits_for_the_old() {
+        let admission = admission(4, 100, 10);
+        let permit = admission.admit(1).expect("room");
+        admission.drain();
+        assert_eq!(reason(admission.admit(1)), ShedReason::Draining);
+        permit.charge(5).expect("what was admitted is finished");
+        let idle = admission.idle();
+        tokio::pin!(idle);
+        let waits = tokio::select! { biased; () = &mut idle => false, () = std::future::ready(()) => true };
+        assert!(waits, "a request is in flight");
+        drop(permit);
+        idle.await;
+    }
+
+    proptest! {
+        #[test]
+        fn everything_is_back_when_all_permits_are_gone(steps in prop::collection::vec((0u8..5, 0u64..50, 0usize..6), 1..60)) {
+            let admission = admission(5, 120, 90);
+            let mut permits: Vec<Permit> = Vec::new();
+            for (action, amount, which) in steps {
+                let permit = if permits.is_empty() { None } else { permits.get(which % permits.len()) };
+                match (action, permit) {
+                    (0 | 1, _) => permits.extend(admission.admit(amount)),
+                    (2, Some(permit)) => { let _ = permit.charge(amount); }
+                    (3, Some(permit)) => { permit.correct(amount); permit.correct_bytes(amount); }
+                    (4, Some(_)) => { let place = which % permits.len(); permits.swap_remove(place); }
+                    _ => {}
+                }
+                prop_assert_eq!(*admission.in_flight().borrow(), permits.len());
+                prop_assert!(permits.len() <= 5);
+            }
+            permits.clear();
+            let state = lock(&admission.0.state);
+            prop_assert_eq!((state.requests, state.bytes, state.tokens), (0, 0, 0));
+        }
+    }
+}

@@ -217,3 +217,7 @@ impl Queue {
         Some(job)
     }
 }
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

@@ -457,3 +457,7 @@ fn next_of(draw: &Draw, state: &State, metrics: &ScorerMetrics, now: Instant) ->
 pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

@@ -1,0 +1,207 @@
+//! Steps the worker by hand: no thread, no sleep.
+
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use super::*;
+use crate::model::{Limits, ModelError};
+
+/// Gives every sample's sum of ids; panics, fails or forgets a sample where an id asks for it.
+#[derive(Default)]
+struct Sum {
+    seen: Mutex<Vec<Vec<u32>>>,
+    forwards: AtomicU64,
+    clock: Clock,
+}
+
+const PANIC: u32 = 1001;
+const FAIL: u32 = 1002;
+const FORGET: u32 = 1003;
+
+impl RewardModel for Sum {
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        self.forwards.fetch_add(1, Ordering::Relaxed);
+        self.clock.advance(Duration::from_millis(10));
+        let samples: Vec<Vec<u32>> = (0..pack.len()).map(|i| pack.encoding(i).ids().to_vec()).collect();
+        lock(&self.seen).extend(samples.clone());
+        let asked = |id: u32| samples.iter().flatten().any(|&found| found == id);
+        assert!(!asked(PANIC), "asked to panic");
+        if asked(FAIL) {
+            return Err(ModelError("asked to fail".to_owned()));
+        }
+        let outputs = samples.iter().map(|ids| Output {
+            values: vec![ids.iter().sum::<u32>() as f32],
+            pooled_position: ids.len() - 1,
+            shared_tokens: 0,
+        });
+        Ok(outputs.skip(usize::from(asked(FORGET))).collect())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_tokens: 8, outputs: 1, parameters: 0, device_bytes: 0 }
+    }
+}
+
+struct Bench {
+    clock: Clock,
+    handle: ScorerHandle,
+    worker: Worker,
+    model: Arc<Sum>,
+}
+
+impl Bench {
+    fn new(options: ScorerOptions) -> Self {
+        let clock = Clock::manual();
+        let (handle, worker) = pair(options, clock.clone(), ScorerMetrics::unregistered());
+        Self { model: Arc::new(Sum { clock: clock.clone(), ..Sum::default() }), clock, handle, worker }
+    }
+
+    fn submission(&self, samples: &[&[u32]]) -> Submission {
+        Submission {
+            models: Arc::new([self.model.clone()]),
+            lane: 0,
+            encodings: samples.iter().map(|ids| Arc::new(Encoding::for_test(ids.to_vec()))).collect(),
+            deadline: None,
+            priority: 0,
+            permit: Permit::unlimited(),
+            span: tracing::Span::none(),
+        }
+    }
+
+    fn submit(&self, samples: &[&[u32]]) -> impl Future<Output = Answer> + use<> {
+        self.handle.submit(self.submission(samples)).expect("room")
+    }
+}
+
+fn small() -> ScorerOptions {
+    ScorerOptions { max_pack_tokens: 8, ..ScorerOptions::default() }
+}
+
+/// What a future has come to, if anything.
+fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
+    }
+}
+
+fn values(answer: Option<Answer>) -> Vec<f32> {
+    let reply = answer.expect("answered").expect("scored");
+    reply.outcomes.into_iter().map(|outcome| outcome.expect("not expired")[0].values[0]).collect()
+}
+
+#[test]
+fn a_request_over_several_packs_is_answered_once_and_in_order() {
+    let mut bench = Bench::new(small());
+    let answer = bench.submit(&[&[1, 1, 1, 1], &[2, 2, 2], &[3, 3], &[4]]);
+    bench.clock.advance(Duration::from_millis(5));
+    assert!(bench.worker.step());
+    let mut answer = pin!(answer);
+    assert!(now(answer.as_mut()).is_none(), "7 of 10 tokens");
+    assert!(bench.worker.step() && !bench.worker.step());
+    let reply = now(answer).expect("answered").expect("scored");
+    assert_eq!((reply.queue, reply.forward), (Duration::from_millis(5), Duration::from_millis(20)));
+    assert_eq!(values(Some(Ok(reply))), [4.0, 6.0, 6.0, 4.0]);
+    let metrics = &bench.worker.shared.metrics;
+    assert_eq!((metrics.samples.get(), metrics.tokens_computed.get(), metrics.queue_samples.get()), (4, 10, 0));
+}
+
+#[test]
+fn all_models_of_a_lane_run_over_the_same_pack_in_order() {
+    let mut bench = Bench::new(small());
+    let other = Arc::new(Sum::default());
+    let submission = Submission { models: Arc::new([bench.model.clone(), other.clone()]), ..bench.submission(&[&[1, 2], &[5]]) };
+    let answer = bench.handle.submit(submission).expect("room");
+    bench.worker.step();
+    let reply = now(answer).expect("answered").expect("scored");
+    assert!(reply.outcomes.iter().all(|outcome| outcome.as_ref().is_ok_and(|outputs| outputs.len() == 2)));
+    assert_eq!(*lock(&bench.model.seen), *lock(&other.seen));
+}
+
+#[test]
+fn a_panic_or_a_failure_costs_its_pack_and_the_worker_lives_on() {
+    for (bad, words) in [(PANIC, "the forward pass panicked: asked to panic"), (FAIL, "asked to fail"), (FORGET, "expected 1 outputs")] {
+        let mut bench = Bench::new(small());
+        let fine = bench.submit(&[&[1; 8]]);
+        let broken = bench.submit(&[&[bad; 8], &[2; 8]]);
+        let after = bench.submit(&[&[3; 8]]);
+        while bench.worker.step() {}
+        assert_eq!(values(now(fine)), [8.0]);
+        let error = now(broken).expect("answered").expect_err("its pack failed");
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(values(now(after)), [24.0]);
+        assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 3, "the rest of the broken request is not run");
+        assert!(bench.handle.is_alive());
+    }
+}
+
+#[test]
+fn cancelled_work_is_never_run_and_gives_its_permit_back() {
+    let mut bench = Bench::new(small());
+    let admission = crate::scorer::Admission::new(Default::default(), ScorerMetrics::unregistered());
+    let permit = admission.admit(0).expect("room");
+    let gone = bench.handle.submit(Submission { permit, ..bench.submission(&[&[1], &[2]]) }).expect("room");
+    let kept = bench.submit(&[&[3]]);
+    drop(gone);
+    while bench.worker.step() {}
+    assert_eq!(values(now(kept)), [3.0]);
+    assert_eq!(*lock(&bench.model.seen), [vec![3]]);
+    assert_eq!(*admission.in_flight().borrow(), 0);
+}
+
+#[test]
+fn expired_samples_are_never_run_and_are_told() {
+    let mut bench = Bench::new(small());
+    let deadline = Some(bench.clock.now() + Duration::from_millis(10));
+    let answer = bench.handle.submit(Submission { deadline, ..bench.submission(&[&[1; 8], &[2; 8]]) }).expect("room");
+    // The first pack takes 10 ms, so the second sample is too late.
+    while bench.worker.step() {}
+    let outcomes = now(answer).expect("answered").expect("a reply").outcomes;
+    assert!(outcomes[0].is_ok());
+    assert_eq!(outcomes[1], Err(SampleError::Expired));
+    assert_eq!(lock(&bench.model.seen).len(), 1);
+}
+
+#[test]
+fn a_full_queue_sheds_but_first_makes_room_of_what_nobody_waits_for() {
+    let bench = Bench::new(ScorerOptions { max_queue_samples: 2, ..small() });
+    let gone = bench.submit(&[&[1], &[2]]);
+    let refused = bench.handle.submit(bench.submission(&[&[3]])).err().expect("full");
+    assert!(matches!(refused, ScorerError::Full { .. }), "{refused}");
+    drop(gone);
+    let _kept = bench.submit(&[&[3]]);
+    assert_eq!(bench.handle.queued_samples(), 1);
+}
+
+#[test]
+fn an_empty_request_is_answered_at_once() {
+    let bench = Bench::new(small());
+    assert!(values(now(bench.submit(&[]))).is_empty());
+}
+
+#[test]
+fn a_worker_that_is_gone_is_an_error_for_those_who_wait_and_those_who_come() {
+    let Bench { handle, worker, model, clock } = Bench::new(small());
+    let bench = |worker| Bench { handle: handle.clone(), worker, model: model.clone(), clock: clock.clone() };
+    let bench = bench(worker);
+    let waiting = bench.submit(&[&[1]]);
+    let submission = bench.submission(&[&[2]]);
+    drop(bench);
+    assert_eq!(now(waiting), Some(Err(ScorerError::WorkerGone)));
+    assert_eq!(handle.submit(submission).err(), Some(ScorerError::WorkerGone));
+    assert!(!handle.is_alive());
+}
+
+#[test]
+fn the_thread_finishes_what_is_queued_and_ends_with_the_last_handle() {
+    let options = ScorerOptions { threads: 1, ..small() };
+    let (handle, thread) = spawn(options, Clock::system(), ScorerMetrics::unregistered()).expect("threads");
+    let bench = Bench::new(options);
+    let answers: Vec<_> = (0..20).map(|i| handle.clone().submit(bench.submission(&[&[i; 8], &[i; 3]])).expect("room")).collect();
+    drop(handle);
+    thread.join().expect("no panic");
+    for (i, answer) in answers.into_iter().enumerate() {
+        assert_eq!(values(now(answer)), [8.0 * i as f32, 3.0 * i as f32]);
+    }
+}
