@@ -55,7 +55,7 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
         let list = golden["cases"].as_array().expect("cases");
         let encodings: Vec<_> = list
             .iter()
-            .map(|case| Arc::new(Encoding::with_types_for_test(numbers(case, "input_ids").expect("ids"), numbers(case, "token_type_ids"))))
+            .map(|case| Arc::new(Encoding::for_test(numbers(case, "input_ids").expect("ids")).with_types(numbers(case, "token_type_ids"))))
             .collect();
         let members: Vec<PathBuf> = (0..3).map(|member| family.join(format!("member-{member}"))).collect();
         let mut recipes: Vec<(String, Recipe)> = members

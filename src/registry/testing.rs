@@ -86,13 +86,15 @@ impl Encode for FakeText {
         if ids.is_empty() {
             return Err(Failure::new(FailureKind::Empty, "no tokens"));
         }
+        let cut = ids.len() > 64;
         match truncation {
             _ if ids.len() <= 64 => {}
             Truncation::Refuse => return Err(Failure::new(FailureKind::TooLong, "more than 64 tokens")),
             Truncation::Left => drop(ids.drain(..ids.len() - 64)),
             Truncation::Right => ids.truncate(64),
         }
-        Ok(Encoding::for_test(ids))
+        let encoding = Encoding::for_test(ids);
+        Ok(if cut { encoding.cut() } else { encoding })
     }
 }
 

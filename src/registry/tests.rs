@@ -522,7 +522,7 @@ proptest! {
             open = still;
         }
         while bench.worker.step() {}
-        prop_assert_eq!(ended.len(), 1000);
+        prop_assert_eq!(ended.len(), sent);
         prop_assert_eq!((bench.engine.scorer().queued_samples(), *admission.in_flight().borrow()), (0, 0));
         let forwarded = *seen.lock().expect("whole");
         prop_assert!(scored > 0 && shed + late + left > 0 && forwarded >= scored - late, "{scored} {forwarded}");

@@ -16,18 +16,6 @@ impl Encoding {
         Self { ids, type_ids, truncated, rendered }
     }
 
-    /// An encoding with segment numbers, for tests of the layers below the text.
-    #[cfg(test)]
-    pub(crate) fn with_types_for_test(ids: Vec<u32>, type_ids: Option<Vec<u32>>) -> Self {
-        Self::new(ids, type_ids, false, None)
-    }
-
-    /// An encoding for tests of the layers below the text.
-    #[cfg(test)]
-    pub(crate) fn for_test(ids: Vec<u32>) -> Self {
-        Self::new(ids, None, false, None)
-    }
-
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
@@ -48,5 +36,21 @@ impl Encoding {
     /// The text that the chat template gave; `None` where there was no template to apply.
     pub fn rendered(&self) -> Option<&str> {
         self.rendered.as_deref()
+    }
+}
+
+/// Encodings for tests of the layers below the text.
+#[cfg(test)]
+impl Encoding {
+    pub(crate) fn for_test(ids: Vec<u32>) -> Self {
+        Self::new(ids, None, false, None)
+    }
+
+    pub(crate) fn with_types(self, type_ids: Option<Vec<u32>>) -> Self {
+        Self { type_ids, ..self }
+    }
+
+    pub(crate) fn cut(self) -> Self {
+        Self { truncated: true, ..self }
     }
 }
