@@ -19,10 +19,13 @@
 #![deny(unsafe_code)]
 
 pub mod checkpoint;
+pub mod client;
 pub mod clock;
 pub mod domain;
 pub mod merge;
 pub mod model;
 pub mod registry;
 pub mod scorer;
+pub mod serve;
 pub mod text;
+pub mod wire;

@@ -1,0 +1,10 @@
+//! Wire to domain and back, pure. What comes in is checked here, with every violation of a request named at once; what
+//! goes out is only spelled.
+
+mod request;
+mod response;
+mod violations;
+
+pub use request::{Asked, Batch, ConvertLimits, Folded, MemberScale, ParsedCompare, ParsedScore, Shape, parse_compare, parse_score};
+pub use response::{compare_group, compare_pair, compared, failed, failed_comparison, group_scores, scored};
+pub use violations::{Violation, Violations};
