@@ -21,11 +21,13 @@
 pub mod checkpoint;
 pub mod client;
 pub mod clock;
+pub mod config;
 pub mod domain;
 pub mod merge;
 pub mod model;
 pub mod registry;
 pub mod scorer;
 pub mod serve;
+pub mod telemetry;
 pub mod text;
 pub mod wire;

@@ -52,12 +52,15 @@ fn every_violation_is_named_at_once_by_its_path() {
         groups: vec![
             text_group("p", &[]),
             wire::PromptGroup { prompt: None, completions: completions(&["a"]) },
-            wire::PromptGroup {
-                prompt: Some(prompt_group::Prompt::Text("p".into())),
-                completions: vec![wire::Completion { kind: None }],
-            },
+            wire::PromptGroup { prompt: Some(prompt_group::Prompt::Text("p".into())), completions: vec![wire::Completion { kind: None }] },
         ],
-        options: Some(wire::ScoreOptions { truncation: 7, scale: -1, fingerprint: "abc".into(), scorer: "a b".into(), ..Default::default() }),
+        options: Some(wire::ScoreOptions {
+            truncation: 7,
+            scale: -1,
+            fingerprint: "abc".into(),
+            scorer: "a b".into(),
+            ..Default::default()
+        }),
     };
     assert_eq!(
         fields(request),
@@ -117,11 +120,8 @@ fn json_that_is_too_deep_or_too_large_is_refused() {
 #[test]
 fn tools_are_a_list_and_template_args_an_object() {
     let of = |tools: &str, args: &str| {
-        let conversation = wire::Conversation {
-            messages: vec![message("user", "")],
-            tools_json: tools.into(),
-            template_args_json: args.into(),
-        };
+        let conversation =
+            wire::Conversation { messages: vec![message("user", "")], tools_json: tools.into(), template_args_json: args.into() };
         let samples = vec![wire::Sample { input: Some(Input::Conversation(conversation)) }];
         parse_score(wire::ScoreRequest { samples, ..Default::default() }, ConvertLimits::default())
     };
@@ -202,9 +202,8 @@ fn pairs_come_last_and_fold_into_chosen_and_rejected() {
 
 fn any_turn() -> impl Strategy<Value = Turn> {
     let extra = prop_oneof![Just("{}"), Just(r#"{"name":"f","tool_calls":[{"id":1}]}"#)];
-    ("[a-z]{1,64}", ".{0,20}", extra).prop_map(|(role, content, extra)| {
-        Turn::new(role, content, serde_json::from_str(extra).expect("object")).expect("valid turn")
-    })
+    ("[a-z]{1,64}", ".{0,20}", extra)
+        .prop_map(|(role, content, extra)| Turn::new(role, content, serde_json::from_str(extra).expect("object")).expect("valid turn"))
 }
 
 fn any_conversation() -> impl Strategy<Value = Conversation> {
@@ -223,10 +222,7 @@ fn any_sample() -> impl Strategy<Value = Sample> {
 }
 
 fn any_group() -> impl Strategy<Value = PromptGroup> {
-    let completion = prop_oneof![
-        ".{0,20}".prop_map(Completion::Text),
-        prop::collection::vec(any_turn(), 1..3).prop_map(Completion::Turns)
-    ];
+    let completion = prop_oneof![".{0,20}".prop_map(Completion::Text), prop::collection::vec(any_turn(), 1..3).prop_map(Completion::Turns)];
     (any_conversation(), prop::collection::vec(completion, 1..5))
         .prop_map(|(prompt, completions)| PromptGroup::new(Prompt::Conversation(prompt), completions).expect("valid group"))
 }

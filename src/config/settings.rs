@@ -1,0 +1,82 @@
+//! The table of settings: key, default and meaning. Files, environment and flags all draw their names from it.
+
+/// One setting.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// Where it stands in the file: `admin.listen` is `listen:` under `admin:`.
+    pub key: &'static str,
+    pub default: &'static str,
+    /// What the command line calls its value.
+    pub value: &'static str,
+    pub help: &'static str,
+}
+
+impl Setting {
+    /// `admin.listen` is `WARM_ADMIN__LISTEN`.
+    pub fn variable(&self) -> String {
+        format!("WARM_{}", self.key.replace('.', "__").to_ascii_uppercase())
+    }
+
+    /// `admin.listen` is `--admin-listen`.
+    pub fn flag(&self) -> String {
+        self.key.replace(['.', '_'], "-")
+    }
+}
+
+const fn setting(key: &'static str, default: &'static str, value: &'static str, help: &'static str) -> Setting {
+    Setting { key, default, value, help }
+}
+
+/// All settings, in the order in which they are printed.
+pub const SETTINGS: &[Setting] = &[
+    setting("listen", "127.0.0.1:50051", "ADDR", "where gRPC listens"),
+    setting("admin.listen", "127.0.0.1:9464", "ADDR", "where probes and metrics listen"),
+    setting("recipe", "", "FILE", "the recipe of the merge; in a file the recipe may stand under `model:` instead"),
+    setting("ensemble", "off", "MODE", "`resident` keeps every member loaded beside the merged model, for Compare; `off` does not"),
+    setting("dtype", "", "TYPE", "what the model runs in (float32); empty: as the recipe says"),
+    setting("device", "cpu", "DEVICE", "where the model runs (cpu)"),
+    setting("threads", "auto", "N", "compute threads; auto: one per core"),
+    setting("max_tokens", "auto", "N", "the longest sample; auto: as the model's own config says"),
+    setting("max_pack_tokens", "8192", "N", "tokens of one forward pass, at most"),
+    setting("admission.max_requests", "1024", "N", "requests in flight, at most"),
+    setting("admission.max_bytes", "1GiB", "SIZE", "bytes of request messages in flight, at most"),
+    setting("admission.max_tokens", "4194304", "N", "tokens in flight, at most"),
+    setting("admission.max_queue", "65536", "N", "samples in the device's queue, at most"),
+    setting("admission.retry_after", "1s", "TIME", "when a caller that was refused is told to try again"),
+    setting("message.max_decode", "64MiB", "SIZE", "the largest request message"),
+    setting("message.max_encode", "64MiB", "SIZE", "the largest response message"),
+    setting("message.max_samples", "65536", "N", "samples in one request, at most, completions of groups counted"),
+    setting("message.max_expanded", "1GiB", "SIZE", "bytes of one request with every completion beside its prompt"),
+    setting("http2.keepalive_interval", "60s", "TIME", "how often an open connection is checked; 0s: never"),
+    setting("http2.keepalive_timeout", "20s", "TIME", "how long a connection may take to answer such a check"),
+    setting("drain.delay", "5s", "TIME", "after SIGTERM: how long to keep serving while the news spreads"),
+    setting("drain.deadline", "30s", "TIME", "after that: how long requests in flight may take"),
+    setting(
+        "text.bos",
+        "auto",
+        "POLICY",
+        "begin-of-sequence token: auto (the model's own way, never doubled), always, never, as_is (even doubled)",
+    ),
+    setting("text.eos", "as_is", "POLICY", "end-of-sequence token: as_is (the model's own way), ensure (append it where it is missing)"),
+    setting(
+        "text.template",
+        "",
+        "FILE|NAME",
+        "a chat template in place of the model's own: a .jinja file, or the name of one of its templates",
+    ),
+    setting("text.template_date", "", "DATE", "the date that templates print (YYYY-MM-DD); empty: the day of loading"),
+    setting("calibration.mean", "", "X", "the mean raw reward of a reference set; with calibration.std"),
+    setting("calibration.std", "", "X", "the standard deviation of raw rewards of a reference set"),
+    setting("calibration.samples", "0", "N", "samples in the reference set"),
+    setting("calibration.source", "", "TEXT", "what the reference set is"),
+    setting("log.format", "text", "FORMAT", "text or json"),
+    setting("log.filter", "info", "FILTER", "such as `info` or `warm=debug,info`"),
+];
+
+/// The variable that names the configuration file, where no flag does.
+pub const FILE_VARIABLE: &str = "WARM_CONFIG";
+
+/// The setting of this key.
+pub fn find(key: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|setting| setting.key == key)
+}

@@ -1,0 +1,108 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn resolve(file: &str, environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Resolved, ConfigErrors> {
+    let owned = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    Resolved::new(Sources {
+        file: Some((PathBuf::from("conf/warm.yaml"), file.to_owned())),
+        environment: owned(environment),
+        flags: owned(flags),
+        folders: vec![],
+    })
+}
+
+fn mistakes(result: Result<Resolved, ConfigErrors>) -> Vec<String> {
+    result.expect_err("mistakes").0.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn every_default_is_valid() {
+    let resolved = Resolved::new(Sources::default()).expect("defaults");
+    assert_eq!(resolved.config.listen.to_string(), "127.0.0.1:50051");
+    assert_eq!(resolved.config.admin_listen.to_string(), "127.0.0.1:9464");
+    assert_eq!(resolved.config.model, None);
+}
+
+#[test]
+fn the_nearer_source_wins_and_says_so() {
+    let file = "listen: 127.0.0.1:1\nadmin: {listen: \"127.0.0.1:2\"}\nensemble: resident\n";
+    let resolved = resolve(file, &[("WARM_LISTEN", "127.0.0.1:3"), ("HOME", "/x")], &[("listen", "127.0.0.1:4")]).expect("valid");
+    assert_eq!(resolved.config.listen.port(), 4);
+    assert_eq!(resolved.config.admin_listen.port(), 2);
+    assert_eq!(resolved.config.ensemble, EnsembleMode::Resident);
+    let printed = resolved.describe();
+    for line in ["listen = 127.0.0.1:4", "(--listen)", "(conf/warm.yaml)", "(default)"] {
+        assert!(printed.contains(line), "{line}\n{printed}");
+    }
+    let variable = resolve(file, &[("WARM_ADMIN__LISTEN", "127.0.0.1:3")], &[]).expect("valid");
+    assert_eq!(variable.config.admin_listen.port(), 3);
+    assert!(variable.describe().contains("($WARM_ADMIN__LISTEN)"));
+}
+
+#[test]
+fn unknown_names_are_mistakes_in_every_source() {
+    let found = mistakes(resolve("lisen: x\nadmin: {port: 1}\nnovel: {deep: {er: 1}}\n", &[("WARM_LISTE", "x")], &[("nothing", "x")]));
+    assert_eq!(found.len(), 5, "{found:#?}");
+    assert!(
+        found.iter().any(|mistake| mistake.contains("conf/warm.yaml: lisen") && mistake.contains("did you mean `listen`")),
+        "{found:#?}"
+    );
+    assert!(found.iter().any(|mistake| mistake.contains("$WARM_LISTE") && mistake.contains("WARM_LISTEN")), "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.contains("admin.port")), "{found:#?}");
+}
+
+#[test]
+fn every_mistake_is_reported_at_once_with_its_origin() {
+    let file = "listen: nowhere\nmax_pack_tokens: 0\ndrain: {delay: 5}\nensemble: [1]\n";
+    let found = mistakes(resolve(file, &[("WARM_CALIBRATION__MEAN", "1")], &[("message.max_decode", "huge")]));
+    assert_eq!(found.len(), 6, "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.starts_with("listen (conf/warm.yaml): expected an address")), "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.starts_with("message.max_decode (--message-max-decode)")), "{found:#?}");
+}
+
+#[test]
+fn a_recipe_stands_in_the_file_or_is_named_but_not_both() {
+    let inline = resolve("model:\n  method: linear\n  members: [{path: ./a}]\n", &[], &[]).expect("valid");
+    match inline.config.model {
+        Some(ModelChoice::Recipe { yaml, base }) => {
+            assert!(yaml.contains("members"), "{yaml}");
+            assert_eq!(base, Path::new("conf"));
+        }
+        other => panic!("{other:?}"),
+    }
+    let named = resolve("recipe: r.yaml\n", &[], &[]).expect("valid");
+    assert_eq!(named.config.model, Some(ModelChoice::RecipeFile(PathBuf::from("conf/r.yaml"))));
+    let flag = resolve("recipe: r.yaml\n", &[], &[("recipe", "other.yaml")]).expect("valid");
+    assert_eq!(flag.config.model, Some(ModelChoice::RecipeFile(PathBuf::from("other.yaml"))));
+    assert_eq!(mistakes(resolve("recipe: r.yaml\nmodel: {members: []}\n", &[], &[])).len(), 1);
+}
+
+#[test]
+fn folders_on_the_command_line_win_over_the_file() {
+    let folders = vec![PathBuf::from("a"), PathBuf::from("b")];
+    let file = Some((PathBuf::from("warm.yaml"), "recipe: r.yaml\n".to_owned()));
+    let resolved = Resolved::new(Sources { file, folders: folders.clone(), ..Default::default() }).expect("valid");
+    assert_eq!(resolved.config.model, Some(ModelChoice::Folders(folders)));
+}
+
+#[test]
+fn a_file_that_is_no_mapping_is_a_mistake_and_an_empty_one_is_not() {
+    assert!(resolve("", &[], &[]).is_ok());
+    assert_eq!(mistakes(resolve("- a\n", &[], &[])).len(), 1);
+    assert_eq!(mistakes(resolve("a: [", &[], &[])).len(), 1);
+}
+
+#[test]
+fn names_of_settings_flags_and_variables_are_unique() {
+    let names: std::collections::BTreeSet<_> = SETTINGS.iter().map(Setting::flag).collect();
+    assert_eq!(names.len(), SETTINGS.len());
+    assert!(SETTINGS.iter().all(|setting| setting.variable() != FILE_VARIABLE));
+}
+
+proptest! {
+    #[test]
+    fn no_file_makes_it_panic(text in "[a-z.:{}\\[\\]\\- \n0-9&*]{0,80}") {
+        let _ = resolve(&text, &[], &[]);
+    }
+}
