@@ -6,5 +6,5 @@ mod response;
 mod violations;
 
 pub use request::{Asked, Batch, ConvertLimits, Folded, MemberScale, ParsedCompare, ParsedScore, Shape, parse_compare, parse_score};
-pub use response::{compare_group, compare_pair, compared, failed, failed_comparison, group_scores, scored};
+pub use response::{compare_group, compare_pair, comparison, generation, outcome, stamp, timing};
 pub use violations::{Violation, Violations};

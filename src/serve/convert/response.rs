@@ -1,10 +1,11 @@
 //! Answers: domain to wire.
 
-use crate::domain::{EnsembleStats, Failure, FailureKind, GroupAgreement, Score, Scored, bradley_terry};
+use crate::domain::{Failure, FailureKind, Scored, bradley_terry};
+use crate::registry::{Compared, Generation, MemberInfo, ModelStamp, Timing, group_agreement};
 use crate::wire;
 
 /// A scored sample.
-pub fn scored(scored: Scored) -> wire::Score {
+fn scored(scored: Scored) -> wire::Score {
     let details = scored.details.map(|details| wire::ScoreDetails {
         token_ids: details.token_ids,
         pooled_position: saturating(details.pooled_position),
@@ -22,7 +23,7 @@ pub fn scored(scored: Scored) -> wire::Score {
 }
 
 /// A sample that cannot be scored.
-pub fn failed(failure: Failure) -> wire::Score {
+fn failed(failure: Failure) -> wire::Score {
     use wire::failure::Kind;
     let kind = match failure.kind {
         FailureKind::TooLong => Kind::TooLong,
@@ -36,13 +37,17 @@ pub fn failed(failure: Failure) -> wire::Score {
     wire::Score { failure: Some(wire::Failure { kind: kind.into(), message: failure.message }), ..Default::default() }
 }
 
-/// The scores of one group.
-pub fn group_scores(scores: Vec<wire::Score>) -> wire::GroupScores {
-    wire::GroupScores { scores }
+/// What came of one sample.
+pub fn outcome(outcome: Result<Scored, Failure>) -> wire::Score {
+    outcome.map_or_else(failed, scored)
 }
 
-/// One sample beside the ensemble.
-pub fn compared(merged: Scored, members: &[Score], stats: &EnsembleStats) -> wire::Comparison {
+/// One sample beside the ensemble; a sample that failed has its failure and nothing else.
+pub fn comparison(outcome: Result<Compared, Failure>) -> wire::Comparison {
+    let Compared { merged, members, stats } = match outcome {
+        Ok(compared) => compared,
+        Err(failure) => return wire::Comparison { merged: Some(failed(failure)), ..Default::default() },
+    };
     wire::Comparison {
         merged: Some(scored(merged)),
         member_rewards: members.iter().map(|score| score.get()).collect(),
@@ -58,63 +63,112 @@ pub fn compared(merged: Scored, members: &[Score], stats: &EnsembleStats) -> wir
     }
 }
 
-/// A sample that cannot be compared: it has its failure and nothing else.
-pub fn failed_comparison(failure: Failure) -> wire::Comparison {
-    wire::Comparison { merged: Some(failed(failure)), ..Default::default() }
-}
-
 /// How merged model and members rank the completions of one prompt; those with a failure take no part.
-pub fn compare_group(completions: Vec<wire::Comparison>) -> wire::GroupComparison {
-    let scored: Vec<usize> = (0..completions.len()).filter(|&i| merged_reward(&completions[i]).is_some()).collect();
-    let merged: Vec<f64> = completions.iter().filter_map(merged_reward).collect();
-    let member_count = scored.first().map_or(0, |&first| completions[first].member_rewards.len());
-    let members: Vec<Vec<f64>> = (0..member_count)
-        .map(|m| scored.iter().filter_map(|&i| completions[i].member_rewards.get(m)).map(|&reward| f64::from(reward)).collect())
-        .collect();
-    let mut votes = vec![0; completions.len()];
-    let Some(agreement) = GroupAgreement::new(&merged, &members) else {
-        return wire::GroupComparison { completions, votes, ..Default::default() };
+pub fn compare_group(completions: Vec<Result<Compared, Failure>>) -> wire::GroupComparison {
+    let agreement = group_agreement(&completions);
+    let unranked = vec![0; completions.len()];
+    let completions = completions.into_iter().map(comparison).collect();
+    let Some(agreement) = agreement else {
+        return wire::GroupComparison { completions, votes: unranked, ..Default::default() };
     };
-    for (&place, &count) in scored.iter().zip(&agreement.votes) {
-        votes[place] = saturating(count);
-    }
-    let place = |best: usize| scored.get(best).copied().map(saturating);
     wire::GroupComparison {
-        best_by_merged: place(agreement.best_by_merged),
-        best_by_mean: place(agreement.best_by_mean),
+        completions,
+        best_by_merged: Some(saturating(agreement.best_by_merged)),
+        best_by_mean: Some(saturating(agreement.best_by_mean)),
         kendall_tau: agreement.kendall_tau.map(|tau| tau as f32),
         member_kendall_tau: agreement.member_kendall_tau.iter().map(|tau| tau.unwrap_or(0.0) as f32).collect(),
-        votes,
-        completions,
+        votes: agreement.votes.into_iter().map(saturating).collect(),
     }
 }
 
 /// What merged model and members say of one preference.
-pub fn compare_pair(chosen: wire::Comparison, rejected: wire::Comparison) -> wire::PairComparison {
-    let (Some(merged_chosen), Some(merged_rejected)) = (merged_reward(&chosen), merged_reward(&rejected)) else {
-        return wire::PairComparison { chosen: Some(chosen), rejected: Some(rejected), ..Default::default() };
-    };
-    let mean = |side: &wire::Comparison| {
-        let sum: f64 = side.member_rewards.iter().map(|&reward| f64::from(reward)).sum();
-        sum / side.member_rewards.len().max(1) as f64
-    };
-    let (mean_chosen, mean_rejected) = (mean(&chosen), mean(&rejected));
-    let votes = chosen.member_rewards.iter().zip(&rejected.member_rewards).filter(|(chosen, rejected)| chosen > rejected).count();
-    wire::PairComparison {
-        p_chosen_merged: Some(bradley_terry(merged_chosen, merged_rejected) as f32),
-        p_chosen_mean: Some(bradley_terry(mean_chosen, mean_rejected) as f32),
-        votes: Some(saturating(votes)),
-        disagree: Some((merged_chosen > merged_rejected) != (mean_chosen > mean_rejected)),
-        chosen: Some(chosen),
-        rejected: Some(rejected),
+pub fn compare_pair(chosen: Result<Compared, Failure>, rejected: Result<Compared, Failure>) -> wire::PairComparison {
+    let mut pair = wire::PairComparison::default();
+    if let (Ok(chosen), Ok(rejected)) = (&chosen, &rejected) {
+        let merged = [chosen, rejected].map(|side| f64::from(side.merged.reward.get()));
+        let mean = [chosen.stats.mean, rejected.stats.mean];
+        let votes = chosen.members.iter().zip(&rejected.members).filter(|(chosen, rejected)| chosen > rejected).count();
+        pair.p_chosen_merged = Some(bradley_terry(merged[0], merged[1]) as f32);
+        pair.p_chosen_mean = Some(bradley_terry(mean[0], mean[1]) as f32);
+        pair.votes = Some(saturating(votes));
+        pair.disagree = Some((merged[0] > merged[1]) != (mean[0] > mean[1]));
+    }
+    wire::PairComparison { chosen: Some(comparison(chosen)), rejected: Some(comparison(rejected)), ..pair }
+}
+
+/// What scored.
+pub fn stamp(stamp: ModelStamp) -> wire::ModelStamp {
+    wire::ModelStamp {
+        fingerprint: stamp.fingerprint.to_string(),
+        generation: stamp.generation.0,
+        instance: stamp.instance,
+        weights_id: stamp.weights_id.to_string(),
     }
 }
 
-fn merged_reward(comparison: &wire::Comparison) -> Option<f64> {
-    comparison.merged.as_ref()?.reward.map(f64::from)
+/// Where the time went.
+pub fn timing(timing: Timing) -> wire::Timing {
+    let us = |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    wire::Timing {
+        queue_us: us(timing.queue),
+        tokenize_us: us(timing.tokenize),
+        forward_us: us(timing.forward),
+        total_us: us(timing.total),
+    }
+}
+
+/// The live generation, as it describes itself.
+pub fn generation(generation: &Generation, stamped: ModelStamp, max_pack_tokens: usize) -> wire::Generation {
+    let (info, limits) = (&generation.info, generation.limits());
+    let loaded = info.loaded.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    wire::Generation {
+        stamp: Some(stamp(stamped)),
+        method: info.method.clone(),
+        members: info.members.iter().map(member).collect(),
+        architecture: info.architecture.clone(),
+        dtype: info.dtype.clone(),
+        devices: info.devices.clone(),
+        max_tokens: saturating(limits.max_tokens),
+        max_pack_tokens: saturating(max_pack_tokens.max(limits.max_tokens)),
+        outputs: saturating(limits.outputs),
+        parameters: limits.parameters,
+        device_bytes: generation.device_bytes(),
+        members_loaded: generation.members_loaded(),
+        recipe: info.recipe.clone(),
+        loaded_unix_ms: i64::try_from(loaded.as_millis()).unwrap_or(i64::MAX),
+        state: wire::generation::State::Live.into(),
+        text: Some(wire::TextPolicy {
+            bos: info.text.bos.clone(),
+            eos: info.text.eos.clone(),
+            pooling: info.text.pooling.clone(),
+            reasoning: info.text.reasoning.clone(),
+            pad_token_id: info.text.pad_token_id,
+            template_hash: info.text.template_hash.clone(),
+        }),
+        calibration: generation.calibration.as_ref().map(|calibration| wire::Calibration {
+            mean: calibration.mean(),
+            std: calibration.std(),
+            samples: calibration.samples(),
+            source: calibration.source().to_owned(),
+        }),
+        output_names: info.output_names.clone(),
+    }
+}
+
+fn member(member: &MemberInfo) -> wire::Member {
+    wire::Member {
+        name: member.name.to_string(),
+        coefficient: member.coefficient,
+        content_hash: member.content_hash.clone(),
+        distance_to_merged: 0.0,
+    }
 }
 
 /// Counts that fit by construction; a count that does not is shown as the largest number, not wrapped.
 fn saturating(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+#[path = "response_tests.rs"]
+mod tests;

@@ -1,0 +1,212 @@
+//! The two gRPC services, and the server that carries them with health and reflection.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tonic::codec::CompressionEncoding::{Gzip, Zstd};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+use super::convert::{self, Asked, ConvertLimits, MemberScale};
+use super::gate::{CallFacts, Deadline, GateLayer, GateOptions};
+use super::metrics::ServeMetrics;
+use super::readiness::Readiness;
+use super::{health, status};
+use crate::registry::{CallOptions, CompareOptions, Engine, EngineError};
+use crate::scorer::{Admission, Permit};
+use crate::wire::model_service_server::{ModelService, ModelServiceServer};
+use crate::wire::reward_service_server::{RewardService, RewardServiceServer};
+use crate::wire::{self};
+
+/// Settings of the gRPC server.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GrpcOptions {
+    /// The largest request message.
+    pub max_decode: usize,
+    /// The largest response message.
+    pub max_encode: usize,
+    pub limits: ConvertLimits,
+    /// `None`: open connections are never checked.
+    pub keepalive_interval: Option<Duration>,
+    pub keepalive_timeout: Duration,
+    /// What GetModel says of packs.
+    pub max_pack_tokens: usize,
+}
+
+/// The server could not be built or failed as a whole.
+#[derive(Debug, thiserror::Error)]
+#[error("gRPC server: {0}")]
+pub struct ServeError(String);
+
+/// What the gRPC server stands on.
+#[derive(Clone)]
+pub struct Edge {
+    pub engine: Engine,
+    pub admission: Admission,
+    pub readiness: Readiness,
+    pub metrics: ServeMetrics,
+    pub options: GrpcOptions,
+}
+
+/// What an unread message is taken for, where its headers do not announce its size.
+const ASSUMED_BYTES: u64 = 1 << 20;
+
+/// Serves on `listener` until `stop` completes, then lets open calls end. How long that may take is the caller's decision.
+pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+    let failed = |error: &dyn std::error::Error| ServeError(error.to_string());
+    let gate = GateLayer::new(GateOptions {
+        clock: edge.engine.clock().clone(),
+        admission: edge.admission.clone(),
+        metrics: edge.metrics.clone(),
+        assumed_bytes: ASSUMED_BYTES.min(edge.options.max_decode as u64),
+        max_bytes: edge.options.max_decode as u64,
+    });
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let reflection_v1 = reflection().build_v1().map_err(|error| failed(&error))?;
+    // grpcurl of some years ago knows only the older one.
+    let reflection_v1alpha = reflection().build_v1alpha().map_err(|error| failed(&error))?;
+    let options = edge.options.clone();
+    let handlers = std::sync::Arc::new(Handlers { edge: edge.clone() });
+    let rewards = RewardServiceServer::from_arc(handlers.clone())
+        .max_decoding_message_size(options.max_decode)
+        .max_encoding_message_size(options.max_encode)
+        .accept_compressed(Gzip)
+        .accept_compressed(Zstd)
+    let models = ModelServiceServer::from_arc(handlers).max_encoding_message_size(options.max_encode);
+    Server::builder()
+        .http2_keepalive_interval(options.keepalive_interval)
+        .http2_keepalive_timeout(Some(options.keepalive_timeout))
+        .http2_adaptive_window(Some(true))
+        .layer(gate)
+        .add_service(health::service(edge.readiness))
+        .add_service(reflection_v1)
+        .add_service(reflection_v1alpha)
+        .add_service(rewards)
+        .add_service(models)
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop)
+        .await
+        .map_err(|error| failed(&error))
+}
+
+struct Handlers {
+    edge: Edge,
+}
+
+/// What the gate knows of a call.
+struct Admitted {
+    permit: Permit,
+    deadline: Option<std::time::Instant>,
+    facts: CallFacts,
+}
+
+impl Admitted {
+    /// Takes it out of the request and corrects the charge to the true size of the message.
+    fn take<T: prost::Message>(request: &mut Request<T>) -> Result<Self, Status> {
+        let bytes = request.get_ref().encoded_len() as u64;
+        let extensions = request.extensions_mut();
+        let Some(permit) = extensions.remove::<Permit>() else {
+            tracing::error!("a call came past the gate without a permit");
+            return Err(Status::internal("the call was not admitted"));
+        };
+        permit.correct_bytes(bytes);
+        let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
+        let facts = extensions.remove::<CallFacts>().unwrap_or_default();
+        Ok(Self { permit, deadline, facts })
+    }
+}
+
+fn call_options(asked: Asked, deadline: Option<std::time::Instant>) -> CallOptions {
+    CallOptions {
+        truncation: asked.truncation,
+        calibrated: asked.calibrated,
+        fingerprint: asked.fingerprint,
+        details: asked.details,
+        priority: asked.priority,
+        strict: asked.strict,
+        deadline,
+        scorer: asked.scorer.map(|name| name.to_string()),
+    }
+}
+
+#[tonic::async_trait]
+impl RewardService for Handlers {
+    async fn score(&self, mut request: Request<wire::ScoreRequest>) -> Result<Response<wire::ScoreResponse>, Status> {
+        let Admitted { permit, deadline, facts } = Admitted::take(&mut request)?;
+        let parsed =
+            convert::parse_score(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+        let (request_id, batch) = (parsed.request_id, parsed.batch);
+        facts.asked(&request_id, batch.samples.len());
+        let reply =
+            self.edge.engine.score(batch.samples, call_options(parsed.asked, deadline), permit).await.map_err(status::status)?;
+        facts.answered(reply.outcomes.iter().flatten().map(|scored| scored.tokens as u64).sum());
+        let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
+        let folded = batch.shape.fold(scores);
+        Ok(Response::new(wire::ScoreResponse {
+            request_id,
+            scores: folded.singles,
+            groups: folded.groups.into_iter().map(|scores| wire::GroupScores { scores }).collect(),
+            model: Some(convert::stamp(reply.stamp)),
+            timing: Some(convert::timing(reply.timing)),
+        }))
+    }
+
+    async fn compare(&self, mut request: Request<wire::CompareRequest>) -> Result<Response<wire::CompareResponse>, Status> {
+        let Admitted { permit, deadline, facts } = Admitted::take(&mut request)?;
+        let parsed =
+            convert::parse_compare(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+        if parsed.member_scale != MemberScale::Raw {
+            // Members have no calibrations of their own yet.
+            return Err(status::status(EngineError::CalibrationMissing));
+        }
+        let (request_id, batch) = (parsed.request_id, parsed.batch);
+        facts.asked(&request_id, batch.samples.len());
+        let compare = CompareOptions {
+            members: parsed.members.iter().map(ToString::to_string).collect(),
+            uwo_lambda: parsed.uwo_lambda.map(f64::from),
+        };
+        let options = call_options(parsed.asked, deadline);
+        let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
+        facts.answered(reply.outcomes.iter().flatten().map(|compared| compared.merged.tokens as u64).sum());
+        let folded = batch.shape.fold(reply.outcomes);
+        Ok(Response::new(wire::CompareResponse {
+            request_id,
+            samples: folded.singles.into_iter().map(convert::comparison).collect(),
+            groups: folded.groups.into_iter().map(convert::compare_group).collect(),
+            pairs: folded.pairs.into_iter().map(|(chosen, rejected)| convert::compare_pair(chosen, rejected)).collect(),
+            model: Some(convert::stamp(reply.stamp)),
+            members: reply.members.iter().map(ToString::to_string).collect(),
+            member_scale: wire::MemberScale::Raw.into(),
+            uwo_lambda: reply.uwo_lambda as f32,
+            timing: Some(convert::timing(reply.timing)),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl ModelService for Handlers {
+    async fn get_model(&self, _: Request<wire::GetModelRequest>) -> Result<Response<wire::Generation>, Status> {
+        let not_ready = || status::status(EngineError::NotReady("none has been loaded yet".to_owned()));
+        self.live().map(Response::new).ok_or_else(not_ready)
+    }
+
+    async fn list_generations(
+        &self,
+        _: Request<wire::ListGenerationsRequest>,
+    ) -> Result<Response<wire::ListGenerationsResponse>, Status> {
+        Ok(Response::new(wire::ListGenerationsResponse { generations: self.live().into_iter().collect() }))
+    }
+}
+
+impl Handlers {
+    fn live(&self) -> Option<wire::Generation> {
+        let engine = &self.edge.engine;
+        let live = engine.registry().current()?;
+        Some(convert::generation(&live, engine.stamp(&live), self.edge.options.max_pack_tokens))
+    }
+}
