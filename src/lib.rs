@@ -18,6 +18,7 @@
 //! | [`config`], [`app`], [`commands`] | settings, assembly, and the verbs of the binary |
 #![deny(unsafe_code)]
 
+pub mod app;
 pub mod checkpoint;
 pub mod client;
 pub mod clock;
@@ -28,6 +29,7 @@ pub mod model;
 pub mod registry;
 pub mod scorer;
 pub mod serve;
+pub mod shutdown;
 pub mod telemetry;
 pub mod text;
 pub mod wire;

@@ -77,7 +77,7 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
         .max_decoding_message_size(options.max_decode)
         .max_encoding_message_size(options.max_encode)
         .accept_compressed(Gzip)
-        .accept_compressed(Zstd)
+        .accept_compressed(Zstd);
     let models = ModelServiceServer::from_arc(handlers).max_encoding_message_size(options.max_encode);
     Server::builder()
         .http2_keepalive_interval(options.keepalive_interval)

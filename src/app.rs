@@ -1,0 +1,224 @@
+//! Assembly: settings to a running server, and its way down. The listener and the wish to stop are parameters, so that
+//! tests use port 0 and no signals.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use crate::clock::Clock;
+use crate::config::{Config, ConfigError};
+use crate::domain::GenerationId;
+use crate::registry::{Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadOutcome};
+use crate::scorer::{Admission, AdmissionOptions, ScorerMetrics, ScorerOptions};
+use crate::serve::convert::ConvertLimits;
+use crate::serve::{AdminError, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics};
+use crate::shutdown::Stop;
+
+/// Why the program cannot do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    #[error("{place}: {problem}")]
+    Config { place: String, problem: String },
+    #[error("the model cannot be loaded: {0}")]
+    Load(String),
+    #[error("cannot listen on {address}: {problem}")]
+    Listen { address: String, problem: String },
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    #[error("a thread cannot be started: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+impl From<ConfigError> for AppError {
+    fn from(error: ConfigError) -> Self {
+        Self::Config { place: error.place, problem: error.problem }
+    }
+}
+
+/// Makes the generation of this number, telling how far it has come.
+pub type Loader = Box<dyn FnOnce(GenerationId, &mut dyn FnMut(Progress)) -> Result<Generation, String> + Send>;
+
+/// Everything but the sockets: built at once, and empty until a generation is loaded.
+pub struct App {
+    engine: Engine,
+    admission: Admission,
+    readiness: Readiness,
+    metrics: prometheus::Registry,
+    serve_metrics: ServeMetrics,
+    grpc: GrpcOptions,
+    drain_delay: Duration,
+    drain_deadline: Duration,
+}
+
+impl App {
+    /// Starts the device worker and the pool that encodes. `instance` names this process in every answer.
+    pub fn new(config: &Config, clock: Clock, instance: String) -> Result<Self, AppError> {
+        let metrics = prometheus::Registry::new();
+        #[cfg(target_os = "linux")]
+        metrics.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let scorer_metrics = ScorerMetrics::register(&metrics)?;
+        let registry = Registry::new(RegistryMetrics::register(&metrics)?);
+        let admission = Admission::new(
+            AdmissionOptions {
+                max_requests: config.admission.max_requests,
+                max_bytes: config.admission.max_bytes as u64,
+                max_tokens: config.admission.max_tokens as u64,
+                retry_after: config.admission.retry_after,
+            },
+            scorer_metrics.clone(),
+        );
+        let scorer_options = ScorerOptions {
+            max_pack_tokens: config.max_pack_tokens,
+            max_queue_samples: config.admission.max_queue,
+            threads: config.threads.unwrap_or(0),
+            retry_after: config.admission.retry_after,
+            ..ScorerOptions::default()
+        };
+        // The worker's thread ends by itself when the last handle goes.
+        let (scorer, _worker) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
+        let engine_options = EngineOptions { instance, tokenizer_threads: config.threads.unwrap_or(0), ..EngineOptions::default() };
+        let engine = Engine::new(EngineParts { registry, scorer, clock }, engine_options)?;
+        let serve_metrics = ServeMetrics::register(&metrics)?;
+        let grpc = GrpcOptions {
+            max_decode: config.message.max_decode,
+            max_encode: config.message.max_encode,
+            limits: ConvertLimits { max_samples: config.message.max_samples, max_expanded_bytes: config.message.max_expanded },
+            keepalive_interval: config.keepalive_interval,
+            keepalive_timeout: config.keepalive_timeout,
+            max_pack_tokens: config.max_pack_tokens,
+        };
+        let readiness = Readiness::default();
+        let (drain_delay, drain_deadline) = (config.drain_delay, config.drain_deadline);
+        Ok(Self { engine, admission, readiness, metrics, serve_metrics, grpc, drain_delay, drain_deadline })
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    pub fn metrics(&self) -> &prometheus::Registry {
+        &self.metrics
+    }
+
+    /// Loads the first generation on this thread and makes it the live one.
+    pub fn load(&self, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
+        install(&self.engine, load, progress)
+    }
+
+    /// Loads the first generation on a thread of its own, so that the runtime answers meanwhile.
+    pub fn load_in_background(
+        &self,
+        load: Loader,
+        mut progress: Box<dyn FnMut(Progress) + Send>,
+    ) -> Result<impl Future<Output = Result<(), AppError>> + use<>, AppError> {
+        let (done, loaded) = oneshot::channel();
+        let engine = self.engine.clone();
+        let run = move || {
+            // A server that is stopped during the load does not wait for the answer.
+            let _ = done.send(install(&engine, load, &mut *progress));
+        };
+        std::thread::Builder::new().name("warm-load".to_owned()).spawn(run)?;
+        Ok(async move { loaded.await.unwrap_or_else(|_| Err(AppError::Load("the loading thread panicked".to_owned()))) })
+    }
+
+    /// Serves on `listener`, from before the model is loaded (UNAVAILABLE until then) until `stop`, and then drains: not
+    /// ready, keep serving for the delay, refuse what is new, and let what is in flight end within its deadline.
+    pub async fn serve(
+        &self,
+        listener: TcpListener,
+        loaded: impl Future<Output = Result<(), AppError>>,
+        stop: impl Future<Output = Stop>,
+    ) -> Result<(), AppError> {
+        let (close, closed) = oneshot::channel::<()>();
+        let edge = Edge {
+            engine: self.engine.clone(),
+            admission: self.admission.clone(),
+            readiness: self.readiness.clone(),
+            metrics: self.serve_metrics.clone(),
+            options: self.grpc.clone(),
+        };
+        let mut server = tokio::spawn(crate::serve::serve(edge, listener, async move { drop(closed.await) }));
+        let mut stop = std::pin::pin!(stop);
+        tokio::select! {
+            result = loaded => result?,
+            ended = &mut server => return server_ended(ended),
+            _ = &mut stop => {
+                tracing::info!("stopped while loading");
+                return Ok(());
+            }
+        }
+        self.readiness.advance(Phase::Ready);
+        tracing::info!("ready");
+        let stop = tokio::select! {
+            ended = &mut server => return server_ended(ended),
+            stop = stop => stop,
+        };
+        self.readiness.advance(Phase::Draining);
+        let clock = self.engine.clock();
+        if stop == Stop::Terminate && !self.drain_delay.is_zero() {
+            tracing::info!(seconds = self.drain_delay.as_secs_f64(), "not ready any more, still serving");
+            clock.sleep_until(clock.now() + self.drain_delay).await;
+        }
+        self.admission.drain();
+        self.readiness.advance(Phase::Stopping);
+        let in_flight = self.admission.in_flight();
+        tracing::info!(in_flight = *in_flight.borrow(), "refusing new requests, finishing those in flight");
+        drop(close);
+        tokio::select! {
+            ended = &mut server => server_ended(ended)?,
+            () = clock.sleep_until(clock.now() + self.drain_deadline) => {
+                tracing::warn!(in_flight = *in_flight.borrow(), "the drain deadline has passed, connections are cut");
+                server.abort();
+            }
+        }
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
+    let registry = engine.registry();
+    match load(registry.next_id(), progress) {
+        Ok(generation) => {
+            for note in &generation.info.notes {
+                tracing::warn!(note, "about the model");
+            }
+            let info = &generation.info;
+            tracing::info!(
+                fingerprint = %generation.fingerprint,
+                architecture = %info.architecture,
+                members = info.members.len(),
+                dtype = %info.dtype,
+                "loaded"
+            );
+            registry.metrics().reloaded(ReloadOutcome::Loaded);
+            drop(registry.install(generation));
+            Ok(())
+        }
+        Err(problem) => {
+            registry.metrics().reloaded(ReloadOutcome::Failed);
+            Err(AppError::Load(problem))
+        }
+    }
+}
+
+fn server_ended(ended: Result<Result<(), ServeError>, tokio::task::JoinError>) -> Result<(), AppError> {
+    match ended {
+        Ok(result) => Ok(result?),
+        Err(panic) => Err(AppError::Listen { address: "the gRPC server".to_owned(), problem: panic.to_string() }),
+    }
+}
+
+#[cfg(test)]
+#[path = "app_tests.rs"]
+mod tests;

@@ -1,0 +1,270 @@
+//! A real server over a socket on this machine, with fakes for the model and the text.
+
+use std::sync::{Arc, Mutex, mpsc};
+
+use tokio::sync::oneshot;
+use tonic::Code;
+use tonic_types::StatusExt;
+
+use super::*;
+use crate::client::Client;
+use crate::config::{Resolved, Sources};
+use crate::registry::testing::{FakeModel, generation};
+use crate::wire::{self, prompt_group, sample::Input};
+
+struct Server {
+    client: Client,
+    readiness: Readiness,
+    metrics: prometheus::Registry,
+    stop: Option<oneshot::Sender<Stop>>,
+    task: tokio::task::JoinHandle<Result<(), AppError>>,
+    address: String,
+}
+
+async fn start(settings: &[(&str, &str)], merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> Server {
+    let flags = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let config = Resolved::new(Sources { flags, ..Sources::default() }).expect("settings").config;
+    let app = App::new(&config, Clock::system(), "test".to_owned()).expect("app");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("free port");
+    let address = listener.local_addr().expect("address").to_string();
+    let loaded = generation(1, merged, members);
+    let loading = app.load_in_background(Box::new(move |_, _| Ok(loaded)), Box::new(|_| {})).expect("thread");
+    let (stop, stopped) = oneshot::channel();
+    let (readiness, metrics) = (app.readiness().clone(), app.metrics().clone());
+    let task = tokio::spawn(async move {
+        app.serve(listener, loading, async { stopped.await.unwrap_or(Stop::Interrupt) }).await
+    });
+    readiness.watch().wait_for(|&phase| phase == Phase::Ready).await.expect("ready");
+    let client = Client::connect(&address).await.expect("connected");
+    Server { client, readiness, metrics, stop: Some(stop), task, address }
+}
+
+impl Server {
+    fn signal(&mut self, stop: Stop) {
+        self.stop.take().expect("signalled once").send(stop).expect("server runs");
+    }
+
+    async fn stopped(mut self) {
+        drop(self.client);
+        drop(self.stop.take());
+        self.task.await.expect("no panic").expect("clean stop");
+    }
+
+    fn metric(&self, series: &str) -> f64 {
+        let text = prometheus::TextEncoder::new().encode_to_string(&self.metrics.gather()).expect("text");
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        value.unwrap_or_else(|| panic!("no series {series} in\n{text}"))
+    }
+}
+
+fn text(text: &str) -> wire::Sample {
+    wire::Sample { input: Some(Input::Text(text.into())) }
+}
+
+fn score_of(texts: &[&str]) -> wire::ScoreRequest {
+    wire::ScoreRequest { request_id: "r1".into(), samples: texts.iter().map(|t| text(t)).collect(), ..Default::default() }
+}
+
+fn group(prompt: &str, answers: &[&str]) -> wire::PromptGroup {
+    let kind = |answer: &&str| wire::Completion { kind: Some(wire::completion::Kind::Text((*answer).into())) };
+    wire::PromptGroup { prompt: Some(prompt_group::Prompt::Text(prompt.into())), completions: answers.iter().map(kind).collect() }
+}
+
+/// A model that waits inside its forward until the test lets it go, and says that it is there.
+fn gated() -> (Arc<FakeModel>, mpsc::Sender<()>, tokio::sync::mpsc::UnboundedReceiver<()>) {
+    let (release, gate) = mpsc::channel::<()>();
+    let (inside, entered) = tokio::sync::mpsc::unbounded_channel();
+    let gate = Mutex::new(gate);
+    let model = FakeModel::hooked(1.0, move |_| {
+        let _ = inside.send(());
+        let _ = gate.lock().expect("one worker").recv();
+    });
+    (model, release, entered)
+}
+
+#[tokio::test]
+async fn scores_samples_and_groups_and_names_the_model() {
+    let model = FakeModel::new(1.0);
+    let server = start(&[], model.clone(), &[]).await;
+    let request = wire::ScoreRequest { groups: vec![group("p", &["a", "bc"])], ..score_of(&["x"]) };
+    let response = server.client.score(request).await.expect("scored");
+    assert_eq!(response.request_id, "r1");
+    let expected = |text: &str| Some(model.score(&text.bytes().map(u32::from).collect::<Vec<_>>()));
+    assert_eq!(response.scores[0].reward, expected("x"));
+    let rewards: Vec<_> = response.groups[0].scores.iter().map(|score| score.reward).collect();
+    assert_eq!(rewards, [expected("pa"), expected("pbc")]);
+    let stamp = response.model.expect("stamp");
+    let live = server.client.get_model().await.expect("model");
+    assert_eq!(live.stamp, Some(stamp.clone()));
+    assert_eq!((stamp.instance.as_str(), stamp.generation), ("test", 1));
+    assert_eq!(server.metric("warm_serve_requests_total{code=\"OK\",rpc=\"Score\"}"), 1.0);
+    assert_eq!(server.metric("warm_serve_in_flight_requests{rpc=\"Score\"}"), 0.0);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn one_bad_sample_among_many_costs_itself_alone() {
+    let server = start(&[], FakeModel::new(1.0), &[]).await;
+    let long = "x".repeat(65);
+    let mut texts = vec!["ok"; 512];
+    texts[100] = &long;
+    let scores = server.client.score(score_of(&texts)).await.expect("scored").scores;
+    let failed: Vec<_> = scores.iter().enumerate().filter(|(_, score)| score.reward.is_none()).map(|(i, _)| i).collect();
+    assert_eq!((scores.len(), failed), (512, vec![100]));
+    let strict = wire::ScoreRequest {
+        options: Some(wire::ScoreOptions { strict: true, ..Default::default() }),
+        ..score_of(&["ok", &long])
+    };
+    let status = server.client.rewards().score(strict).await.expect_err("strict");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn compares_the_merged_model_with_its_members() {
+    let members = [("rm-0", FakeModel::new(1.0)), ("rm-1", FakeModel::new(3.0))];
+    let server = start(&[], FakeModel::new(2.0), &members).await;
+    let request = wire::CompareRequest { groups: vec![group("", &["a", "b"])], ..Default::default() };
+    let response = server.client.compare(request).await.expect("compared");
+    assert_eq!(response.members, ["rm-0", "rm-1"]);
+    let group = &response.groups[0];
+    let a = &group.completions[0];
+    // One token, 97: factors 2, 1 and 3.
+    assert_eq!(a.merged.as_ref().and_then(|merged| merged.reward), Some(194.0));
+    assert_eq!((a.member_rewards.as_slice(), a.mean, a.std, a.gap), (&[97.0, 291.0][..], Some(194.0), Some(97.0), Some(0.0)));
+    assert_eq!((group.best_by_merged, group.votes.as_slice(), group.kendall_tau), (Some(1), &[0, 2][..], Some(1.0)));
+    let unknown = wire::CompareRequest { samples: vec![text("x")], members: vec!["rm-9".into()], ..Default::default() };
+    assert_eq!(server.client.rewards().compare(unknown).await.expect_err("unknown").code(), Code::NotFound);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_comparison_without_resident_members_is_a_failed_precondition() {
+    let server = start(&[], FakeModel::new(2.0), &[]).await;
+    let request = wire::CompareRequest { samples: vec![text("x")], ..Default::default() };
+    assert_eq!(server.client.rewards().compare(request).await.expect_err("off").code(), Code::FailedPrecondition);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn bad_requests_name_their_fields() {
+    let server = start(&[("message.max_decode", "10kB")], FakeModel::new(1.0), &[]).await;
+    let status = server.client.rewards().score(wire::ScoreRequest::default()).await.expect_err("empty");
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert_eq!(status.get_details_bad_request().expect("details").field_violations[0].field, "samples");
+    let huge = "x".repeat(20_000);
+    let status = server.client.rewards().score(score_of(&[&huge])).await.expect_err("huge");
+    assert_eq!(status.code(), Code::OutOfRange);
+    assert!(status.message().contains("10000"), "names the limit: {}", status.message());
+    let pinned = wire::ScoreRequest {
+        options: Some(wire::ScoreOptions { fingerprint: "ab".repeat(32), ..Default::default() }),
+        ..score_of(&["x"])
+    };
+    assert_eq!(server.client.rewards().score(pinned).await.expect_err("pinned").code(), Code::FailedPrecondition);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_deadline_answers_deadline_exceeded_also_while_queued() {
+    let (model, release, mut entered) = gated();
+    let server = start(&[], model, &[]).await;
+    let busy = tokio::spawn({
+        let client = server.client.clone();
+        async move { client.score(score_of(&["busy"])).await }
+    });
+    entered.recv().await.expect("inside the forward");
+    for _ in 0..20 {
+        let mut request = tonic::Request::new(score_of(&["queued"]));
+        request.set_timeout(Duration::from_millis(50));
+        let status = server.client.rewards().score(request).await.expect_err("deadline");
+        assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    }
+    drop(release);
+    busy.await.expect("no panic").expect("the busy one is answered");
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn beyond_the_bound_requests_are_shed_with_a_time_to_come_back() {
+    let (model, release, mut entered) = gated();
+    let server = start(&[("admission.max_requests", "1"), ("admission.retry_after", "250ms")], model, &[]).await;
+    let busy = tokio::spawn({
+        let client = server.client.clone();
+        async move { client.score(score_of(&["busy"])).await }
+    });
+    entered.recv().await.expect("inside the forward");
+    let status = server.client.rewards().score(score_of(&["more"])).await.expect_err("shed");
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert_eq!(status.get_details_retry_info().and_then(|info| info.retry_delay), Some(Duration::from_millis(250)));
+    assert!(server.client.is_serving("").await.expect("health answers under load"));
+    assert!(server.client.get_model().await.is_ok(), "operators come through");
+    assert_eq!(server.metric("warm_serve_shed_total{reason=\"requests\"}"), 1.0);
+    drop(release);
+    busy.await.expect("no panic").expect("answered");
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_stop_finishes_what_is_in_flight_and_refuses_what_is_new() {
+    let (model, release, mut entered) = gated();
+    let mut server = start(&[("drain.delay", "0s")], model, &[]).await;
+    let second = Client::connect(&server.address).await.expect("connected");
+    // An open watch must not hold up the drain.
+    let mut watch = second.health().watch(tonic_health::pb::HealthCheckRequest::default()).await.expect("watch").into_inner();
+    let accepted = tokio::spawn({
+        let client = server.client.clone();
+        async move { client.score(score_of(&["accepted"])).await }
+    });
+    entered.recv().await.expect("inside the forward");
+    server.signal(Stop::Terminate);
+    server.readiness.watch().wait_for(|&phase| phase == Phase::Stopping).await.expect("stopping");
+    let refused = second.rewards().score(score_of(&["late"])).await.expect_err("draining");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    while let Ok(Some(_)) = watch.message().await {}
+    drop(release);
+    let scores = accepted.await.expect("no panic").expect("what was accepted is answered").scores;
+    assert_eq!(scores.len(), 1);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn what_never_ends_is_cut_at_the_drain_deadline() {
+    let (model, release, mut entered) = gated();
+    let mut server = start(&[("drain.delay", "0s"), ("drain.deadline", "20ms")], model, &[]).await;
+    let stuck = tokio::spawn({
+        let client = server.client.clone();
+        async move { client.score(score_of(&["stuck"])).await }
+    });
+    entered.recv().await.expect("inside the forward");
+    server.signal(Stop::Interrupt);
+    server.task.await.expect("no panic").expect("stops all the same");
+    drop(release);
+    stuck.abort();
+}
+
+#[tokio::test]
+async fn before_a_model_is_loaded_health_says_no_and_scoring_is_unavailable() {
+    let config = Resolved::new(Sources::default()).expect("defaults").config;
+    let app = App::new(&config, Clock::system(), "test".to_owned()).expect("app");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("free port");
+    let address = listener.local_addr().expect("address").to_string();
+    let (stop, stopped) = oneshot::channel();
+    let task = tokio::spawn(async move {
+        app.serve(listener, std::future::pending(), async { stopped.await.unwrap_or(Stop::Interrupt) }).await
+    });
+    let client = Client::connect(&address).await.expect("connected");
+    assert!(!client.is_serving("warm.v1.RewardService").await.expect("answer"));
+    assert_eq!(client.rewards().score(score_of(&["x"])).await.expect_err("loading").code(), Code::Unavailable);
+    stop.send(Stop::Interrupt).expect("server runs");
+    task.await.expect("no panic").expect("a stop during the load is clean");
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_be_loaded_ends_the_server_with_its_reason() {
+    let config = Resolved::new(Sources::default()).expect("defaults").config;
+    let app = App::new(&config, Clock::system(), "test".to_owned()).expect("app");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("free port");
+    let loading = app.load_in_background(Box::new(|_, _| Err("no such folder".to_owned())), Box::new(|_| {})).expect("thread");
+    let error = app.serve(listener, loading, std::future::pending()).await.expect_err("load fails");
+    assert_eq!(error.to_string(), "the model cannot be loaded: no such folder");
+}
