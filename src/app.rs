@@ -220,5 +220,4 @@ fn server_ended(ended: Result<Result<(), ServeError>, tokio::task::JoinError>) -
 }
 
 #[cfg(test)]
-#[path = "app_tests.rs"]
 mod tests;

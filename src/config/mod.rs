@@ -14,6 +14,7 @@ use std::time::Duration;
 pub use layers::{ConfigError, Given, Origin};
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
+use crate::telemetry::LogFormat;
 use layers::Layer;
 
 /// What is to be served.
@@ -43,12 +44,6 @@ pub struct CalibrationConfig {
     pub std: f64,
     pub samples: u64,
     pub source: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogFormat {
-    Text,
-    Json,
 }
 
 /// All settings, checked one by one. What depends on the model is checked when it is loaded.
