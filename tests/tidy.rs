@@ -111,13 +111,17 @@ fn candle_and_tonic_and_the_clock_stay_in_their_rooms() {
         ("SystemTime::now", &["clock"]),
     ];
     check(|source| {
+        // Tests may talk to a server, and start their own time anywhere.
+        if source.is_test {
+            return Vec::new();
+        }
         let strangers = rooms.iter().filter(|(_, layers)| !layers.contains(&source.layer.as_str()));
         strangers
             .flat_map(|(word, layers)| {
                 source
                     .code
                     .iter()
-                    .filter(|line| line.contains(word))
+                    .filter(move |line| line.contains(word))
                     .map(move |line| format!("{word} belongs to {}: {}", layers.join(", "), line.trim()))
             })
             .collect()
