@@ -37,7 +37,7 @@ pub fn safetensors<'a>(tensors: impl IntoIterator<Item = (&'a String, &'a Tensor
         data.extend_from_slice(&tensor.bytes);
     }
     let mut text = Value::Object(header).to_string();
-    while text.len() % 8 != 0 {
+    while !text.len().is_multiple_of(8) {
         text.push(' ');
     }
     let mut file = (text.len() as u64).to_le_bytes().to_vec();

@@ -67,6 +67,25 @@ fn the_merge_is_the_float64_mean_rounded_once() {
 }
 
 #[test]
+fn members_are_summed_in_the_order_of_the_recipe() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, value) in [("large", 1e30), ("opposite", -1e30), ("small", 4.0)] {
+        let mut tensors = fixture::llama(TINY, "F32", 1);
+        tensors.insert("score.weight".to_owned(), fixture::tensor("F32", &[1, 8], std::iter::repeat_n(value, 8)));
+        write(&dir, name, TINY, &tensors, 1);
+    }
+    // Beside 1e30 a 4 is lost; after the two have cancelled it is not.
+    let quarter = |name: &str| format!("{{path: {name}, coefficient: 0.25}}");
+    for (order, expected) in [(["large", "opposite", "small"], 1.0), (["small", "large", "opposite"], 0.0)] {
+        let members = order.map(quarter).join(", ");
+        let merged = Merged::new(plan(&format!("members: [{members}, {{path: small, name: again, coefficient: 0.25}}]"), &dir));
+        let mut into = Elements::default();
+        merged.read("score.weight", 0..8, &mut into).unwrap();
+        assert_eq!(into, Elements::F32(vec![expected + 1.0; 8]), "{order:?}");
+    }
+}
+
+#[test]
 fn threads_and_chunks_change_no_bit() {
     let dir = tempfile::tempdir().unwrap();
     for seed in 0..3 {
