@@ -6,6 +6,7 @@ mod content;
 mod merged;
 mod plan;
 mod recipe;
+mod survey;
 
 pub use merged::Merged;
 pub use plan::{Input, MergeError, MergePlan, PlannedMember};
