@@ -252,3 +252,7 @@ fn dtype_name(dtype: Dtype) -> &'static str {
         other => other.safetensors_name(),
     }
 }
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

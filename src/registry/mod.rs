@@ -1,5 +1,6 @@
 //! Which generation is live, and scoring by it.
 
+mod call;
 mod compare;
 mod engine;
 mod generation;
@@ -11,8 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::watch;
 
+pub use call::{CallOptions, EngineError, ModelStamp, ScoreReply, Timing};
 pub use compare::{CompareOptions, CompareReply, Compared, group_agreement};
-pub use engine::{CallOptions, Engine, EngineError, EngineOptions, EngineParts, ModelStamp, ScoreReply, Timing};
+pub use engine::{Engine, EngineOptions, EngineParts};
 pub use generation::{
     Calibration, Encode, FingerprintParts, Generation, GenerationInfo, GenerationParts, InvalidCalibration, LoadedMember, MemberInfo,
     SCORE_SEMANTICS, TextInfo,

@@ -499,7 +499,7 @@ proptest! {
                                     prop_assert!(reward.is_none_or(|reward| reward == bench.model.score(ids)));
                                     prop_assert!(reward.is_some() || request.deadline_ms.is_some());
                                 }
-                                scored += rewards.len();
+                                scored += rewards.iter().flatten().count();
                             }
                             Err(EngineError::DeadlineExceeded) => {
                                 prop_assert!(request.deadline_ms.is_some());
@@ -525,7 +525,7 @@ proptest! {
         prop_assert_eq!(ended.len(), sent);
         prop_assert_eq!((bench.engine.scorer().queued_samples(), *admission.in_flight().borrow()), (0, 0));
         let forwarded = *seen.lock().expect("whole");
-        prop_assert!(scored > 0 && shed + late + left > 0 && forwarded >= scored - late, "{scored} {forwarded}");
+        prop_assert!(scored > 0 && shed + late + left > 0 && forwarded >= scored, "{scored} {forwarded}");
     }
 }
 

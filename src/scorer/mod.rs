@@ -1,15 +1,17 @@
 //! One device behind one bounded queue: admission, the pure policy of the queue, and the worker that owns the device.
 
 mod admission;
+mod job;
 mod metrics;
 mod queue;
 mod worker;
 
 pub use admission::{Admission, AdmissionOptions, Permit, Shed, ShedReason};
+pub use job::{Reply, SampleError, ScorerError, ScorerOptions, Submission};
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
 pub use queue::{Draw, JobId, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub(crate) use worker::panic_message;
-pub use worker::{Reply, SampleError, ScorerError, ScorerHandle, ScorerOptions, Submission, Worker, pair, spawn};
+pub use worker::{ScorerHandle, Worker, pair, spawn};
 
 /// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves
 /// consistent counts.

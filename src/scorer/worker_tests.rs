@@ -6,6 +6,7 @@ use std::task::{Context, Poll, Waker};
 
 use super::*;
 use crate::model::{Limits, ModelError};
+use crate::scorer::Permit;
 
 /// Gives every sample's sum of ids; panics, fails or forgets a sample where an id asks for it.
 #[derive(Default)]

@@ -1,0 +1,106 @@
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use super::*;
+use crate::checkpoint::fixture::{self, TINY, Tensors};
+use crate::domain::Truncation;
+
+fn member(dir: &Path, name: &str, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {
+    let mut tensors = fixture::llama(TINY, "F32", seed);
+    change(&mut tensors);
+    let path = dir.join(name);
+    fixture::write(&path, &fixture::config(TINY), &tensors, 1).expect("a temporary folder");
+    path
+}
+
+fn load(spec: &LoadSpec) -> Result<(Generation, Vec<Progress>), LoadError> {
+    let mut told = Vec::new();
+    let generation = load_generation(spec, GenerationId(1), &Clock::manual(), &mut |progress| told.push(progress))?;
+    Ok((generation, told))
+}
+
+/// The rewards of one text by every model of a lane.
+fn rewards(generation: &Generation, lane: &super::super::generation::Lane) -> Vec<f32> {
+    let encoding = generation.text.encode(&Sample::Text("abcde".to_owned()), Truncation::Refuse).expect("short");
+    let pack = Pack::new(&[Arc::new(encoding)]);
+    lane.models.iter().map(|model| model.forward(&pack).expect("scored")[0].values[0]).collect()
+}
+
+#[test]
+fn a_recipe_becomes_a_generation_that_says_what_it_is() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths = [member(dir.path(), "rm-0", |_| {}, 1), member(dir.path(), "rm-1", |_| {}, 2)];
+    let spec = LoadSpec { ensemble: Ensemble::Resident, ..LoadSpec::uniform(&paths).expect("two folders") };
+    let (generation, told) = load(&spec).expect("loads");
+    assert_eq!(generation.resident().map(|name| name.as_str()).collect::<Vec<_>>(), ["rm-0", "rm-1"]);
+    assert_eq!(generation.limits().max_tokens, 64);
+    assert_eq!((generation.info.method.as_str(), generation.info.dtype.as_str()), ("linear", "float32"));
+    assert_eq!((generation.info.text.pooling.as_str(), generation.info.text.pad_token_id), ("last_non_pad", Some(2)));
+    assert_eq!(generation.info.loaded, SystemTime::UNIX_EPOCH, "the clock that was handed in");
+    assert_eq!(generation.device_bytes(), 3 * generation.limits().device_bytes);
+    let mut stages: Vec<&str> = told.iter().map(|progress| progress.stage.as_str()).collect();
+    stages.dedup();
+    assert_eq!(stages, ["plan", "merge", "member rm-0", "member rm-1", "hash", "warm-up"]);
+    assert!(told.iter().all(|progress| progress.done <= progress.total));
+    // Each member beside the merge scores as it does alone.
+    let all = rewards(&generation, &generation.ensemble);
+    for (path, reward) in paths.iter().zip(&all[1..]) {
+        let (alone, _) = load(&LoadSpec::uniform(std::slice::from_ref(path)).expect("one folder")).expect("loads");
+        assert_eq!(rewards(&alone, &alone.merged), [*reward]);
+        assert!(!alone.members_loaded() && alone.fingerprint != generation.fingerprint);
+    }
+    assert_ne!(all[1], all[2]);
+    // The ensemble does not reach a score of the merged model, so both have one name.
+    let (without, _) = load(&LoadSpec { ensemble: Ensemble::Off, ..spec.clone() }).expect("loads");
+    assert_eq!(without.fingerprint, generation.fingerprint);
+    let (shorter, _) = load(&LoadSpec { max_tokens: Some(32), ..spec }).expect("loads");
+    assert_eq!(shorter.limits().max_tokens, 32);
+    assert_ne!(shorter.fingerprint, generation.fingerprint);
+}
+
+#[test]
+fn a_limit_that_nothing_can_hold_is_refused_by_its_name() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let spec = LoadSpec::uniform(&[member(dir.path(), "rm", |_| {}, 1)]).expect("one folder");
+    for (max_tokens, max_pack_tokens) in [(Some(0), 64), (Some(65), 100), (Some(64), 63)] {
+        let error = load(&LoadSpec { max_tokens, max_pack_tokens, ..spec.clone() }).expect_err("refused");
+        assert!(matches!(error, LoadError::Options { field: "max_tokens", .. }), "{error}");
+    }
+    let (small, _) = load(&LoadSpec { max_pack_tokens: 10, ..spec }).expect("loads");
+    assert_eq!(small.limits().max_tokens, 10, "no sample may exceed a pack");
+}
+
+#[test]
+fn what_cannot_be_loaded_names_its_cause() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let nan = member(
+        dir.path(),
+        "nan",
+        |tensors| {
+            tensors
+                .insert("score.weight".to_owned(), fixture::tensor("F32", &[1, TINY.hidden], std::iter::repeat_n(f32::NAN, TINY.hidden)));
+        },
+        1,
+    );
+    let error = load(&LoadSpec::uniform(&[nan]).expect("one folder")).expect_err("NaN");
+    let words = format!("{error}: {}", std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default());
+    assert!(words.contains("the merged model") && words.contains("score.weight"), "{words}");
+    let headless = member(dir.path(), "headless", |tensors| drop(tensors.remove("score.weight")), 1);
+    let error = load(&LoadSpec::uniform(&[headless]).expect("one folder")).expect_err("no head");
+    assert!(matches!(error, LoadError::Merge(_)), "{error}");
+    assert!(load(&LoadSpec::uniform(&[dir.path().join("nowhere")]).expect("one folder")).is_err());
+}
+
+#[test]
+fn a_model_that_does_not_answer_with_finite_scores_never_goes_live() {
+    use super::super::testing::{FakeModel, NAN};
+    let model = FakeModel::new(1.0);
+    let probe = |id: u32| [Arc::new(Encoding::for_test(vec![1])), Arc::new(Encoding::for_test(vec![id]))];
+    assert!(warm_up("it", model.as_ref(), &probe(2)).is_ok());
+    let error = warm_up("it", model.as_ref(), &probe(NAN)).expect_err("NaN");
+    assert_eq!(error.to_string(), "it does not answer: probe 1: the model's output is NaN, not a finite number");
+    let infinite = FakeModel::new(f32::INFINITY);
+    assert!(warm_up("it", infinite.as_ref(), &probe(2)).is_err());
+    assert_eq!(model.forwards.load(Ordering::Relaxed), 2);
+}
