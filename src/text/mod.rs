@@ -9,3 +9,4 @@ mod tokenizer;
 pub use encoding::Encoding;
 pub use options::{BosPolicy, EosPolicy, TemplateChoice, TextError, TextOptions, TextPolicy};
 pub use pipeline::{Explanation, TextPipeline};
+pub use template::TEMPLATE_ARGS;

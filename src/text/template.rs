@@ -3,13 +3,115 @@
 use std::collections::BTreeMap;
 
 use jiff::civil::DateTime;
-use minijinja::{Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
+use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig, value::Serde};
 
 use super::options::{TemplateChoice, TextError};
 use crate::{
     checkpoint::TextFacts,
-    domain::{Conversation, Failure, FailureKind},
+    domain::{Conversation, Failure, FailureKind, Turn},
 };
+
+mod functions;
+mod json;
+mod python;
+mod syntax;
+
+/// What one rendering may cost: one per instruction and per 64 bytes moved. A long conversation with a large template
+/// takes a hundredth; an endless loop is over in a fraction of a second.
+const FUEL: u64 = 4_000_000;
+/// How deep macros, loops and calls may nest; templates in use stay below 20.
+const MAX_RECURSION: usize = 120;
+/// A template may write this many bytes on its own, ...
+const MIN_OUTPUT_BYTES: usize = 2 << 20;
+/// ... and this many for each byte that the caller sent; indented JSON of short values is the widest honest use.
+const OUTPUT_FACTOR: usize = 32;
+
+/// The arguments that a caller may hand to a template. A list, because templates are programs and arguments are their
+/// input; special tokens, messages, tools and the template itself can never be replaced by one.
+pub const TEMPLATE_ARGS: [&str; 14] = [
+    "add_vision_id",
+    "builtin_tools",
+    "citation_mode",
+    "clear_thinking",
+    "date_string",
+    "documents",
+    "enable_thinking",
+    "keep_past_thinking",
+    "model_identity",
+    "preserve_thinking",
+    "reasoning_effort",
+    "safety_mode",
+    "thinking",
+    "tools_in_user_message",
+];
+
+/// The names under which the reasoning of a message is passed; templates read the first, or (gpt-oss) the second.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// A message as templates see it. As in transformers 5, fields that are null are absent, and reasoning that comes under
+/// one of its names is there under the two that templates read.
+fn message(turn: &Turn) -> serde_json::Value {
+    let given = |name: &str| turn.extra().get(name).filter(|value| !value.is_null());
+    let reasoning = REASONING.into_iter().find_map(given);
+    let mut fields = serde_json::Map::new();
+    if let Some(reasoning) = reasoning {
+        fields.insert("thinking".to_owned(), reasoning.clone());
+    }
+    fields.insert("role".to_owned(), turn.role().into());
+    fields.insert("content".to_owned(), turn.content().into());
+    fields.extend(turn.extra().iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name.clone(), value.clone())));
+    if let Some(reasoning) = reasoning {
+        fields.insert("reasoning_content".to_owned(), reasoning.clone());
+    }
+    serde_json::Value::Object(fields)
+}
+
+/// Bytes of text in a JSON value, and a few for each node. Its depth is bounded by the parser.
+fn json_size(value: &serde_json::Value) -> usize {
+    match value {
+        serde_json::Value::String(text) => text.len() + 8,
+        serde_json::Value::Array(items) => items.iter().map(json_size).sum::<usize>() + 8,
+        serde_json::Value::Object(fields) => fields.iter().map(|(name, item)| name.len() + json_size(item)).sum::<usize>() + 8,
+        _ => 8,
+    }
+}
+
+/// The words of `raise_exception`, or what the engine says.
+fn explain(error: &minijinja::Error) -> String {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(inner) = cause {
+        if let Some(functions::Refusal(message)) = inner.downcast_ref() {
+            return message.clone();
+        }
+        cause = inner.source();
+    }
+    match error.kind() {
+        ErrorKind::OutOfFuel => "the chat template takes too many steps for this conversation".to_owned(),
+        _ => format!("the chat template fails: {error}"),
+    }
+}
+
+/// Takes what a template writes, up to a limit.
+struct Capped {
+    bytes: Vec<u8>,
+    limit: usize,
+    full: bool,
+}
+
+impl std::io::Write for &mut Capped {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if bytes.len() > self.limit - self.bytes.len() {
+            self.full = true;
+            return Err(std::io::Error::other("too much output"));
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
 
 /// The compiled templates of one model.
 #[derive(Debug)]
@@ -46,12 +148,10 @@ impl Templates {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(|error| TextError(error.to_string()))?;
         environment.set_syntax(syntax);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_fuel(Some(5_000_000));
-        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_fuel(Some(FUEL));
+        environment.set_recursion_limit(MAX_RECURSION);
+        functions::install(&mut environment, time);
         let mut hasher = blake3::Hasher::new();
         let mut tells_the_time = false;
         let mut add = |entry: Option<(String, String)>| -> Result<Option<Source>, TextError> {
@@ -60,7 +160,7 @@ impl Templates {
             tells_the_time |= text.contains("strftime_now");
             let hash = *blake3::hash(text.as_bytes()).as_bytes();
             environment
-                .add_template_owned(name.clone(), text)
+                .add_template_owned(name.clone(), syntax::rewrite(&text))
                 .map_err(|error| TextError(format!("chat template {name:?} does not parse: {error}")))?;
             Ok(Some(Source { name, hash }))
         };
@@ -72,30 +172,57 @@ impl Templates {
         Ok(Self { environment, plain, with_tools, special_tokens: facts.special_tokens().clone(), tells_the_time, fingerprint })
     }
 
+    /// The conversation as the template writes it: no generation prompt, special tokens as variables, `tools` and
+    /// `documents` none where there are none. Its own refusal and every other failure of the template is a failure of
+    /// this sample; so is running out of fuel or of room for the output.
     pub(super) fn render(&self, conversation: &Conversation) -> Result<String, Failure> {
         let refused = |message: String| Failure::new(FailureKind::TemplateRefused, message);
         let source = match (&self.with_tools, conversation.tools()) {
             (Some(source), Some(_)) => source,
-            _ => self.plain.as_ref().ok_or_else(|| refused("the model has no chat template".to_owned()))?,
+            _ => self.plain.as_ref().ok_or_else(|| {
+                refused("the model has no chat template for conversations: send text, or set `template` in the configuration".to_owned())
+            })?,
         };
-        let messages: Vec<Value> = conversation
-            .turns()
-            .iter()
-            .map(|turn| {
-                let mut message = serde_json::Map::new();
-                message.insert("role".to_owned(), turn.role().into());
-                message.insert("content".to_owned(), turn.content().into());
-                message.extend(turn.extra().iter().map(|(k, v)| (k.clone(), v.clone())));
-                Value::from(Serde(message))
-            })
-            .collect();
-        let mut context: BTreeMap<String, Value> = self.special_tokens.iter().map(|(k, v)| (k.clone(), Value::from(v.as_str()))).collect();
-        context.insert("messages".to_owned(), Value::from(messages));
-        context.insert("tools".to_owned(), conversation.tools().map_or(Value::from(()), |tools| Value::from(Serde(tools))));
-        context.insert("documents".to_owned(), Value::from(()));
-        context.insert("add_generation_prompt".to_owned(), Value::from(false));
+        let (context, size) = self.context(conversation)?;
         let template = self.environment.get_template(&source.name).map_err(|error| refused(error.to_string()))?;
-        template.render(context).map_err(|error| refused(error.to_string()))
+        let limit = MIN_OUTPUT_BYTES + OUTPUT_FACTOR.saturating_mul(size);
+        let mut output = Capped { bytes: Vec::new(), limit, full: false };
+        let rendered = template.render_captured_to(context, &mut output).map(drop);
+        if output.full {
+            return Err(refused(format!("the chat template writes more than {limit} bytes for this conversation")));
+        }
+        rendered.map_err(|error| refused(explain(&error)))?;
+        String::from_utf8(output.bytes).map_err(|_| refused("the chat template writes broken UTF-8".to_owned()))
+    }
+
+    /// The template's variables, and the bytes of what came from the caller.
+    fn context(&self, conversation: &Conversation) -> Result<(BTreeMap<String, Value>, usize), Failure> {
+        let refused = |message: String| Failure::new(FailureKind::TemplateRefused, message);
+        let mut size = 0;
+        let mut take = |value: &serde_json::Value| {
+            size += json_size(value);
+            Value::from(Serde(value))
+        };
+        let messages: Vec<Value> = conversation.turns().iter().map(|turn| take(&message(turn))).collect();
+        let mut context: BTreeMap<String, Value> =
+            self.special_tokens.iter().map(|(name, token)| (name.clone(), Value::from(token.as_str()))).collect();
+        for (name, value) in conversation.template_args() {
+            if !TEMPLATE_ARGS.contains(&name.as_str()) {
+                return Err(refused(format!("template argument `{name}` is not one of {}", TEMPLATE_ARGS.join(", "))));
+            }
+            if name == "documents"
+                && !value.is_null()
+                && !value.as_array().is_some_and(|list| list.iter().all(serde_json::Value::is_object))
+            {
+                return Err(refused("template argument `documents`: expected a list of objects".to_owned()));
+            }
+            context.insert(name.clone(), take(value));
+        }
+        context.insert("messages".to_owned(), Value::from(messages));
+        context.insert("tools".to_owned(), conversation.tools().map_or(Value::from(()), take));
+        context.entry("documents".to_owned()).or_insert_with(|| Value::from(()));
+        context.insert("add_generation_prompt".to_owned(), Value::from(false));
+        Ok((context, size))
     }
 
     pub(super) fn name(&self) -> Option<&str> {
@@ -114,3 +241,7 @@ impl Templates {
         self.fingerprint
     }
 }
+
+#[cfg(test)]
+#[path = "template_tests.rs"]
+mod tests;
