@@ -87,3 +87,171 @@ fn token_ids_of_every_conformance_family_equal_those_of_transformers() {
         assert!(seen > 0, "{} holds no family", root.display());
     }
 }
+
+/// A whitespace tokenizer: `<s>` 0, `</s>` 1, `<unk>` 2, `a` to `f` 3 to 8, and a post-processor of this JSON.
+fn facts(post_processor: &str, config: &str) -> TextFacts {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("writable");
+    let added = |id: u32, content: &str| {
+        format!(
+            r#"{{"id":{id},"content":"{content}","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}}"#
+        )
+    };
+    let tokenizer = format!(
+        r#"{{"truncation":{{"direction":"Right","max_length":2,"strategy":"LongestFirst","stride":0}},
+        "added_tokens":[{},{}],"normalizer":null,"pre_tokenizer":{{"type":"Whitespace"}},"post_processor":{post_processor},"decoder":null,
+        "model":{{"type":"WordLevel","vocab":{{"<s>":0,"</s>":1,"<unk>":2,"a":3,"b":4,"c":5,"d":6,"e":7,"f":8}},"unk_token":"<unk>"}}}}"#,
+        added(0, "<s>"),
+        added(1, "</s>")
+    );
+    write("tokenizer.json", &tokenizer);
+    write("tokenizer_config.json", config);
+    write("chat_template.jinja", "{{ bos_token }} {% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}");
+    TextFacts::open(dir.path()).expect("text facts")
+}
+
+const TOKENS: &str = r#"{"bos_token":"<s>","eos_token":"</s>"}"#;
+const WITH_BOS: &str = r#"{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],
+    "pair":[{"SpecialToken":{"id":"<s>","type_id":0}},{"Sequence":{"id":"A","type_id":0}},{"SpecialToken":{"id":"</s>","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],
+    "special_tokens":{"<s>":{"id":"<s>","ids":[0],"tokens":["<s>"]},"</s>":{"id":"</s>","ids":[1],"tokens":["</s>"]}}}"#;
+
+fn pipeline(max_tokens: usize, change: impl FnOnce(&mut TextOptions)) -> TextPipeline {
+    let mut options = TextOptions::new(max_tokens, 9, date(2026, 1, 2).at(0, 0, 0, 0));
+    change(&mut options);
+    TextPipeline::new(&facts(WITH_BOS, TOKENS), options).expect("loads")
+}
+
+fn ids(pipeline: &TextPipeline, sample: &Sample, truncation: Truncation) -> Result<Vec<u32>, FailureKind> {
+    pipeline.encode(sample, truncation).map(|encoding| encoding.ids().to_vec()).map_err(|failure| failure.kind)
+}
+
+fn text(text: &str) -> Sample {
+    Sample::Text(text.to_owned())
+}
+
+#[test]
+fn bos_is_doubled_only_where_it_is_asked_for() {
+    let encode =
+        |bos: BosPolicy, input: &str| ids(&pipeline(9, |options| options.bos = bos), &text(input), Truncation::Refuse).expect("encodes");
+    assert_eq!(encode(BosPolicy::Auto, "a"), [0, 3]);
+    assert_eq!(encode(BosPolicy::Auto, "<s>a"), [0, 3]);
+    assert_eq!(encode(BosPolicy::AsIs, "<s>a"), [0, 0, 3]);
+    assert_eq!(encode(BosPolicy::Always, "<s>a"), [0, 3]);
+    assert_eq!(encode(BosPolicy::Never, "<s>a"), [3]);
+    let counted = pipeline(9, |_| {});
+    for input in ["<s>a", "a", "<s>b"] {
+        counted.encode(&text(input), Truncation::Refuse).expect("encodes");
+    }
+    assert_eq!(counted.doubled_bos(), 2);
+}
+
+#[test]
+fn a_template_brings_its_own_bos_and_policies_still_hold() {
+    let chat = Sample::Conversation(Conversation::user("a b"));
+    let encode = |bos: BosPolicy| ids(&pipeline(9, |options| options.bos = bos), &chat, Truncation::Refuse).expect("encodes");
+    assert_eq!(encode(BosPolicy::Auto), [0, 3, 4, 1]);
+    assert_eq!(encode(BosPolicy::Always), [0, 3, 4, 1]);
+    assert_eq!(encode(BosPolicy::Never), [3, 4, 1]);
+}
+
+#[test]
+fn eos_is_ensured_once_and_survives_every_cut() {
+    let ensured = pipeline(4, |options| options.eos = EosPolicy::Ensure);
+    assert_eq!(ids(&ensured, &text("a b"), Truncation::Refuse), Ok(vec![0, 3, 4, 1]));
+    assert_eq!(ids(&ensured, &text("a b </s>"), Truncation::Refuse), Ok(vec![0, 3, 4, 1]));
+    assert_eq!(ids(&ensured, &text("a b c d"), Truncation::Right), Ok(vec![0, 3, 4, 1]));
+    assert_eq!(ids(&ensured, &text("a b c d"), Truncation::Left), Ok(vec![0, 5, 6, 1]));
+    let chat = Sample::Conversation(Conversation::user("a b c d"));
+    assert_eq!(ids(&ensured, &chat, Truncation::Right), Ok(vec![0, 3, 4, 1]));
+    assert_eq!(ids(&ensured, &Sample::Tokens(vec![3, 4, 5, 6, 1]), Truncation::Right), Ok(vec![3, 4, 5, 1]));
+    assert_eq!(ids(&ensured, &Sample::Tokens(vec![3, 4]), Truncation::Refuse), Ok(vec![3, 4]));
+}
+
+#[test]
+fn cutting_never_takes_what_the_head_reads() {
+    let plain = pipeline(3, |_| {});
+    assert_eq!(ids(&plain, &text("a b c"), Truncation::Refuse), Err(FailureKind::TooLong));
+    assert_eq!(ids(&plain, &text("a b c"), Truncation::Right), Ok(vec![0, 3, 4]));
+    assert_eq!(ids(&plain, &text("a b c"), Truncation::Left), Ok(vec![0, 4, 5]));
+    assert_eq!(ids(&plain, &text("a b c </s>"), Truncation::Right), Err(FailureKind::TooLong));
+    let chat = Sample::Conversation(Conversation::user("a b c"));
+    assert_eq!(ids(&plain, &chat, Truncation::Right), Err(FailureKind::TooLong));
+    assert_eq!(ids(&plain, &chat, Truncation::Left), Ok(vec![4, 5, 1]));
+    let first = pipeline(3, |options| options.reads_last_token = false);
+    assert_eq!(ids(&first, &chat, Truncation::Right), Ok(vec![0, 3, 4]));
+    let pair = Sample::Pair { first: "a b c".to_owned(), second: "d".to_owned() };
+    assert_eq!(ids(&pipeline(5, |_| {}), &pair, Truncation::Right), Ok(vec![0, 3, 4, 1, 6]));
+    let failure = plain.encode(&text("a b c"), Truncation::Refuse).expect_err("too long");
+    assert_eq!(failure.message, "4 tokens, and the model takes at most 3");
+}
+
+#[test]
+fn ids_beyond_the_embedding_and_nothing_at_all_are_failures() {
+    let plain = pipeline(9, |options| options.bos = BosPolicy::Never);
+    assert_eq!(ids(&plain, &Sample::Tokens(vec![3, 9]), Truncation::Refuse), Err(FailureKind::UnknownToken));
+    assert_eq!(ids(&plain, &Sample::Tokens(vec![]), Truncation::Refuse), Err(FailureKind::Empty));
+    assert_eq!(ids(&plain, &text(""), Truncation::Refuse), Err(FailureKind::Empty));
+    let mut options = options();
+    options.vocab_rows = 8;
+    let error = TextPipeline::new(&facts(WITH_BOS, TOKENS), options).expect_err("id 8 has no row");
+    assert!(error.0.contains("\"f\" = 8"), "{error}");
+}
+
+#[test]
+fn flags_rebuild_the_post_processor_only_in_the_classes_that_heed_them() {
+    let with = |class: &str| {
+        format!(r#"{{"bos_token":"<s>","eos_token":"</s>","tokenizer_class":"{class}","add_bos_token":false,"add_eos_token":true}}"#)
+    };
+    let encode = |class: &str| {
+        let pipeline = TextPipeline::new(&facts(WITH_BOS, &with(class)), options()).expect("loads");
+        ids(&pipeline, &text("a"), Truncation::Refuse).expect("encodes")
+    };
+    assert_eq!(encode("LlamaTokenizerFast"), [3, 1]);
+    assert_eq!(encode("GemmaTokenizer"), [3, 1]);
+    assert_eq!(encode("PreTrainedTokenizerFast"), [0, 3]);
+}
+
+#[test]
+fn the_hash_names_every_choice() {
+    let hash = |change: fn(&mut TextOptions)| pipeline(9, change).hash();
+    let plain = hash(|_| {});
+    assert_eq!(plain, hash(|options| options.template_time = date(2027, 1, 1).at(0, 0, 0, 0)), "the template asks for no time");
+    assert_ne!(plain, hash(|options| options.bos = BosPolicy::Never));
+    assert_ne!(plain, hash(|options| options.eos = EosPolicy::Ensure));
+    assert_ne!(plain, hash(|options| options.max_tokens = 8));
+    assert_ne!(plain, hash(|options| options.template = crate::text::TemplateChoice::Source("x".to_owned())));
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_encodes_within_the_limit_or_fails(first in "\\PC*|[\\x00-\\x20 abcdef<s>/]*", second in ".*", limit in 1usize..12, side in 0usize..3, kind in 0..3) {
+        let pipeline = pipeline(limit, |_| {});
+        let truncation = [Truncation::Refuse, Truncation::Left, Truncation::Right][side];
+        let sample = match kind {
+            0 => Sample::Text(first),
+            1 => Sample::Pair { first, second },
+            _ => Sample::Conversation(Conversation::user(first).answered(second)),
+        };
+        if let Ok(encoding) = pipeline.encode(&sample, truncation) {
+            proptest::prop_assert!((1..=limit).contains(&encoding.tokens()));
+            proptest::prop_assert!(encoding.ids().iter().all(|&id| id < 9));
+            // A cut sample keeps the order of the whole, and is a part of it.
+            let whole = pipeline_ids(&sample);
+            let mut rest = whole.iter();
+            proptest::prop_assert!(encoding.ids().iter().all(|id| rest.any(|other| other == id)));
+            proptest::prop_assert_eq!(encoding.truncated(), whole.len() > limit);
+        }
+    }
+
+    #[test]
+    fn two_bodies_share_the_room_fairly(first in 0usize..50, second in 0usize..50, room in 1usize..60) {
+        let (a, b) = longest_first(first, second, room);
+        proptest::prop_assert!(a <= first && b <= second);
+        proptest::prop_assert_eq!(a + b, room.min(first + second));
+        proptest::prop_assert!(a == first || b == second || a.abs_diff(b) <= 1);
+    }
+}
+
+fn pipeline_ids(sample: &Sample) -> Vec<u32> {
+    ids(&pipeline(1 << 20, |_| {}), sample, Truncation::Refuse).expect("encodes without a limit")
+}

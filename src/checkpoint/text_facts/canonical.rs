@@ -63,8 +63,12 @@ impl Parts {
     }
 
     pub(super) fn differences(&self, other: &Self) -> Vec<String> {
-        let named =
-            self.named.iter().zip(&other.named).filter(|(a, b)| a.1 != b.1).map(|((name, _), _)| format!("the tokenizer's {name} differ"));
+        let named = self
+            .named
+            .iter()
+            .zip(&other.named)
+            .filter(|(a, b)| a.1 != b.1)
+            .map(|((name, _), _)| format!("the tokenizers differ in {name}"));
         let names = |a: &BTreeMap<String, Hash>, b: &BTreeMap<String, Hash>| {
             a.keys().chain(b.keys()).cloned().collect::<std::collections::BTreeSet<_>>()
         };
