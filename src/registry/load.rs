@@ -91,6 +91,14 @@ impl Encode for TextPipeline {
     }
 }
 
+/// The plan of a recipe and its text layer alone, without weights: what explains how a sample is read.
+pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, TextPipeline), LoadError> {
+    let plan = Arc::new(MergePlan::open(&spec.recipe)?);
+    let max_tokens = max_tokens(spec, plan.architecture())?;
+    let text = TextPipeline::new(plan.text(), text_options(spec, plan.architecture(), max_tokens, clock))?;
+    Ok((plan, text))
+}
+
 /// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
 /// probes. Blocks for as long as it takes; reading runs in the current rayon pool. `progress` is called often.
 pub fn load_generation(
@@ -101,10 +109,9 @@ pub fn load_generation(
 ) -> Result<Generation, LoadError> {
     let mut report = |stage: &str, done: u64, total: u64| progress(Progress { stage: stage.to_owned(), done, total });
     report("plan", 0, 1);
-    let plan = Arc::new(MergePlan::open(&spec.recipe)?);
-    let architecture = plan.architecture();
+    let (plan, text) = open_text(spec, clock)?;
+    let (architecture, text) = (plan.architecture(), Arc::new(text));
     let max_tokens = max_tokens(spec, architecture)?;
-    let text = Arc::new(TextPipeline::new(plan.text(), text_options(spec, architecture, max_tokens, clock))?);
     report("plan", 1, 1);
 
     let merged_source = Merged::new(plan.clone());
