@@ -1,6 +1,8 @@
 //! Assembly: settings to a running server, and its way down. The listener and the wish to stop are parameters, so that
 //! tests use port 0 and no signals.
 
+mod loading;
+
 use std::future::Future;
 use std::time::Duration;
 
@@ -15,6 +17,8 @@ use crate::scorer::{Admission, AdmissionOptions, ScorerMetrics, ScorerOptions};
 use crate::serve::convert::ConvertLimits;
 use crate::serve::{AdminError, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics};
 use crate::shutdown::Stop;
+
+pub use loading::{load_spec, loader, with_causes};
 
 /// Why the program cannot do what it was asked to.
 #[derive(Debug, thiserror::Error)]

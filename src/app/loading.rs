@@ -1,0 +1,84 @@
+//! Settings to what is to be loaded.
+
+use std::path::Path;
+
+use super::{AppError, Loader};
+use crate::checkpoint::Dtype;
+use crate::clock::Clock;
+use crate::config::{Config, EnsembleMode, ModelChoice};
+use crate::merge::Recipe;
+use crate::registry::{Calibration, Ensemble, LoadSpec, TextOverrides, load_generation};
+use crate::text::{BosPolicy, EosPolicy, TemplateChoice};
+
+fn wrong(place: &str, problem: impl ToString) -> AppError {
+    AppError::Config { place: place.to_owned(), problem: problem.to_string() }
+}
+
+/// The recipe and everything that is said about it. Reads the recipe's and the template's file.
+pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
+    let recipe = match &config.model {
+        None => return Err(wrong("model", "expected checkpoint folders, a recipe file, or a `model:` section; found none")),
+        Some(ModelChoice::RecipeFile(path)) => Recipe::from_file(path),
+        Some(ModelChoice::Recipe { yaml, base }) => Recipe::from_yaml(yaml, base),
+        Some(ModelChoice::Folders(folders)) => Recipe::uniform(folders),
+    };
+    let mut recipe = recipe.map_err(|error| wrong("model", error))?;
+    if config.dtype.is_some() {
+        recipe = recipe.with_dtype(Dtype::F32).ok_or_else(|| wrong("dtype", "no model runs in it"))?;
+    }
+    let calibration = config.calibration.as_ref().map(|given| {
+        Calibration::new(given.mean, given.std, given.samples, given.source.clone()).map_err(|error| wrong("calibration", error))
+    });
+    let bos = [BosPolicy::Auto, BosPolicy::Always, BosPolicy::Never, BosPolicy::AsIs];
+    let eos = [EosPolicy::AsIs, EosPolicy::Ensure];
+    let text = TextOverrides {
+        bos: bos.into_iter().find(|policy| policy.name() == config.text.bos).ok_or_else(|| wrong("text.bos", "unknown policy"))?,
+        eos: eos.into_iter().find(|policy| policy.name() == config.text.eos).ok_or_else(|| wrong("text.eos", "unknown policy"))?,
+        template: template(config.text.template.as_deref())?,
+        template_time: config.text.template_date.map(|date| date.to_datetime(jiff::civil::Time::midnight())),
+    };
+    Ok(LoadSpec {
+        ensemble: match config.ensemble {
+            EnsembleMode::Off => Ensemble::Off,
+            EnsembleMode::Resident => Ensemble::Resident,
+        },
+        text,
+        max_tokens: config.max_tokens,
+        max_pack_tokens: config.max_pack_tokens,
+        calibration: calibration.transpose()?,
+        ..LoadSpec::new(recipe)
+    })
+}
+
+fn template(given: Option<&str>) -> Result<TemplateChoice, AppError> {
+    match given {
+        None => Ok(TemplateChoice::Default),
+        // It is a file where it looks like one.
+        Some(path) if path.ends_with(".jinja") || path.contains('/') => {
+            let text = std::fs::read_to_string(Path::new(path)).map_err(|error| wrong("text.template", format!("{path}: {error}")))?;
+            Ok(TemplateChoice::Source(text))
+        }
+        Some(name) => Ok(TemplateChoice::Named(name.to_owned())),
+    }
+}
+
+/// Loads what the settings name, when it is called.
+pub fn loader(spec: LoadSpec, clock: Clock) -> Loader {
+    Box::new(move |id, progress| load_generation(&spec, id, &clock, progress).map_err(|error| with_causes(&error)))
+}
+
+/// An error with what caused it, on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_words = inner.to_string();
+        // Transparent wrappers repeat what they wrap.
+        if !words.ends_with(&inner_words) {
+            words.push_str(": ");
+            words.push_str(&inner_words);
+        }
+        cause = inner.source();
+    }
+    words
+}

@@ -1,0 +1,142 @@
+//! `warm score` and `warm explain`: the same scoring without a network.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+
+use super::arguments::ModelArgs;
+use super::progress::Reports;
+use super::{CommandError, Environment, instance, resolve, runtime};
+use crate::app::{App, load_spec, loader};
+use crate::client::Client;
+use crate::clock::Clock;
+use crate::domain::Truncation;
+use crate::offline::{self, Input, Scorer};
+use crate::registry::{CallOptions, open_text};
+use crate::scorer::Permit;
+use crate::telemetry;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Cut {
+    /// Keep the end of a sample that is too long.
+    Left,
+    /// Keep its beginning.
+    Right,
+}
+
+impl Cut {
+    fn truncation(cut: Option<Self>) -> Truncation {
+        match cut {
+            None => Truncation::Refuse,
+            Some(Self::Left) => Truncation::Left,
+            Some(Self::Right) => Truncation::Right,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ScoreArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Lines of JSON; `-` for standard input.
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    input: PathBuf,
+    /// Where the scores go, one line each; `-` for standard output.
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    output: PathBuf,
+    /// Every member's reward beside the merged model's.
+    #[arg(long)]
+    members: bool,
+    /// Cut samples that are too long, from this side; without it they fail.
+    #[arg(long, value_name = "SIDE")]
+    truncate: Option<Cut>,
+    /// Score through a running server at this address.
+    #[arg(long, value_name = "ADDR", conflicts_with = "checkpoints")]
+    connect: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExplainArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// One line of JSON in a file; `-` for standard input.
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    input: PathBuf,
+    /// As for `warm score`.
+    #[arg(long, value_name = "SIDE")]
+    truncate: Option<Cut>,
+}
+
+pub(super) fn run(arguments: ScoreArgs, environment: Environment) -> Result<ExitCode, CommandError> {
+    let options = offline::ScoreOptions { truncation: Cut::truncation(arguments.truncate), members: arguments.members };
+    let (input, output) = (open(&arguments.input)?, create(&arguments.output)?);
+    let runtime = runtime()?;
+    let scorer = match &arguments.connect {
+        Some(address) => Scorer::Remote(runtime.block_on(Client::connect(address))?),
+        None => Scorer::Engine(load(arguments.model, environment, arguments.members)?.0.engine().clone()),
+    };
+    let summary = runtime.block_on(offline::score_lines(input, output, &scorer, options))?;
+    eprintln!("{} lines, {} scores, {} failures, {} tokens", summary.lines, summary.scored, summary.failed, summary.tokens);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Result<ExitCode, CommandError> {
+    let truncation = Cut::truncation(arguments.truncate);
+    let mut line = String::new();
+    // One line is one input; more than a message may have is not read.
+    let mut input = io::Read::take(open(&arguments.input)?, 64 << 20);
+    input.read_line(&mut line).map_err(|error| CommandError::file(&arguments.input, error))?;
+    let item = offline::parse_line(&line).map_err(|error| CommandError::Other(format!("line 1: {error}")))?;
+    let samples = match item.input {
+        Input::One(sample) => vec![sample],
+        Input::Group(group) => group.samples().collect(),
+    };
+    let (app, spec) = load(arguments.model, environment, false)?;
+    let (_, text) = open_text(&spec, &Clock::system()).map_err(|error| CommandError::Other(error.to_string()))?;
+    let call = CallOptions { truncation, details: true, ..CallOptions::default() };
+    let engine = app.engine();
+    let reply = runtime()?.block_on(engine.score(samples.clone(), call, Permit::unlimited()));
+    let reply = reply.map_err(offline::OfflineError::from)?;
+    let mut out = io::stdout().lock();
+    for (sample, outcome) in samples.iter().zip(&reply.outcomes) {
+        offline::explain(&mut out, &text, sample, truncation, outcome.as_ref()).map_err(offline::OfflineError::Write)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The model of a command without a server, with progress on standard error.
+fn load(arguments: ModelArgs, environment: Environment, members: bool) -> Result<(App, crate::registry::LoadSpec), CommandError> {
+    let instance = instance(&environment);
+    let more: &[(&str, &str)] = if members { &[("ensemble", "resident")] } else { &[] };
+    let config = resolve(arguments, environment, more)?.config;
+    telemetry::start(config.log_format, &config.log_filter)?;
+    let spec = load_spec(&config)?;
+    let clock = Clock::system();
+    let app = App::new(&config, clock.clone(), instance)?;
+    let mut reports = Reports::new(clock.clone());
+    app.load(loader(spec.clone(), clock), &mut |progress| {
+        if let Some(words) = reports.say(&progress) {
+            eprintln!("{words}");
+        }
+    })?;
+    Ok((app, spec))
+}
+
+fn open(path: &Path) -> Result<Box<dyn BufRead>, CommandError> {
+    if path == Path::new("-") {
+        return Ok(Box::new(BufReader::new(io::stdin())));
+    }
+    let file = File::open(path).map_err(|error| CommandError::file(path, error))?;
+    Ok(Box::new(BufReader::new(file)))
+}
+
+fn create(path: &Path) -> Result<Box<dyn Write>, CommandError> {
+    if path == Path::new("-") {
+        return Ok(Box::new(BufWriter::new(io::stdout())));
+    }
+    let file = File::create(path).map_err(|error| CommandError::file(path, error))?;
+    Ok(Box::new(BufWriter::new(file)))
+}

@@ -1,0 +1,10 @@
+//! The same layers without a network: lines of JSON in, lines of JSON out. Through [`crate::client`] the scorer may also be
+//! a running server.
+
+mod explain;
+mod jsonl;
+mod score;
+
+pub use explain::explain;
+pub use jsonl::{Input, Item, LineError, parse_line};
+pub use score::{OfflineError, Scorer, ScoreOptions, Summary, score_lines};
