@@ -31,9 +31,7 @@ async fn start(settings: &[(&str, &str)], merged: Arc<FakeModel>, members: &[(&s
     let loading = app.load_in_background(Box::new(move |_, _| Ok(loaded)), Box::new(|_| {})).expect("thread");
     let (stop, stopped) = oneshot::channel();
     let (readiness, metrics) = (app.readiness().clone(), app.metrics().clone());
-    let task = tokio::spawn(async move {
-        app.serve(listener, loading, async { stopped.await.unwrap_or(Stop::Interrupt) }).await
-    });
+    let task = tokio::spawn(async move { app.serve(listener, loading, async { stopped.await.unwrap_or(Stop::Interrupt) }).await });
     readiness.watch().wait_for(|&phase| phase == Phase::Ready).await.expect("ready");
     let client = Client::connect(&address).await.expect("connected");
     Server { client, readiness, metrics, stop: Some(stop), task, address }
@@ -111,10 +109,8 @@ async fn one_bad_sample_among_many_costs_itself_alone() {
     let scores = server.client.score(score_of(&texts)).await.expect("scored").scores;
     let failed: Vec<_> = scores.iter().enumerate().filter(|(_, score)| score.reward.is_none()).map(|(i, _)| i).collect();
     assert_eq!((scores.len(), failed), (512, vec![100]));
-    let strict = wire::ScoreRequest {
-        options: Some(wire::ScoreOptions { strict: true, ..Default::default() }),
-        ..score_of(&["ok", &long])
-    };
+    let strict =
+        wire::ScoreRequest { options: Some(wire::ScoreOptions { strict: true, ..Default::default() }), ..score_of(&["ok", &long]) };
     let status = server.client.rewards().score(strict).await.expect_err("strict");
     assert_eq!(status.code(), Code::InvalidArgument);
     server.stopped().await;
@@ -156,10 +152,8 @@ async fn bad_requests_name_their_fields() {
     let status = server.client.rewards().score(score_of(&[&huge])).await.expect_err("huge");
     assert_eq!(status.code(), Code::OutOfRange);
     assert!(status.message().contains("10000"), "names the limit: {}", status.message());
-    let pinned = wire::ScoreRequest {
-        options: Some(wire::ScoreOptions { fingerprint: "ab".repeat(32), ..Default::default() }),
-        ..score_of(&["x"])
-    };
+    let pinned =
+        wire::ScoreRequest { options: Some(wire::ScoreOptions { fingerprint: "ab".repeat(32), ..Default::default() }), ..score_of(&["x"]) };
     assert_eq!(server.client.rewards().score(pinned).await.expect_err("pinned").code(), Code::FailedPrecondition);
     server.stopped().await;
 }
@@ -249,9 +243,8 @@ async fn before_a_model_is_loaded_health_says_no_and_scoring_is_unavailable() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("free port");
     let address = listener.local_addr().expect("address").to_string();
     let (stop, stopped) = oneshot::channel();
-    let task = tokio::spawn(async move {
-        app.serve(listener, std::future::pending(), async { stopped.await.unwrap_or(Stop::Interrupt) }).await
-    });
+    let task =
+        tokio::spawn(async move { app.serve(listener, std::future::pending(), async { stopped.await.unwrap_or(Stop::Interrupt) }).await });
     let client = Client::connect(&address).await.expect("connected");
     assert!(!client.is_serving("warm.v1.RewardService").await.expect("answer"));
     assert_eq!(client.rewards().score(score_of(&["x"])).await.expect_err("loading").code(), Code::Unavailable);

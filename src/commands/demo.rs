@@ -174,12 +174,7 @@ async fn measure(
 }
 
 /// How long one batch takes on the whole way there and back, how many scores it gave, and of how many tokens.
-async fn timed(
-    client: &Client,
-    groups: &[wire::PromptGroup],
-    scorer: &str,
-    clock: &Clock,
-) -> Result<(Duration, usize, u64), ClientError> {
+async fn timed(client: &Client, groups: &[wire::PromptGroup], scorer: &str, clock: &Clock) -> Result<(Duration, usize, u64), ClientError> {
     let options = wire::ScoreOptions { scorer: scorer.to_owned(), ..Default::default() };
     let request = wire::ScoreRequest { groups: groups.to_vec(), options: Some(options), ..Default::default() };
     let started = clock.now();

@@ -117,7 +117,7 @@ fn check_config(arguments: ModelArgs, environment: Environment) -> Result<ExitCo
     print!("{}", resolved.describe());
     if resolved.config.model.is_some() {
         let spec = crate::app::load_spec(&resolved.config)?;
-        print!("recipe as resolved:\n{}", spec.recipe.to_resolved_string());
+        println!("recipe as resolved:\n{}", spec.recipe.to_resolved_string().trim_end());
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,4 +7,4 @@ mod score;
 
 pub use explain::explain;
 pub use jsonl::{Input, Item, LineError, parse_line};
-pub use score::{OfflineError, Scorer, ScoreOptions, Summary, score_lines};
+pub use score::{OfflineError, ScoreOptions, Scorer, Summary, score_lines};

@@ -83,11 +83,7 @@ impl Drop for Admin {
 }
 
 fn router(shown: Shown) -> Router {
-    Router::new()
-        .route("/livez", get(async || "live\n"))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
-        .with_state(shown)
+    Router::new().route("/livez", get(async || "live\n")).route("/readyz", get(readyz)).route("/metrics", get(metrics)).with_state(shown)
 }
 
 async fn readyz(State(shown): State<Shown>) -> Response {

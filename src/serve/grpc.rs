@@ -142,8 +142,7 @@ impl RewardService for Handlers {
             convert::parse_score(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
         let (request_id, batch) = (parsed.request_id, parsed.batch);
         facts.asked(&request_id, batch.samples.len());
-        let reply =
-            self.edge.engine.score(batch.samples, call_options(parsed.asked, deadline), permit).await.map_err(status::status)?;
+        let reply = self.edge.engine.score(batch.samples, call_options(parsed.asked, deadline), permit).await.map_err(status::status)?;
         facts.answered(reply.outcomes.iter().flatten().map(|scored| scored.tokens as u64).sum());
         let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
         let folded = batch.shape.fold(scores);
@@ -195,10 +194,7 @@ impl ModelService for Handlers {
         self.live().map(Response::new).ok_or_else(not_ready)
     }
 
-    async fn list_generations(
-        &self,
-        _: Request<wire::ListGenerationsRequest>,
-    ) -> Result<Response<wire::ListGenerationsResponse>, Status> {
+    async fn list_generations(&self, _: Request<wire::ListGenerationsRequest>) -> Result<Response<wire::ListGenerationsResponse>, Status> {
         Ok(Response::new(wire::ListGenerationsResponse { generations: self.live().into_iter().collect() }))
     }
 }

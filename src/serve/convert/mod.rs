@@ -1,10 +1,12 @@
 //! Wire to domain and back, pure. What comes in is checked here, with every violation of a request named at once; what
 //! goes out is only spelled.
 
+mod parsed;
 mod request;
 mod response;
 mod violations;
 
-pub use request::{Asked, Batch, ConvertLimits, Folded, MemberScale, ParsedCompare, ParsedScore, Shape, parse_compare, parse_score};
+pub use parsed::{Asked, Batch, ConvertLimits, Folded, MemberScale, ParsedCompare, ParsedScore, Shape};
+pub use request::{parse_compare, parse_score};
 pub use response::{compare_group, compare_pair, comparison, generation, outcome, stamp, timing};
 pub use violations::{Violation, Violations};

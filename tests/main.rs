@@ -1,0 +1,6 @@
+//! The integration tests: one binary, so that everything links once. Areas:
+//!
+//! - `serve`: a real server of real checkpoints, over a socket: parity with the golden scores through the wire, and the
+//!   binary itself, from its arguments to its exit code after SIGTERM.
+
+mod serve;
