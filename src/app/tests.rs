@@ -3,11 +3,9 @@
 use std::sync::{Arc, Mutex, mpsc};
 
 use tokio::sync::oneshot;
-use tonic::Code;
-use tonic_types::StatusExt;
 
 use super::*;
-use crate::client::Client;
+use crate::client::{Client, ClientError};
 use crate::config::{Resolved, Sources};
 use crate::registry::testing::{FakeModel, generation};
 use crate::wire::{self, prompt_group, sample::Input};
@@ -16,25 +14,30 @@ struct Server {
     client: Client,
     readiness: Readiness,
     metrics: prometheus::Registry,
+    in_flight: tokio::sync::watch::Receiver<usize>,
     stop: Option<oneshot::Sender<Stop>>,
     task: tokio::task::JoinHandle<Result<(), AppError>>,
     address: String,
 }
 
 async fn start(settings: &[(&str, &str)], merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> Server {
+    start_at(Clock::system(), settings, merged, members).await
+}
+
+async fn start_at(clock: Clock, settings: &[(&str, &str)], merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> Server {
     let flags = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let config = Resolved::new(Sources { flags, ..Sources::default() }).expect("settings").config;
-    let app = App::new(&config, Clock::system(), "test".to_owned()).expect("app");
+    let app = App::new(&config, clock, "test".to_owned()).expect("app");
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("free port");
     let address = listener.local_addr().expect("address").to_string();
     let loaded = generation(1, merged, members);
     let loading = app.load_in_background(Box::new(move |_, _| Ok(loaded)), Box::new(|_| {})).expect("thread");
     let (stop, stopped) = oneshot::channel();
-    let (readiness, metrics) = (app.readiness().clone(), app.metrics().clone());
+    let (readiness, metrics, in_flight) = (app.readiness().clone(), app.metrics().clone(), app.admission.in_flight());
     let task = tokio::spawn(async move { app.serve(listener, loading, async { stopped.await.unwrap_or(Stop::Interrupt) }).await });
     readiness.watch().wait_for(|&phase| phase == Phase::Ready).await.expect("ready");
     let client = Client::connect(&address).await.expect("connected");
-    Server { client, readiness, metrics, stop: Some(stop), task, address }
+    Server { client, readiness, metrics, in_flight, stop: Some(stop), task, address }
 }
 
 impl Server {
@@ -53,6 +56,10 @@ impl Server {
         let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
         value.unwrap_or_else(|| panic!("no series {series} in\n{text}"))
     }
+}
+
+fn code<T: std::fmt::Debug>(result: Result<T, ClientError>) -> &'static str {
+    result.expect_err("refused").code().expect("the server answers")
 }
 
 fn text(text: &str) -> wire::Sample {
@@ -111,8 +118,7 @@ async fn one_bad_sample_among_many_costs_itself_alone() {
     assert_eq!((scores.len(), failed), (512, vec![100]));
     let strict =
         wire::ScoreRequest { options: Some(wire::ScoreOptions { strict: true, ..Default::default() }), ..score_of(&["ok", &long]) };
-    let status = server.client.rewards().score(strict).await.expect_err("strict");
-    assert_eq!(status.code(), Code::InvalidArgument);
+    assert_eq!(code(server.client.score(strict).await), "INVALID_ARGUMENT");
     server.stopped().await;
 }
 
@@ -130,7 +136,7 @@ async fn compares_the_merged_model_with_its_members() {
     assert_eq!((a.member_rewards.as_slice(), a.mean, a.std, a.gap), (&[97.0, 291.0][..], Some(194.0), Some(97.0), Some(0.0)));
     assert_eq!((group.best_by_merged, group.votes.as_slice(), group.kendall_tau), (Some(1), &[0, 2][..], Some(1.0)));
     let unknown = wire::CompareRequest { samples: vec![text("x")], members: vec!["rm-9".into()], ..Default::default() };
-    assert_eq!(server.client.rewards().compare(unknown).await.expect_err("unknown").code(), Code::NotFound);
+    assert_eq!(code(server.client.compare(unknown).await), "NOT_FOUND");
     server.stopped().await;
 }
 
@@ -138,41 +144,46 @@ async fn compares_the_merged_model_with_its_members() {
 async fn a_comparison_without_resident_members_is_a_failed_precondition() {
     let server = start(&[], FakeModel::new(2.0), &[]).await;
     let request = wire::CompareRequest { samples: vec![text("x")], ..Default::default() };
-    assert_eq!(server.client.rewards().compare(request).await.expect_err("off").code(), Code::FailedPrecondition);
+    assert_eq!(code(server.client.compare(request).await), "FAILED_PRECONDITION");
     server.stopped().await;
 }
 
 #[tokio::test]
 async fn bad_requests_name_their_fields() {
     let server = start(&[("message.max_decode", "10kB")], FakeModel::new(1.0), &[]).await;
-    let status = server.client.rewards().score(wire::ScoreRequest::default()).await.expect_err("empty");
-    assert_eq!(status.code(), Code::InvalidArgument);
-    assert_eq!(status.get_details_bad_request().expect("details").field_violations[0].field, "samples");
+    match server.client.score(wire::ScoreRequest::default()).await {
+        Err(ClientError::Status { code: "INVALID_ARGUMENT", violations, .. }) => assert_eq!(violations[0].0, "samples"),
+        other => panic!("{other:?}"),
+    }
     let huge = "x".repeat(20_000);
-    let status = server.client.rewards().score(score_of(&[&huge])).await.expect_err("huge");
-    assert_eq!(status.code(), Code::OutOfRange);
-    assert!(status.message().contains("10000"), "names the limit: {}", status.message());
+    match server.client.score(score_of(&[&huge])).await {
+        Err(ClientError::Status { code: "OUT_OF_RANGE", message, .. }) => assert!(message.contains("10000"), "names the limit: {message}"),
+        other => panic!("{other:?}"),
+    }
     let pinned =
         wire::ScoreRequest { options: Some(wire::ScoreOptions { fingerprint: "ab".repeat(32), ..Default::default() }), ..score_of(&["x"]) };
-    assert_eq!(server.client.rewards().score(pinned).await.expect_err("pinned").code(), Code::FailedPrecondition);
+    assert_eq!(code(server.client.score(pinned).await), "FAILED_PRECONDITION");
     server.stopped().await;
 }
 
 #[tokio::test]
 async fn a_deadline_answers_deadline_exceeded_also_while_queued() {
     let (model, release, mut entered) = gated();
-    let server = start(&[], model, &[]).await;
+    // By a clock in the test's hand, because on a busy machine the client's own timer may win by milliseconds.
+    let clock = Clock::manual();
+    let mut server = start_at(clock.clone(), &[], model, &[]).await;
     let busy = tokio::spawn({
         let client = server.client.clone();
         async move { client.score(score_of(&["busy"])).await }
     });
     entered.recv().await.expect("inside the forward");
-    for _ in 0..20 {
-        let mut request = tonic::Request::new(score_of(&["queued"]));
-        request.set_timeout(Duration::from_millis(50));
-        let status = server.client.rewards().score(request).await.expect_err("deadline");
-        assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
-    }
+    let queued = tokio::spawn({
+        let client = server.client.clone();
+        async move { client.score_within(score_of(&["queued"]), Duration::from_secs(3600)).await }
+    });
+    server.in_flight.wait_for(|&requests| requests == 2).await.expect("server runs");
+    clock.advance(Duration::from_secs(3600));
+    assert_eq!(code(queued.await.expect("no panic")), "DEADLINE_EXCEEDED");
     drop(release);
     busy.await.expect("no panic").expect("the busy one is answered");
     server.stopped().await;
@@ -187,9 +198,12 @@ async fn beyond_the_bound_requests_are_shed_with_a_time_to_come_back() {
         async move { client.score(score_of(&["busy"])).await }
     });
     entered.recv().await.expect("inside the forward");
-    let status = server.client.rewards().score(score_of(&["more"])).await.expect_err("shed");
-    assert_eq!(status.code(), Code::ResourceExhausted);
-    assert_eq!(status.get_details_retry_info().and_then(|info| info.retry_delay), Some(Duration::from_millis(250)));
+    match server.client.score(score_of(&["more"])).await {
+        Err(ClientError::Status { code: "RESOURCE_EXHAUSTED", retry_after, .. }) => {
+            assert_eq!(retry_after, Some(Duration::from_millis(250)));
+        }
+        other => panic!("{other:?}"),
+    }
     assert!(server.client.is_serving("").await.expect("health answers under load"));
     assert!(server.client.get_model().await.is_ok(), "operators come through");
     assert_eq!(server.metric("warm_serve_shed_total{reason=\"requests\"}"), 1.0);
@@ -214,7 +228,7 @@ async fn a_stop_finishes_what_is_in_flight_and_refuses_what_is_new() {
     server.readiness.watch().wait_for(|&phase| phase == Phase::Stopping).await.expect("stopping");
     while let Ok(Some(_)) = watch.message().await {}
     // The connection may be closed already, which the client's transport tells in its own words.
-    second.rewards().score(score_of(&["late"])).await.expect_err("draining");
+    second.score(score_of(&["late"])).await.expect_err("draining");
     drop(release);
     let scores = accepted.await.expect("no panic").expect("what was accepted is answered").scores;
     assert_eq!(scores.len(), 1);
@@ -247,7 +261,7 @@ async fn before_a_model_is_loaded_health_says_no_and_scoring_is_unavailable() {
         tokio::spawn(async move { app.serve(listener, std::future::pending(), async { stopped.await.unwrap_or(Stop::Interrupt) }).await });
     let client = Client::connect(&address).await.expect("connected");
     assert!(!client.is_serving("warm.v1.RewardService").await.expect("answer"));
-    assert_eq!(client.rewards().score(score_of(&["x"])).await.expect_err("loading").code(), Code::Unavailable);
+    assert_eq!(code(client.score(score_of(&["x"])).await), "UNAVAILABLE");
     stop.send(Stop::Interrupt).expect("server runs");
     task.await.expect("no panic").expect("a stop during the load is clean");
 }

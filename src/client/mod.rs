@@ -8,6 +8,7 @@ use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_types::StatusExt;
 
 use crate::wire;
 use crate::wire::model_service_client::ModelServiceClient;
@@ -26,12 +27,36 @@ pub enum ClientError {
     #[error("no connection to {address}: {problem}")]
     Connect { address: String, problem: String },
     #[error("the server answers {code}: {message}")]
-    Status { code: String, message: String },
+    Status {
+        /// As gRPC spells it, such as `RESOURCE_EXHAUSTED`.
+        code: &'static str,
+        message: String,
+        /// When the server wants to be asked again.
+        retry_after: Option<Duration>,
+        /// The fields that are wrong, with what is wrong with them.
+        violations: Vec<(String, String)>,
+    },
+}
+
+impl ClientError {
+    /// The code of the server's answer; `None` where it gave none.
+    pub fn code(&self) -> Option<&'static str> {
+        match self {
+            Self::Status { code, .. } => Some(code),
+            Self::Address { .. } | Self::Connect { .. } => None,
+        }
+    }
 }
 
 impl From<Status> for ClientError {
     fn from(status: Status) -> Self {
-        Self::Status { code: crate::wire::code_name(status.code()).to_owned(), message: status.message().to_owned() }
+        let violations = status.get_details_bad_request().map(|details| details.field_violations).unwrap_or_default();
+        Self::Status {
+            code: wire::code_name(status.code()),
+            message: status.message().to_owned(),
+            retry_after: status.get_details_retry_info().and_then(|info| info.retry_delay),
+            violations: violations.into_iter().map(|violation| (violation.field, violation.description)).collect(),
+        }
     }
 }
 
@@ -82,6 +107,13 @@ impl Client {
     }
 
     pub async fn score(&self, request: wire::ScoreRequest) -> Result<wire::ScoreResponse, ClientError> {
+        Ok(self.rewards().score(request).await?.into_inner())
+    }
+
+    /// The same with a deadline, which travels with the request.
+    pub async fn score_within(&self, request: wire::ScoreRequest, timeout: Duration) -> Result<wire::ScoreResponse, ClientError> {
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(timeout);
         Ok(self.rewards().score(request).await?.into_inner())
     }
 

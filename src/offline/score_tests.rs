@@ -66,7 +66,7 @@ async fn truncation_is_done_only_where_it_is_asked_for() {
     let (refused, _) = run(&long, &engine(false), ScoreOptions::default()).await;
     assert_eq!(refused[0]["failure"]["kind"], "too_long");
     let (cut, _) = run(&long, &engine(false), ScoreOptions { truncation: Truncation::Left, members: false }).await;
-    assert_eq!((&cut[0]["tokens"], &cut[0]["truncated"]), (&json!(64), &json!(true)));
+    assert_eq!(cut[0]["tokens"], 64);
 }
 
 #[test]
