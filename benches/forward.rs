@@ -93,12 +93,8 @@ fn products(tokens: usize) -> impl FnMut() {
         let weight = Tensor::randn(0f32, 1., (outputs, inputs), &device).expect("weight").t().expect("transposed");
         (x, weight)
     };
-    let shapes = [
-        pair(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
-        pair(HEADS * HEAD_DIM, HIDDEN),
-        pair(HIDDEN, 2 * INNER),
-        pair(INNER, HIDDEN),
-    ];
+    let shapes =
+        [pair(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM), pair(HEADS * HEAD_DIM, HIDDEN), pair(HIDDEN, 2 * INNER), pair(INNER, HIDDEN)];
     move || {
         for _ in 0..LAYERS {
             for (x, weight) in &shapes {

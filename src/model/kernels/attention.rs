@@ -230,9 +230,9 @@ impl Tile {
     fn products(&self, keys: &[f32]) -> [[f32; BLOCK]; TILE] {
         let mut products = [[0.0f32; BLOCK]; TILE];
         for (d, key) in keys.chunks_exact(BLOCK).enumerate() {
-            for slot in 0..TILE {
+            for (slot, products) in products.iter_mut().enumerate() {
                 let query = self.query[slot * self.dim + d];
-                for (product, key) in products[slot].iter_mut().zip(key) {
+                for (product, key) in products.iter_mut().zip(key) {
                     *product = query.mul_add(*key, *product);
                 }
             }
