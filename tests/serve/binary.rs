@@ -1,10 +1,19 @@
 //! The binary, from its arguments to its exit code.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+
+use warm::client::Client;
+use warm::wire::{self, sample::Input};
 
 fn warm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_warm"));
+    // The settings of whoever runs the tests are not the test's.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("WARM_")) {
+        command.env_remove(name);
+    }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -22,15 +31,29 @@ fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
     panic!("the log ended before `{words}`");
 }
 
-fn serve() -> Child {
+fn serve<P: AsRef<std::ffi::OsStr>>(folders: impl IntoIterator<Item = P>) -> Child {
     let mut command = warm();
     command.args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s"]);
-    command.args(super::members()).spawn().expect("started")
+    command.args(folders).spawn().expect("started")
+}
+
+fn terminate(server: &Child) {
+    let killed = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+}
+
+/// The answer of the admin port.
+fn admin(address: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).expect("admin port");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("answer");
+    answer
 }
 
 #[test]
 fn sigterm_drains_and_exits_with_zero_and_health_says_so_before() {
-    let mut server = serve();
+    let mut server = serve(super::members());
     let mut log = BufReader::new(server.stderr.take().expect("piped"));
     let address = wait_for(&mut log, "listening", "grpc").expect("address");
     wait_for(&mut log, "ready", "");
@@ -44,12 +67,47 @@ fn sigterm_drains_and_exits_with_zero_and_health_says_so_before() {
     assert_eq!(line["id"], 5);
     assert!(line["reward"].is_number(), "{line}");
 
-    let killed = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().expect("kill");
-    assert!(killed.success());
+    terminate(&server);
     let mut rest = String::new();
     log.read_to_string(&mut rest).expect("log");
     assert_eq!(server.wait().expect("ended").code(), Some(0), "{rest}");
     assert!(rest.contains("stopped"), "{rest}");
+}
+
+/// Long enough that a signal comes while it is being scored.
+fn long_request() -> wire::ScoreRequest {
+    let ids = |i: u32| (0..200).map(|k| 10 + (i * 31 + k * 7) % 4000).collect();
+    let sample = |i| wire::Sample { input: Some(Input::Tokens(wire::TokenIds { ids: ids(i) })) };
+    wire::ScoreRequest { samples: (0..400).map(sample).collect(), ..Default::default() }
+}
+
+#[test]
+fn what_is_in_flight_at_sigterm_is_answered_in_full() {
+    let mut server = serve([Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/family/rm-0")]);
+    let mut log = BufReader::new(server.stderr.take().expect("piped"));
+    let mut listening = String::new();
+    while !listening.contains("listening") {
+        listening.clear();
+        assert!(log.read_line(&mut listening).expect("log") > 0, "the log ended");
+    }
+    let address = |name: &str| {
+        let (_, rest) = listening.split_once(&format!("{name}=")).expect("an address");
+        rest.split_whitespace().next().expect("an address").to_owned()
+    };
+    let (grpc, probes) = (address("grpc"), address("admin"));
+    wait_for(&mut log, "ready", "");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
+    let asked = runtime.spawn(async move { Client::connect(&grpc).await.expect("connected").score(long_request()).await });
+    // Packs are being run for it, and not yet all of them.
+    while !admin(&probes, "/metrics").contains("warm_scorer_in_flight_requests 1") {
+        assert!(!asked.is_finished(), "answered before the signal");
+    }
+    terminate(&server);
+    let response = runtime.block_on(asked).expect("no panic").expect("answered");
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).expect("log");
+    assert_eq!(server.wait().expect("ended").code(), Some(0), "{rest}");
+    assert_eq!(response.scores.iter().filter(|score| score.reward.is_some()).count(), 400);
 }
 
 #[test]

@@ -2,7 +2,11 @@
 
 #[cfg(unix)]
 mod binary;
+mod deadline;
+mod faults;
+mod inputs;
 mod parity;
+mod running;
 
 use std::path::{Path, PathBuf};
 

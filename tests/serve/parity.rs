@@ -1,13 +1,9 @@
 //! What comes over the wire is what transformers computes, for samples and for groups.
 
 use serde_json::Value;
-use tokio::sync::oneshot;
-use warm::app::{App, load_spec, loader};
-use warm::client::Client;
-use warm::clock::Clock;
-use warm::config::{Resolved, Sources};
-use warm::shutdown::Stop;
 use warm::wire::{self, sample::Input};
+
+use super::running::Running;
 
 fn near(found: f32, golden: &Value) -> bool {
     let golden = golden.as_f64().expect("a golden score");
@@ -38,22 +34,8 @@ fn sample(case: &Value) -> wire::Sample {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_merged_model_and_its_members_score_as_transformers_does() {
-    let flags = vec![("ensemble".to_owned(), "resident".to_owned())];
-    let config = Resolved::new(Sources { flags, folders: super::members(), ..Sources::default() }).expect("settings").config;
-    let clock = Clock::system();
-    let app = App::new(&config, clock.clone(), "test".to_owned()).expect("app");
-    app.load(loader(load_spec(&config).expect("recipe"), clock), &mut |_| {}).expect("loaded");
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("free port");
-    let address = listener.local_addr().expect("address").to_string();
-    let (stop, stopped) = oneshot::channel::<()>();
-    let server = tokio::spawn(async move {
-        let stop = async {
-            let _ = stopped.await;
-            Stop::Interrupt
-        };
-        app.serve(listener, std::future::ready(Ok(())), stop).await
-    });
-    let client = Client::connect(&address).await.expect("connected");
+    let server = Running::start(super::members(), &[("ensemble", "resident")]).await;
+    let client = &server.client;
     let cases = super::golden();
     let request = wire::CompareRequest { samples: cases.iter().map(sample).collect(), ..Default::default() };
     let response = client.compare(request).await.expect("compared");
@@ -72,7 +54,5 @@ async fn the_merged_model_and_its_members_score_as_transformers_does() {
     let alone = wire::ScoreRequest { samples: vec![sample(&cases[0])], ..Default::default() };
     let alone = client.score(alone).await.expect("scored").scores[0].reward;
     assert_eq!(alone, response.samples[0].merged.as_ref().and_then(|merged| merged.reward));
-    drop(client);
-    drop(stop);
-    server.await.expect("no panic").expect("clean stop");
+    server.stopped().await;
 }
