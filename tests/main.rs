@@ -1,6 +1,8 @@
 //! The integration tests: one binary, so that everything links once. Areas:
 //!
 //! - `serve`: a real server of real checkpoints, over a socket: parity with the golden scores through the wire, and the
-//!   binary itself, from its arguments to its exit code after SIGTERM.
+//!   binary itself, from its arguments to its exit code after SIGTERM; mistakes of callers and broken checkpoints.
+//! - `readme`: the tables of the README are what the code says.
 
+mod readme;
 mod serve;

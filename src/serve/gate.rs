@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
+use tracing::Instrument;
 
 use super::metrics::{RPCS, ServeMetrics};
 use super::status;
@@ -48,7 +49,9 @@ struct Facts {
 }
 
 impl CallFacts {
+    /// Also names the request in the call's span, which is the current one of its handler.
     pub(super) fn asked(&self, request_id: &str, samples: usize) {
+        tracing::Span::current().record("request_id", request_id);
         let mut facts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         (facts.request_id, facts.samples) = (request_id.to_owned(), samples);
     }
@@ -122,7 +125,8 @@ where
                 }
             }
         }
-        let answer = inner.call(request);
+        // The handler runs inside the call's span, which therefore travels through the queue with what it submits.
+        let answer = call.span.in_scope(|| inner.call(request)).instrument(call.span.clone());
         Box::pin(async move {
             let expired = async {
                 match deadline {
@@ -149,13 +153,15 @@ struct Call {
     rpc: Rpc,
     started: Instant,
     facts: CallFacts,
+    span: tracing::Span,
     ended: bool,
 }
 
 impl Call {
     fn start(options: Arc<GateOptions>, rpc: Rpc) -> Self {
         options.metrics.started(rpc.name);
-        Self { started: options.clock.now(), rpc, facts: CallFacts::default(), ended: false, options }
+        let span = tracing::debug_span!("request", rpc = rpc.name, request_id = tracing::field::Empty);
+        Self { started: options.clock.now(), rpc, facts: CallFacts::default(), span, ended: false, options }
     }
 
     fn refuse(&mut self, status: Status) -> http::Response<Body> {
@@ -170,15 +176,17 @@ impl Call {
         let took = self.options.clock.now().saturating_duration_since(self.started);
         self.options.metrics.ended(self.rpc.name, code, took);
         let facts = self.facts.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        tracing::debug!(
-            request_id = %facts.request_id,
-            rpc = self.rpc.name,
-            code = code_name(code),
-            samples = facts.samples,
-            tokens = facts.tokens,
-            ms = took.as_secs_f64() * 1e3,
-            "request"
-        );
+        self.span.in_scope(|| {
+            tracing::debug!(
+                request_id = %facts.request_id,
+                rpc = self.rpc.name,
+                code = code_name(code),
+                samples = facts.samples,
+                tokens = facts.tokens,
+                ms = took.as_secs_f64() * 1e3,
+                "request"
+            );
+        });
     }
 }
 

@@ -114,6 +114,35 @@ async fn a_call_whose_caller_goes_is_counted_as_cancelled() {
     assert_eq!(fixture.count("Score", "CANCELLED"), 1.0);
 }
 
+#[tokio::test]
+async fn a_handler_runs_inside_the_span_of_its_call() {
+    // With a single subscriber, a thread that has none could switch the span off for everybody; with two, all are asked.
+    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
+    let _subscriber = tracing::subscriber::set_default(tracing_subscriber::registry());
+    let fixture = fixture(1);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let look = {
+        let seen = seen.clone();
+        move || {
+            let span = tracing::Span::current();
+            let has_id = span.metadata().is_some_and(|metadata| metadata.fields().field("request_id").is_some());
+            seen.lock().expect("one thread").push((span.metadata().map(|metadata| metadata.name()), has_id));
+        }
+    };
+    let mut gate = fixture.layer.layer(tower::service_fn(move |_| {
+        let look = look.clone();
+        // While it is called, and while it is polled.
+        look();
+        async move {
+            tokio::task::yield_now().await;
+            look();
+            Ok::<_, Infallible>(http::Response::new(Body::empty()))
+        }
+    }));
+    gate.call(request(SCORE, None)).await.expect("infallible");
+    assert_eq!(*seen.lock().expect("one thread"), [(Some("request"), true); 2]);
+}
+
 #[test]
 fn timeouts_are_read_as_grpc_writes_them() {
     assert_eq!(parse_timeout(b"250m"), Some(Duration::from_millis(250)));
