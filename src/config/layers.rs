@@ -96,7 +96,7 @@ pub(super) fn file(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Fi
             };
             let key = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
             match value {
-                Value::Mapping(_) if key == "model" => match serde_norway::to_string(&value) {
+                value if key == "model" => match serde_norway::to_string(&value) {
                     Ok(recipe) => read.recipe = Some(recipe),
                     Err(error) => refuse(&key, error.to_string()),
                 },

@@ -14,6 +14,7 @@ use std::time::Duration;
 pub use layers::{ConfigError, Given, Origin};
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
+use crate::merge::Recipe;
 use crate::telemetry::LogFormat;
 use layers::Layer;
 
@@ -148,6 +149,12 @@ impl Resolved {
             errors.push(ConfigError { place: format!("{}: model", path.display()), problem });
         }
         let values = Layer::defaults().under(file.layer).under(environment).under(flags);
+        if let (Some(recipe), Some((path, _))) = (&file.recipe, &sources.file)
+            && let Err(wrong) = Recipe::from_yaml(recipe, &base)
+        {
+            let place = format!("{}: model", path.display());
+            errors.extend(wrong.problems.into_iter().map(|problem| ConfigError { place: place.clone(), problem }));
+        }
         let mut reader = Reader { values: &values.0, errors: &mut errors };
         let model = reader.model(&sources.folders, file.recipe, &base);
         let config = reader.config(model, &base);

@@ -53,6 +53,16 @@ fn unknown_names_are_mistakes_in_every_source() {
 }
 
 #[test]
+fn the_mistakes_of_the_recipe_stand_among_the_others() {
+    let found = mistakes(resolve("listen: x\nmodel:\n  metod: linear\n  members: [a, {path: b, coefficent: 2}]\n", &[], &[]));
+    assert_eq!(found.len(), 3, "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.starts_with("conf/warm.yaml: model: ") && mistake.contains("metod")), "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.contains("members[1]") && mistake.contains("coefficent")), "{found:#?}");
+    let found = mistakes(resolve("model: ./recipe.yaml\n", &[], &[]));
+    assert!(found.len() == 1 && found[0].starts_with("conf/warm.yaml: model: "), "{found:#?}");
+}
+
+#[test]
 fn every_mistake_is_reported_at_once_with_its_origin() {
     let file = "listen: nowhere\nmax_pack_tokens: 0\ndrain: {delay: 5}\nensemble: [1]\n";
     let found = mistakes(resolve(file, &[("WARM_CALIBRATION__MEAN", "1")], &[("message.max_decode", "huge")]));
@@ -75,7 +85,7 @@ fn a_recipe_stands_in_the_file_or_is_named_but_not_both() {
     assert_eq!(named.config.model, Some(ModelChoice::RecipeFile(PathBuf::from("conf/r.yaml"))));
     let flag = resolve("recipe: r.yaml\n", &[], &[("recipe", "other.yaml")]).expect("valid");
     assert_eq!(flag.config.model, Some(ModelChoice::RecipeFile(PathBuf::from("other.yaml"))));
-    assert_eq!(mistakes(resolve("recipe: r.yaml\nmodel: {members: []}\n", &[], &[])).len(), 1);
+    assert_eq!(mistakes(resolve("recipe: r.yaml\nmodel: {members: [a]}\n", &[], &[])).len(), 1);
 }
 
 #[test]
