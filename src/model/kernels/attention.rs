@@ -5,22 +5,18 @@
 //! however much of its prompt is shared. Softmax runs along the blocks (Milakov and Gimelshein, 1805.02867): a masked
 //! key adds exactly nothing, and a block of nothing but masked keys leaves every bit as it was.
 
+use pulp::Simd;
 use rayon::prelude::*;
 
-use super::math::{LANES, exp, fold};
-use super::{Vectorised, vectorised};
+use super::tile::{self, ROWS, Rows, Running, multiply_add};
 use crate::model::pack::Pack;
 
 /// Products of queries and keys below which a hand-over to another thread costs more than the work.
 const ALONE: usize = 1 << 18;
-/// Query rows that share the loads of a key block.
-const TILE: usize = 4;
 /// Keys in a block.
 const BLOCK: usize = 64;
-/// Value columns that are summed at once.
-const COLUMNS: usize = 32;
-/// Below every score that a model can produce, and finite, so that differences with it are numbers.
-const LOWEST: f32 = -1e30;
+/// Queries of one task, at most: long nodes are spread over threads, and keys are gathered once for all of a task.
+const QUERIES: usize = 512;
 
 /// The shape of one layer's attention.
 #[derive(Clone, Debug)]
@@ -39,16 +35,18 @@ pub struct Shape {
 pub fn attend(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, rows: usize) -> Vec<f32> {
     let width = shape.heads * shape.head_dim;
     let group = shape.heads / shape.kv_heads;
-    let tasks: Vec<(usize, usize)> =
-        (0..pack.nodes().len()).flat_map(|node| (0..shape.kv_heads).map(move |kv_head| (node, kv_head))).collect();
-    let run = |&(node, kv_head): &(usize, usize)| vectorised(OneNode { shape, pack, data, stride, node, kv_head });
+    let tasks: Vec<Task> = (0..pack.nodes().len())
+        .flat_map(|node| (0..pack.nodes()[node].rows.len()).step_by(QUERIES).map(move |first| (node, first)))
+        .flat_map(|(node, first)| (0..shape.kv_heads).map(move |kv_head| Task { shape, pack, data, stride, node, first, kv_head }))
+        .collect();
+    let run = |task: &Task| pulp::Arch::new().dispatch(*task);
     let products: usize = pack.nodes().iter().map(|node| node.rows.len() * (node.start + node.rows.len())).sum();
     let parts: Vec<Vec<f32>> =
         if products * width <= ALONE { tasks.iter().map(run).collect() } else { tasks.par_iter().map(run).collect() };
     let mut output = vec![0.0f32; rows * width];
-    for ((node, kv_head), part) in tasks.into_iter().zip(parts) {
-        let first_column = kv_head * group * shape.head_dim;
-        for (row, values) in pack.nodes()[node].rows.clone().zip(part.chunks_exact(group * shape.head_dim)) {
+    for (task, part) in tasks.into_iter().zip(parts) {
+        let first_column = task.kv_head * group * shape.head_dim;
+        for (row, values) in task.rows().zip(part.chunks_exact(group * shape.head_dim)) {
             let start = row * width + first_column;
             output[start..start + values.len()].copy_from_slice(values);
         }
@@ -56,55 +54,64 @@ pub fn attend(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, rows: usi
     output
 }
 
-struct OneNode<'a> {
+/// Some queries of one node, in the query heads that read one key head.
+#[derive(Clone, Copy)]
+struct Task<'a> {
     shape: &'a Shape,
     pack: &'a Pack,
     data: &'a [f32],
     stride: usize,
     node: usize,
+    /// The first of at most [`QUERIES`] queries, counted within the node.
+    first: usize,
     kv_head: usize,
 }
 
-impl Vectorised for OneNode<'_> {
-    type Output = Vec<f32>;
-
-    #[inline(always)]
-    fn call(self) -> Vec<f32> {
-        one_node(self.shape, self.pack, self.data, self.stride, self.node, self.kv_head)
+impl Task<'_> {
+    /// The rows of its queries.
+    fn rows(&self) -> std::ops::Range<usize> {
+        let node = &self.pack.nodes()[self.node].rows;
+        node.start + self.first..node.end.min(node.start + self.first + QUERIES)
     }
 }
 
-/// The queries of one node in the query heads that read one key head: `[queries, group, head_dim]`.
-#[inline(always)]
-fn one_node(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, node: usize, kv_head: usize) -> Vec<f32> {
-    let dim = shape.head_dim;
-    let group = shape.heads / shape.kv_heads;
-    let keys = Keys::gather(shape, pack, data, stride, node, kv_head);
-    let node = &pack.nodes()[node];
-    let mut output = vec![0.0f32; node.rows.len() * group * dim];
-    let mut tile = Tile::new(dim, keys.columns);
-    // One list of (query, head) rows: the heads of a group read the same keys, so they fill tiles together.
-    let total = node.rows.len() * group;
-    for first in (0..total).step_by(TILE) {
-        let members = TILE.min(total - first);
-        let mut seen = [(0, 0); TILE];
-        tile.clear();
-        for (slot, seen) in seen.iter_mut().enumerate().take(members) {
-            let (query, head) = ((first + slot) / group, (first + slot) % group);
-            let start = (node.rows.start + query) * stride + (kv_head * group + head) * dim;
-            tile.query[slot * dim..(slot + 1) * dim].copy_from_slice(&data[start..start + dim]);
-            *seen = visible(shape, node.start + query, keys.count);
+impl pulp::WithSimd for Task<'_> {
+    type Output = Vec<f32>;
+
+    /// `[queries, group, head_dim]`.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+        let Self { shape, pack, data, stride, node, first, kv_head } = self;
+        let (dim, group, rows) = (shape.head_dim, shape.heads / shape.kv_heads, self.rows());
+        // The position of the task's first query.
+        let start = pack.nodes()[node].start + first;
+        let (_, end) = visible(shape, start + rows.len() - 1, usize::MAX);
+        let keys = Keys::gather(&self, end);
+        let mut output = vec![0.0f32; rows.len() * group * dim];
+        let mut tile = Tile::new(dim, keys.columns);
+        // One list of (query, head) rows: the heads of a group read the same keys, so they fill tiles together.
+        let total = rows.len() * group;
+        for first in (0..total).step_by(ROWS) {
+            let members = ROWS.min(total - first);
+            let mut seen = [(0, 0); ROWS];
+            tile.clear();
+            for (slot, seen) in seen.iter_mut().enumerate().take(members) {
+                let (query, head) = ((first + slot) / group, (first + slot) % group);
+                let from = (rows.start + query) * stride + (kv_head * group + head) * dim;
+                tile.query[slot * dim..(slot + 1) * dim].copy_from_slice(&data[from..from + dim]);
+                *seen = visible(shape, start + query, keys.count);
+            }
+            let from = seen[..members].iter().map(|range| range.0).min().unwrap_or(0) / BLOCK;
+            let to = seen[..members].iter().map(|range| range.1).max().unwrap_or(0).div_ceil(BLOCK);
+            for block in from..to {
+                tile.absorb(simd, &keys, block, &seen, shape.scale);
+            }
+            for slot in 0..members {
+                tile.finish(slot, &mut output[(first + slot) * dim..(first + slot + 1) * dim]);
+            }
         }
-        let from = seen[..members].iter().map(|range| range.0).min().unwrap_or(0) / BLOCK;
-        let to = seen[..members].iter().map(|range| range.1).max().unwrap_or(0).div_ceil(BLOCK);
-        for block in from..to {
-            tile.absorb(&keys, block, &seen, shape.scale);
-        }
-        for slot in 0..members {
-            tile.finish(slot, &mut output[(first + slot) * dim..(first + slot + 1) * dim]);
-        }
+        output
     }
-    output
 }
 
 /// The keys that the query at `position` sees, as a half-open range.
@@ -123,18 +130,20 @@ struct Keys {
 }
 
 impl Keys {
+    /// The keys and values of the task's path, up to position `end`.
     #[inline(always)]
-    fn gather(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, node: usize, kv_head: usize) -> Self {
+    fn gather(task: &Task, end: usize) -> Self {
+        let &Task { shape, pack, data, stride, node, kv_head, .. } = task;
         let dim = shape.head_dim;
-        let columns = dim.next_multiple_of(COLUMNS);
+        let columns = dim.next_multiple_of(tile::WIDTH);
         let path = pack.path(node);
-        let count: usize = path.iter().map(ExactSizeIterator::len).sum();
+        let count = path.iter().map(ExactSizeIterator::len).sum::<usize>().min(end);
         let padded = count.next_multiple_of(BLOCK);
         let mut keys = vec![0.0f32; padded * dim];
         let mut values = vec![0.0f32; padded * columns];
         let key_column = (shape.heads + kv_head) * dim;
         let value_column = (shape.heads + shape.kv_heads + kv_head) * dim;
-        for (position, row) in path.into_iter().flatten().enumerate() {
+        for (position, row) in path.into_iter().flatten().take(count).enumerate() {
             let key = &data[row * stride + key_column..][..dim];
             let block = &mut keys[position / BLOCK * BLOCK * dim..];
             for (d, key) in key.iter().enumerate() {
@@ -150,102 +159,62 @@ impl Keys {
 struct Tile {
     dim: usize,
     columns: usize,
+    /// `[ROWS, dim]`.
     query: Vec<f32>,
-    /// The largest score seen.
-    top: [f32; TILE],
-    /// The sum of the weights, relative to `top`.
-    sum: [f32; TILE],
-    /// The weighted sum of the values, relative to `top`: `[columns / COLUMNS][TILE][COLUMNS]`.
-    gathered: Vec<[[f32; COLUMNS]; TILE]>,
+    running: [Running; ROWS],
+    /// Scores of one block of keys, and then their weights.
+    scores: [[f32; BLOCK]; ROWS],
+    /// The weighted sum of the values, relative to the largest score: `[ROWS, columns]`.
+    gathered: Vec<f32>,
 }
 
 impl Tile {
     fn new(dim: usize, columns: usize) -> Self {
-        Self {
-            dim,
-            columns,
-            query: vec![0.0; TILE * dim],
-            top: [LOWEST; TILE],
-            sum: [0.0; TILE],
-            gathered: vec![[[0.0; COLUMNS]; TILE]; columns / COLUMNS],
-        }
+        let (query, gathered) = (vec![0.0; ROWS * dim], vec![0.0; ROWS * columns]);
+        Self { dim, columns, query, running: [Running::EMPTY; ROWS], scores: [[0.0; BLOCK]; ROWS], gathered }
     }
 
     #[inline(always)]
     fn clear(&mut self) {
         self.query.fill(0.0);
-        self.top = [LOWEST; TILE];
-        self.sum = [0.0; TILE];
-        self.gathered.fill([[0.0; COLUMNS]; TILE]);
+        self.running = [Running::EMPTY; ROWS];
+        self.gathered.fill(0.0);
     }
 
     /// Adds one block of keys to what every row has gathered.
     #[inline(always)]
-    fn absorb(&mut self, keys: &Keys, block: usize, seen: &[(usize, usize); TILE], scale: f32) {
-        let mut weights = self.products(&keys.keys[block * BLOCK * self.dim..][..BLOCK * self.dim]);
-        let mut shrink = [1.0f32; TILE];
-        for slot in 0..TILE {
+    fn absorb<S: Simd>(&mut self, simd: S, keys: &Keys, block: usize, seen: &[(usize, usize); ROWS], scale: f32) {
+        let (dim, columns) = (self.dim, self.columns);
+        self.scores = [[0.0; BLOCK]; ROWS];
+        let queries = Rows { values: &self.query, stride: dim };
+        let block_keys = Rows { values: &keys.keys[block * BLOCK * dim..], stride: BLOCK };
+        multiply_add(simd, queries, block_keys, dim, self.scores.as_flattened_mut(), BLOCK);
+        for (slot, scores) in self.scores.iter_mut().enumerate() {
+            for score in scores.iter_mut() {
+                *score *= scale;
+            }
             let from = seen[slot].0.saturating_sub(block * BLOCK).min(BLOCK);
             let to = seen[slot].1.saturating_sub(block * BLOCK).min(BLOCK);
-            let row = &mut weights[slot];
-            let mut tops = [self.top[slot]; LANES];
-            for (j, weight) in row.iter_mut().enumerate() {
-                *weight *= scale;
-                let counted = if j >= from && j < to { *weight } else { LOWEST };
-                tops[j % LANES] = if counted > tops[j % LANES] { counted } else { tops[j % LANES] };
-            }
-            let top = tops.iter().fold(LOWEST, |top, other| if *other > top { *other } else { top });
-            shrink[slot] = exp(self.top[slot] - top);
-            let mut lanes = [0.0f32; LANES];
-            for (j, weight) in row.iter_mut().enumerate() {
-                *weight = if j >= from && j < to { exp(*weight - top) } else { 0.0 };
-                lanes[j % LANES] += *weight;
-            }
-            self.top[slot] = top;
-            self.sum[slot] = self.sum[slot].mul_add(shrink[slot], fold(lanes));
-        }
-        let values = &keys.values[block * BLOCK * self.columns..][..BLOCK * self.columns];
-        for (part, gathered) in self.gathered.iter_mut().enumerate() {
-            let mut held = *gathered;
-            for slot in 0..TILE {
-                for held in &mut held[slot] {
-                    *held *= shrink[slot];
+            if from > 0 || to < BLOCK {
+                for (j, score) in scores.iter_mut().enumerate() {
+                    *score = if j >= from && j < to { *score } else { f32::NEG_INFINITY };
                 }
             }
-            for j in 0..BLOCK {
-                let value = &values[j * self.columns + part * COLUMNS..][..COLUMNS];
-                for slot in 0..TILE {
-                    let weight = weights[slot][j];
-                    for (held, value) in held[slot].iter_mut().zip(value) {
-                        *held = weight.mul_add(*value, *held);
-                    }
-                }
-            }
-            *gathered = held;
-        }
-    }
-
-    /// Products of every query row with every key of one block; each is one chain of additions along the head.
-    #[inline(always)]
-    fn products(&self, keys: &[f32]) -> [[f32; BLOCK]; TILE] {
-        let mut products = [[0.0f32; BLOCK]; TILE];
-        for (d, key) in keys.chunks_exact(BLOCK).enumerate() {
-            for (slot, products) in products.iter_mut().enumerate() {
-                let query = self.query[slot * self.dim + d];
-                for (product, key) in products.iter_mut().zip(key) {
-                    *product = query.mul_add(*key, *product);
-                }
+            let shrink = self.running[slot].absorb(scores);
+            for held in &mut self.gathered[slot * columns..(slot + 1) * columns] {
+                *held *= shrink;
             }
         }
-        products
+        let weights = Rows { values: self.scores.as_flattened(), stride: BLOCK };
+        let values = Rows { values: &keys.values[block * BLOCK * columns..], stride: columns };
+        multiply_add(simd, weights, values, BLOCK, &mut self.gathered, columns);
     }
 
     #[inline(always)]
     fn finish(&self, slot: usize, output: &mut [f32]) {
-        for (part, output) in output.chunks_mut(COLUMNS).enumerate() {
-            for (output, gathered) in output.iter_mut().zip(&self.gathered[part][slot]) {
-                *output = gathered / self.sum[slot];
-            }
+        let sum = self.running[slot].sum;
+        for (output, gathered) in output.iter_mut().zip(&self.gathered[slot * self.columns..]) {
+            *output = gathered / sum;
         }
     }
 }

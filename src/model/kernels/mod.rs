@@ -10,6 +10,7 @@ pub mod linear;
 pub mod math;
 pub mod norm;
 pub mod rope;
+mod tile;
 
 use rayon::prelude::*;
 
