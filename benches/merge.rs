@@ -47,7 +47,7 @@ fn plan(paths: &[PathBuf], dtype: &str) -> Arc<MergePlan> {
 }
 
 fn read_merged(plan: Arc<MergePlan>) {
-    let merged = Merged::new(plan);
+    let merged = Merged::new(plan).expect("coefficients");
     let mut into = Elements::default();
     for (name, info) in merged.manifest().iter() {
         let elements = info.elements();

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::architecture::{Activation, Architecture, Naming, Norm, Residual};
-use super::manifest::Manifest;
+use super::manifest::{Manifest, TensorInfo};
 
 /// How many problems of one kind are listed before the rest is counted.
 const LISTED: usize = 20;
@@ -87,8 +87,8 @@ impl Layout {
                 .push(format!("the configuration states {labels} outputs (num_labels or id2label), the reward head has {outputs}"));
         }
         let mut unknown = 0;
-        for name in manifest.names().filter(|name| !taker.used.contains(*name)) {
-            if rides_along(name) {
+        for (name, info) in manifest.iter().filter(|(name, _)| !taker.used.contains(*name)) {
+            if rides_along(name, info) {
                 layout.unused.push(name.to_owned());
                 continue;
             }
@@ -125,9 +125,21 @@ impl Layout {
 
 /// Tensors that checkpoints carry although no reward model reads them: the language-model head, and buffers that are
 /// computed from the configuration.
-fn rides_along(name: &str) -> bool {
-    let last = name.rsplit_once('.').map_or(name, |(_, last)| last);
-    name == "lm_head.weight" || last == "inv_freq" || last == "position_ids"
+fn rides_along(name: &str, info: &TensorInfo) -> bool {
+    name == "lm_head.weight" || is_recomputed(name, info)
+}
+
+/// Buffers that every program computes from the configuration, and that older versions of transformers have stored:
+/// rotary frequencies, positions, and the causal mask of GPT-2, GPT-Neo and GPT-NeoX with the value it masks with.
+pub fn is_recomputed(name: &str, info: &TensorInfo) -> bool {
+    let (before, last) = name.rsplit_once('.').unwrap_or(("", name));
+    let in_attention = matches!(before.rsplit_once('.').map_or(before, |(_, part)| part), "attn" | "attention");
+    match last {
+        "inv_freq" | "position_ids" => true,
+        "masked_bias" => info.elements() == 1,
+        "bias" => in_attention && matches!(info.shape.as_slice(), &[1, 1, rows, columns] if rows == columns),
+        _ => false,
+    }
 }
 
 fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {

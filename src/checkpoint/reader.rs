@@ -32,16 +32,33 @@ pub struct Checkpoint {
     weights: Arc<Weights>,
 }
 
-impl Checkpoint {
+/// A checkpoint folder of any family: what this program cannot read of its configuration or its tokenizer is told to
+/// whoever needs that.
+#[derive(Debug)]
+pub struct Folder {
+    pub config: Value,
+    pub weights: Arc<Weights>,
+    pub architecture: Result<Architecture, CheckpointError>,
+    pub text: Result<TextFacts, CheckpointError>,
+}
+
+impl Folder {
     /// Opens a folder and checks all that can be known without reading weights.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         check_folder(dir)?;
         let config = read_config(dir)?;
-        let weights = Weights::open(dir)?;
-        let architecture = Architecture::parse(&config)
-            .map_err(|problems| CheckpointError::new(dir.join("config.json").display(), problems.join("; ")))?;
-        let text = TextFacts::open(dir)?;
-        Ok(Self { path: dir.to_owned(), config, architecture, text, weights: Arc::new(weights) })
+        let weights = Arc::new(Weights::open(dir)?);
+        let architecture =
+            Architecture::parse(&config).map_err(|problems| CheckpointError::new(dir.join("config.json").display(), problems.join("; ")));
+        Ok(Self { config, weights, architecture, text: TextFacts::open(dir) })
+    }
+}
+
+impl Checkpoint {
+    /// Opens a folder of a family that can be served, with its tokenizer.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let Folder { config, weights, architecture, text } = Folder::open(dir)?;
+        Ok(Self { path: dir.to_owned(), config, architecture: architecture?, text: text?, weights })
     }
 
     pub fn path(&self) -> &Path {

@@ -27,33 +27,54 @@ pub struct Remembered {
 
 impl Remembered {
     /// Follows the tensors of `names` that the source has.
-    pub fn new(source: Arc<dyn TensorSource>, place: String, names: &[String]) -> Self {
+    pub fn new<'n>(source: Arc<dyn TensorSource>, place: String, names: impl IntoIterator<Item = &'n String>) -> Self {
         let slots = |info: &TensorInfo| (0..info.elements().div_ceil(BLOCK_ELEMENTS).max(1)).map(|_| OnceLock::new()).collect();
-        let blocks = names.iter().filter_map(|name| Some((name.clone(), slots(source.manifest().get(name)?)))).collect();
+        let blocks = names.into_iter().filter_map(|name| Some((name.clone(), slots(source.manifest().get(name)?)))).collect();
         Self { source, place, blocks }
     }
 
-    /// Reads like the source itself; a range that is exactly one block is hashed too.
-    pub fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
-        let block = range.start / BLOCK_ELEMENTS;
-        let info = self.source.manifest().get(name);
-        self.source.read(name, range.clone(), into)?;
-        let (Some(info), Some(slots)) = (info, self.blocks.get(name)) else { return Ok(()) };
-        let Some(slot) = slots.get(block).filter(|_| range == block_range(info, block)) else { return Ok(()) };
-        let hash = into.with_little_endian(|bytes| hash_block(bytes, block, info, slots.len()));
-        if *slot.get_or_init(|| hash) == hash {
-            return Ok(());
-        }
-        let problem = format!("elements {range:?} have changed since they were first read; the file was changed while in use");
-        Err(SourceError::Read { file: self.place.clone(), tensor: name.to_owned(), problem })
+    /// The place of the source, for errors.
+    pub fn place(&self) -> &str {
+        &self.place
     }
 
-    /// BLAKE3 over name, dtype, shape and BLAKE3 of the bytes of every tensor that is followed, in name order: the same
-    /// however the tensors are spread over files. What has not been read yet is read now.
-    pub fn content_hash(&self) -> Result<[u8; 32], SourceError> {
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.source.manifest().get(name)
+    }
+
+    /// Reads like the source itself; blocks that lie wholly within the range are hashed too.
+    pub fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        self.source.read(name, range.clone(), into)?;
+        let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { return Ok(()) };
+        let first = range.start / BLOCK_ELEMENTS;
+        for (block, slot) in slots.iter().enumerate().skip(first) {
+            let elements = block_range(info, block);
+            if elements.end > range.end {
+                break;
+            }
+            if elements.start < range.start {
+                continue;
+            }
+            let within = elements.start - range.start..elements.end - range.start;
+            let size = info.dtype.size();
+            let hash = into.with_little_endian(|bytes| {
+                let bytes = bytes.get(within.start * size..within.end * size).unwrap_or_default();
+                hash_block(bytes, block, info, slots.len())
+            });
+            if *slot.get_or_init(|| hash) != hash {
+                let problem = format!("elements {elements:?} have changed since they were first read; the file was changed while in use");
+                return Err(SourceError::Read { file: self.place.clone(), tensor: name.to_owned(), problem });
+            }
+        }
+        Ok(())
+    }
+
+    /// BLAKE3 over name, dtype, shape and BLAKE3 of the bytes of some of the tensors that are followed, which are given in
+    /// name order: the same however the tensors are spread over files. What has not been read yet is read now.
+    pub fn content_hash<'n>(&self, names: impl IntoIterator<Item = &'n String>) -> Result<[u8; 32], SourceError> {
         let mut hasher = blake3::Hasher::new_derive_key("warm checkpoint content 1");
-        for (name, slots) in &self.blocks {
-            let Some(info) = self.source.manifest().get(name) else { continue };
+        for name in names {
+            let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { continue };
             let complete = |block: usize, slot: &OnceLock<[u8; 32]>, buffer: &mut Elements| {
                 if slot.get().is_none() {
                     self.read(name, block_range(info, block), buffer)?;

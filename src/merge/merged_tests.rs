@@ -55,7 +55,7 @@ fn the_merge_is_the_float64_mean_rounded_once() {
         write(&dir, &format!("m{index}"), WIDE, tensors, index + 1);
     }
     let recipe = "members: [{path: m0, coefficient: 1}, {path: m1, coefficient: 2}, {path: m2, coefficient: 5}]";
-    let merged = Merged::new(plan(recipe, &dir));
+    let merged = Merged::new(plan(recipe, &dir)).unwrap();
     for ((name, _), found) in merged.manifest().iter().zip(read_all(&merged)) {
         let Elements::F32(found) = found else { panic!("{found:?}") };
         let columns: Vec<Vec<f64>> = members.iter().map(|tensors| numbers(&tensors[name])).collect();
@@ -78,7 +78,7 @@ fn members_are_summed_in_the_order_of_the_recipe() {
     let quarter = |name: &str| format!("{{path: {name}, coefficient: 0.25}}");
     for (order, expected) in [(["large", "opposite", "small"], 1.0), (["small", "large", "opposite"], 0.0)] {
         let members = order.map(quarter).join(", ");
-        let merged = Merged::new(plan(&format!("members: [{members}, {{path: small, name: again, coefficient: 0.25}}]"), &dir));
+        let merged = Merged::new(plan(&format!("members: [{members}, {{path: small, name: again, coefficient: 0.25}}]"), &dir)).unwrap();
         let mut into = Elements::default();
         merged.read("score.weight", 0..8, &mut into).unwrap();
         assert_eq!(into, Elements::F32(vec![expected + 1.0; 8]), "{order:?}");
@@ -92,11 +92,11 @@ fn threads_and_chunks_change_no_bit() {
         write(&dir, &format!("m{seed}"), WIDE, &fixture::llama(WIDE, "BF16", seed), 1);
     }
     let plan = plan("members: [m0, m1, m2]\ndtype: bfloat16", &dir);
-    let whole = in_pool(1, || read_all(&Merged::new(Arc::clone(&plan))));
+    let whole = in_pool(1, || read_all(&Merged::new(Arc::clone(&plan)).unwrap()));
     for threads in [2, 5] {
-        assert_eq!(in_pool(threads, || read_all(&Merged::new(Arc::clone(&plan)))), whole);
+        assert_eq!(in_pool(threads, || read_all(&Merged::new(Arc::clone(&plan)).unwrap())), whole);
     }
-    let merged = Merged::new(plan);
+    let merged = Merged::new(plan).unwrap();
     let place = merged.manifest().names().position(|name| name == EMBEDDING).unwrap();
     let elements = merged.manifest().get(EMBEDDING).unwrap().elements();
     for chunk in [999, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1, 150_000] {
@@ -118,15 +118,15 @@ fn a_member_alone_is_its_checkpoint_bit_for_bit() {
         tensors.insert("model.norm.weight".to_owned(), fixture::tensor(dtype, &[8], [-0.0, 3e-8, 1.0, -1.0].into_iter().cycle().take(8)));
         write(&dir, dtype, TINY, &tensors, 2);
         write(&dir, "other", TINY, &fixture::llama(TINY, dtype, 10), 1);
-        let alone = Merged::new(plan(&format!("members: [{dtype}]\ndtype: {name}"), &dir));
-        let second = plan(&format!("members: [other, {dtype}]\ndtype: {name}"), &dir).member_source(1).unwrap();
+        let alone = Merged::new(plan(&format!("members: [{dtype}]\ndtype: {name}"), &dir)).unwrap();
+        let second = plan(&format!("members: [other, {dtype}]\ndtype: {name}"), &dir).member_source(1).unwrap().unwrap();
         for merged in [&alone, &second] {
             for ((name, stored), found) in tensors.iter().zip(read_all(merged)) {
                 found.with_little_endian(|bytes| assert_eq!(bytes, stored.bytes, "{name}"));
             }
         }
         assert_eq!(alone.weights_id().unwrap(), second.weights_id().unwrap());
-        assert!(second.plan().member_source(2).is_none());
+        assert!(second.plan().member_source(2).unwrap().is_none());
     }
 }
 
@@ -143,7 +143,7 @@ fn the_id_names_what_the_weights_depend_on_and_nothing_else() {
     let wider: Tensors =
         b.iter().map(|(name, t)| (name.clone(), fixture::tensor("F32", &t.shape, numbers(t).iter().map(|&x| x as f32)))).collect();
     write(&dir, "b-wider", WIDE, &wider, 1);
-    let id = |text: &str| Merged::new(plan(text, &dir)).weights_id().unwrap();
+    let id = |text: &str| Merged::new(plan(text, &dir)).unwrap().weights_id().unwrap();
     let base = id("members: [a, b]");
     assert_eq!(id("members: [{path: a, name: x}, b-sharded]\ninit: a"), base);
     assert_eq!(id("members: [{path: a, coefficient: 0.5}, {path: b, coefficient: 0.5}]"), base);
@@ -159,7 +159,7 @@ fn the_id_names_what_the_weights_depend_on_and_nothing_else() {
     for (index, one) in ids.iter().enumerate() {
         assert!(ids.iter().skip(index + 1).all(|other| other != one), "{}", others[index]);
     }
-    let merged = Merged::new(plan("members: [a, b]", &dir));
+    let merged = Merged::new(plan("members: [a, b]", &dir)).unwrap();
     let mut into = Elements::default();
     merged.read(EMBEDDING, 0..100_000, &mut into).unwrap();
     assert_eq!(in_pool(3, || merged.weights_id().unwrap()), base);
@@ -177,11 +177,11 @@ fn the_first_of_several_bad_values_is_told_with_its_file() {
     let path = write(&dir, "b", WIDE, &bad, 1).join("model.safetensors");
     let expected = format!("{}: tensor {EMBEDDING:?}: element 70000 is NaN, expected finite numbers", path.display());
     for threads in [1, 4] {
-        let merged = Merged::new(plan("members: [a, b]", &dir));
+        let merged = Merged::new(plan("members: [a, b]", &dir)).unwrap();
         let error = in_pool(threads, || merged.read(EMBEDDING, 5..264_264, &mut Elements::default()).unwrap_err());
         assert_eq!(error.to_string(), expected);
     }
-    assert_eq!(Merged::new(plan("members: [a, b]", &dir)).weights_id().unwrap_err().to_string(), expected);
+    assert_eq!(Merged::new(plan("members: [a, b]", &dir)).unwrap().weights_id().unwrap_err().to_string(), expected);
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn a_value_that_the_output_cannot_hold_is_an_error() {
     let mut tensors = fixture::llama(TINY, "F32", 1);
     tensors.insert("score.weight".to_owned(), fixture::tensor("F32", &[1, 8], [1.0, 2.0, 7e4, 0.0].into_iter().cycle().take(8)));
     write(&dir, "a", TINY, &tensors, 1);
-    let merged = Merged::new(plan("members: [a]\ndtype: float16", &dir));
+    let merged = Merged::new(plan("members: [a]\ndtype: float16", &dir)).unwrap();
     let error = merged.read("score.weight", 1..8, &mut Elements::default()).unwrap_err().to_string();
     assert_eq!(error, "tensor \"score.weight\": element 2 merges to 70000, which F16 cannot hold; choose a wider dtype");
 }
@@ -200,7 +200,7 @@ fn a_member_that_vanishes_or_shrinks_is_told_by_file_and_tensor() {
     let dir = tempfile::tempdir().unwrap();
     write(&dir, "a", TINY, &fixture::llama(TINY, "F32", 1), 1);
     let path = write(&dir, "b", TINY, &fixture::llama(TINY, "F32", 2), 1).join("model.safetensors");
-    let merged = Merged::new(plan("members: [a, b]", &dir));
+    let merged = Merged::new(plan("members: [a, b]", &dir)).unwrap();
     std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
     let error = merged.read("score.weight", 0..8, &mut Elements::default()).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}: tensor \"score.weight\": the file has 100 bytes", path.display())), "{error}");
@@ -210,7 +210,7 @@ fn a_member_that_vanishes_or_shrinks_is_told_by_file_and_tensor() {
 fn a_range_beyond_the_tensor_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     write(&dir, "a", TINY, &fixture::llama(TINY, "F32", 1), 1);
-    let merged = Merged::new(plan("members: [a]", &dir));
+    let merged = Merged::new(plan("members: [a]", &dir)).unwrap();
     assert!(merged.read("score.weight", 0..9, &mut Elements::default()).is_err());
     assert!(merged.read("nothing", 0..0, &mut Elements::default()).is_err());
     let mut into = Elements::F64(vec![1.0]);
@@ -228,7 +228,7 @@ proptest! {
             for seed in 0..2 {
                 write(&dir, &format!("m{seed}"), WIDE, &fixture::llama(WIDE, "F16", seed), 1);
             }
-            let merged = Merged::new(plan("members: [m0, m1]", &dir));
+            let merged = Merged::new(plan("members: [m0, m1]", &dir)).unwrap();
             let mut whole = Elements::default();
             merged.read(EMBEDDING, 0..264_264, &mut whole).unwrap();
             (dir, merged, whole)

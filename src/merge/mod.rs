@@ -1,13 +1,29 @@
 //! Many checkpoints to one: the recipe says which and how, the plan checks that it is possible, and [`Merged`] is the
-//! outcome, a checkpoint whose tensors are computed when they are read (WARM, 2401.12187, §3.1: `φ_WARM = (1/M) Σ φ_i`).
+//! outcome, a checkpoint whose tensors are computed when they are read (WARM, 2401.12187, §3.1: `φ_WARM = (1/M) Σ φ_i`;
+//! WARP, 2406.16768, §3: SLERP, LITI and EMA).
+//!
+//! Every method is, tensor by tensor, one linear combination of the members and init in float64, summed in one order and
+//! rounded once; methods differ only in the coefficients.
 
+mod angles;
 mod average;
+mod choice;
+mod combine;
+mod compare;
 mod content;
+mod glob;
+mod listing;
 mod merged;
+mod nested;
 mod plan;
 mod recipe;
 mod survey;
+mod weights_id;
 
+pub use angles::Group;
+pub use choice::Treatment;
+pub use combine::{Combination, Gram, Step};
+pub use glob::Glob;
 pub use merged::Merged;
-pub use plan::{Input, MergeError, MergePlan, PlannedMember};
-pub use recipe::{Coefficients, Member, Method, Recipe, RecipeError, RecipeFile};
+pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward};
+pub use recipe::{Coefficients, Granularity, Kind, Member, Method, Recipe, RecipeError, RecipeFile, Rule, Take};

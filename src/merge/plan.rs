@@ -1,6 +1,6 @@
 //! The plan of a merge: a value made from headers and configurations alone, or every reason why there can be none.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,48 +8,114 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::Merged;
+use super::choice::{Treatment, group_of};
 use super::content::Remembered;
-use super::recipe::{Recipe, dtype_name};
+use super::nested::{Nested, Opening};
+use super::recipe::{Granularity, Kind, Method, Recipe, Rule, Take, dtype_name};
 use super::survey::Survey;
-use crate::checkpoint::{Architecture, Checkpoint, CheckpointError, Dtype, Layout, Manifest, TensorSource, TextFacts};
+use crate::checkpoint::{Architecture, Checkpoint, CheckpointError, Dtype, Layout, Manifest, SourceError, TensorSource, TextFacts};
 use crate::domain::MemberName;
 
 /// What a plan takes from a checkpoint.
 pub struct Input {
     pub weights: Arc<dyn TensorSource>,
     pub config: Value,
-    pub architecture: Architecture,
-    pub text: TextFacts,
+    /// A reward model must be of a family that this program knows; a policy need not be.
+    pub architecture: Result<Architecture, CheckpointError>,
+    /// Likewise.
+    pub text: Result<TextFacts, CheckpointError>,
+    pub(super) nested: Option<Arc<Nested>>,
 }
 
 impl From<Checkpoint> for Input {
     fn from(checkpoint: Checkpoint) -> Self {
         let (weights, config, architecture, text) = checkpoint.into_parts();
-        Self { weights, config, architecture, text }
+        Self { weights, config, architecture: Ok(architecture), text: Ok(text), nested: None }
     }
 }
 
 /// Checkpoints that can be merged, and how. Its existence says: all members have the same architecture, tokenizer,
-/// template and special tokens, and every tensor that the model reads, with the same shape.
+/// template and special tokens (but for what a member without reward head, or init, may differ in), and every tensor of
+/// the merged model, with the same shape, but for those that a rule takes elsewhere.
 pub struct MergePlan {
     pub(super) recipe: Recipe,
     pub(super) config: Value,
-    pub(super) architecture: Architecture,
-    pub(super) text: TextFacts,
-    pub(super) layout: Layout,
+    pub(super) architecture: Result<Architecture, CheckpointError>,
+    pub(super) text: Result<TextFacts, CheckpointError>,
+    /// Of a reward model.
+    pub(super) layout: Option<Layout>,
     pub(super) manifest: Manifest,
+    /// For every tensor of the manifest.
+    pub(super) treatments: BTreeMap<String, Treatment>,
     pub(super) members: Vec<PlannedMember>,
+    pub(super) init: Option<PlannedSource>,
     pub(super) notes: Vec<String>,
 }
 
-/// A member of a plan, with its weights at hand.
-pub struct PlannedMember {
-    pub(super) name: MemberName,
+/// What serving a merged reward model needs of its plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Reward<'p> {
+    pub architecture: &'p Architecture,
+    /// The layout of the merged model.
+    pub layout: &'p Layout,
+    pub text: &'p TextFacts,
+}
+
+/// A merge that cannot be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the recipe merges a policy (kind: policy), which can be planned, reported on and written, but has no reward to serve")]
+pub struct NotServed;
+
+/// A checkpoint or merge that a plan reads, with its weights at hand.
+pub struct PlannedSource {
     pub(super) path: PathBuf,
-    pub(super) coefficient: f64,
     pub(super) dtypes: BTreeSet<Dtype>,
     pub(super) bytes: u64,
+    /// The tensors that the merge reads of it, sorted.
+    pub(super) reads: Vec<String>,
     pub(super) weights: Remembered,
+    pub(super) nested: Option<Arc<Nested>>,
+}
+
+impl PlannedSource {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What the tensors that are read of it are stored in.
+    pub fn dtypes(&self) -> &BTreeSet<Dtype> {
+        &self.dtypes
+    }
+
+    /// Bytes that the merge takes of it; SLERP reads them twice.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The tensors that the merge reads of it, sorted. What is multiplied by zero is not read.
+    pub fn reads(&self) -> &[String] {
+        &self.reads
+    }
+
+    /// The plan of its own, if it is another recipe.
+    pub fn plan(&self) -> Option<&Arc<MergePlan>> {
+        self.nested.as_ref().map(|nested| nested.plan())
+    }
+
+    /// BLAKE3 over name, dtype, shape and bytes of each tensor that the merge reads of it, in name order. Blocks that were
+    /// read already are not read again.
+    pub fn content_hash(&self) -> Result<[u8; 32], SourceError> {
+        self.weights.content_hash(&self.reads)
+    }
+}
+
+/// A member of a plan.
+pub struct PlannedMember {
+    pub(super) name: MemberName,
+    pub(super) coefficient: f64,
+    pub(super) source: PlannedSource,
+    /// Tensors of the merged model that it does not have, because a rule takes another's.
+    pub(super) lacks: Vec<String>,
 }
 
 impl PlannedMember {
@@ -58,22 +124,31 @@ impl PlannedMember {
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.source.path
     }
 
-    /// Normalised: those of all members sum to 1.
+    /// Its share in the merge, as in the recipe.
     pub fn coefficient(&self) -> f64 {
         self.coefficient
     }
 
-    /// What its tensors are stored in.
+    /// What the tensors that are read of it are stored in.
     pub fn dtypes(&self) -> &BTreeSet<Dtype> {
-        &self.dtypes
+        &self.source.dtypes
     }
 
-    /// Bytes that the merge reads of it.
+    /// Bytes that the merge takes of it.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.source.bytes
+    }
+
+    pub fn source(&self) -> &PlannedSource {
+        &self.source
+    }
+
+    /// Tensors of the merged model that it does not have; without them it cannot stand alone.
+    pub fn lacks(&self) -> &[String] {
+        &self.lacks
     }
 }
 
@@ -96,11 +171,9 @@ impl fmt::Display for MergeError {
 }
 
 impl MergePlan {
-    /// Opens all checkpoints of a recipe and plans their merge. No weights are read.
+    /// Opens all checkpoints of a recipe, and the recipes that it leads to, and plans their merge. No weights are read.
     pub fn open(recipe: &Recipe) -> Result<Self, MergeError> {
-        let open = |path: &Path| Checkpoint::open(path).map(Input::from);
-        let members = recipe.members().iter().map(|member| open(&member.path));
-        Self::new(recipe, members, recipe.init().map(open))
+        Opening::default().plan(recipe)
     }
 
     /// Plans the merge of checkpoints that are given in the recipe's order. They are taken one by one, and only the first
@@ -110,19 +183,13 @@ impl MergePlan {
         inputs: impl IntoIterator<Item = Result<Input, CheckpointError>>,
         init: Option<Result<Input, CheckpointError>>,
     ) -> Result<Self, MergeError> {
-        let mut survey = Survey::default();
+        let mut survey = Survey::new(recipe);
         let mut inputs = inputs.into_iter();
         for member in recipe.members() {
-            match inputs.next() {
-                Some(Ok(input)) => survey.add(member, input),
-                Some(Err(error)) => survey.problems.push(format!("member {:?}: {error}", member.name.as_str())),
-                None => survey.problems.push(format!("member {:?}: no checkpoint was given for it", member.name.as_str())),
-            }
+            survey.add(member, inputs.next());
         }
-        if let Some(init) = init {
-            survey.add_init(init);
-        }
-        survey.finish(recipe)
+        survey.add_init(init);
+        survey.finish()
     }
 
     pub fn recipe(&self) -> &Recipe {
@@ -134,26 +201,49 @@ impl MergePlan {
         &self.config
     }
 
-    pub fn architecture(&self) -> &Architecture {
-        &self.architecture
+    /// Tokenizer and templates of the first member, or why it has none, which only a policy may.
+    pub fn text(&self) -> Result<&TextFacts, &CheckpointError> {
+        self.text.as_ref()
     }
 
-    pub fn text(&self) -> &TextFacts {
-        &self.text
+    /// What serving needs; a policy is never served.
+    pub fn reward(&self) -> Result<Reward<'_>, NotServed> {
+        match (&self.architecture, &self.layout, &self.text) {
+            (Ok(architecture), Some(layout), Ok(text)) => Ok(Reward { architecture, layout, text }),
+            _ => Err(NotServed),
+        }
     }
 
-    /// The layout of the merged model, and of each member.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    /// The merged tensors: those that the model reads, in the recipe's dtype.
+    /// The merged tensors: those that a reward model reads, or all of a policy, in the recipe's dtype.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
     pub fn members(&self) -> &[PlannedMember] {
         &self.members
+    }
+
+    /// The initialisation, where the recipe names one. It is read only if [`PlannedSource::reads`] is not empty.
+    pub fn init(&self) -> Option<&PlannedSource> {
+        self.init.as_ref()
+    }
+
+    /// How each merged tensor comes about.
+    pub fn treatments(&self) -> impl Iterator<Item = (&str, Treatment)> {
+        self.treatments.iter().map(|(name, treatment)| (name.as_str(), *treatment))
+    }
+
+    /// The tensors that the method decides, in the groups that SLERP turns as one; those of other methods by layer.
+    pub fn groups(&self) -> BTreeMap<&str, Vec<&str>> {
+        let granularity = match self.recipe.method() {
+            Method::Slerp { granularity, .. } => granularity,
+            Method::Linear | Method::Ema { .. } => Granularity::Layer,
+        };
+        let mut groups: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (name, _) in self.treatments().filter(|(_, treatment)| *treatment == Treatment::Method) {
+            groups.entry(group_of(name, granularity)).or_default().push(name);
+        }
+        groups
     }
 
     /// What is worth knowing and forbids nothing.
@@ -166,9 +256,9 @@ impl MergePlan {
         self.manifest.iter().map(|(_, info)| info.elements() as u64).sum()
     }
 
-    /// Bytes of all members that the merge reads.
+    /// Bytes that the merge takes of all members and init; SLERP reads them twice.
     pub fn bytes_to_read(&self) -> u64 {
-        self.members.iter().map(PlannedMember::bytes).sum()
+        self.sources().map(PlannedSource::bytes).sum()
     }
 
     /// Bytes of the merged tensors.
@@ -176,26 +266,85 @@ impl MergePlan {
         self.manifest.iter().map(|(_, info)| info.bytes()).sum()
     }
 
-    /// One member alone, as a merge of one in the same dtype; `None` beyond the last.
-    pub fn member_source(self: &Arc<Self>, index: usize) -> Option<Merged> {
-        (index < self.members.len()).then(|| Merged::alone(Arc::clone(self), index))
+    /// One member alone, as a merge of one in the same dtype; `None` beyond the last. A member that lacks tensors of the
+    /// merged model is an error.
+    pub fn member_source(self: &Arc<Self>, index: usize) -> Result<Option<Merged>, SourceError> {
+        if index < self.members.len() { Merged::alone(Arc::clone(self), index).map(Some) } else { Ok(None) }
+    }
+
+    /// Members in order, then init: the order of all sums.
+    pub(super) fn sources(&self) -> impl Iterator<Item = &PlannedSource> {
+        self.members.iter().map(PlannedMember::source).chain(&self.init)
+    }
+
+    pub(super) fn source(&self, index: usize) -> Option<&PlannedSource> {
+        self.members.get(index).map(PlannedMember::source).or(self.init.as_ref().filter(|_| index == self.members.len()))
     }
 }
 
 impl fmt::Display for MergePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dtype = dtype_name(self.recipe.dtype()).unwrap_or_default();
-        writeln!(f, "{} merge of {} members to {dtype}", self.recipe.method().name(), self.members.len())?;
-        let width = self.members.iter().map(|member| member.name.as_str().len()).max().unwrap_or_default();
+        let (recipe, dtype) = (&self.recipe, dtype_name(self.recipe.dtype()).unwrap_or_default());
+        let of = if recipe.kind() == Kind::Policy { " of a policy" } else { "" };
+        writeln!(f, "{} merge{of} of {} members to {dtype}", Described(recipe), self.members.len())?;
+        let names = self.members.iter().map(|member| member.name.as_str());
+        let width = names.chain(self.init.iter().map(|_| "init")).map(str::len).max().unwrap_or_default();
         for member in &self.members {
-            let dtypes: Vec<_> = member.dtypes.iter().map(|dtype| dtype.safetensors_name()).collect();
-            let (name, coefficient, size) = (member.name.as_str(), member.coefficient, Size(member.bytes));
-            writeln!(f, "  {name:width$}  {coefficient:.6}  {size:>9}  {}  {}", dtypes.join("+"), member.path.display())?;
+            writeln!(f, "  {:width$}  {:.6}  {}", member.name.as_str(), member.coefficient, member.source)?;
+        }
+        if let Some(init) = &self.init {
+            writeln!(f, "  {:width$}  {:8}  {init}", "init", "")?;
+        }
+        for (index, rule) in recipe.rules().iter().enumerate() {
+            let count = self.treatments.values().filter(|treatment| **treatment == Treatment::Rule(index)).count();
+            writeln!(f, "  {}: {}, {count} tensors", rule.pattern, Taken(recipe, rule))?;
         }
         let (tensors, parameters) = (self.manifest.len(), self.parameters());
         let (read, merged) = (Size(self.bytes_to_read()), Size(self.merged_bytes()));
         write!(f, "{tensors} tensors, {parameters} parameters: {read} to read, {merged} merged")?;
         self.notes.iter().try_for_each(|note| write!(f, "\nnote: {note}"))
+    }
+}
+
+/// A recipe's method with its numbers.
+struct Described<'r>(&'r Recipe);
+
+impl fmt::Display for Described<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.method().name())?;
+        match self.0.method() {
+            Method::Linear => {}
+            Method::Slerp { granularity, t } if self.0.members().len() == 2 => write!(f, " (by {}, t {t})", granularity.name())?,
+            Method::Slerp { granularity, .. } => write!(f, " (by {})", granularity.name())?,
+            Method::Ema { mu } => write!(f, " (mu {mu})")?,
+        }
+        self.0.liti().map_or(Ok(()), |eta| write!(f, ", liti (eta {eta}),"))
+    }
+}
+
+/// What a rule takes.
+struct Taken<'r>(&'r Recipe, &'r Rule);
+
+impl fmt::Display for Taken<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let members = self.0.members();
+        match &self.1.take {
+            Take::From(index) => write!(f, "from {}", members.get(*index).map_or("?", |member| member.name.as_str())),
+            Take::Init => f.write_str("from init"),
+            Take::Mix(coefficients) => {
+                let mixed = members.iter().zip(coefficients.as_slice()).filter(|(_, coefficient)| **coefficient != 0.0);
+                let mixed: Vec<_> = mixed.map(|(member, coefficient)| format!("{coefficient:.6} {}", member.name)).collect();
+                f.write_str(&mixed.join(" + "))
+            }
+        }
+    }
+}
+
+impl fmt::Display for PlannedSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtypes: Vec<_> = self.dtypes.iter().map(|dtype| dtype.safetensors_name()).collect();
+        let dtypes = if dtypes.is_empty() { "not read".to_owned() } else { dtypes.join("+") };
+        write!(f, "{:>9}  {dtypes}  {}", Size(self.bytes), self.path.display())
     }
 }
 
@@ -207,7 +356,7 @@ impl fmt::Debug for MergePlan {
 
 impl fmt::Debug for PlannedMember {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PlannedMember({}, {})", self.name, self.path.display())
+        write!(f, "PlannedMember({}, {})", self.name, self.source.path.display())
     }
 }
 

@@ -1,52 +1,128 @@
-//! The recipe: which checkpoints, in which order, with which coefficients, to which dtype. As a file it is YAML:
+//! The recipe: which checkpoints, in which order, mixed how, to which dtype. As a file it is YAML:
 //!
 //! ```yaml
-//! method: linear              # WARM; the default
-//! init: ./init                # optional: the shared initialisation
+//! method: slerp               # linear (WARM; the default), slerp (WARP) or ema
+//! slerp:                      # how; for slerp alone
+//!   granularity: layer        # layer (default), tensor or global: what is one vector, with one angle
+//!   t: 0.5                    # with two members: how far to go from the first to the second; 0.5 is the default
+//! liti: {eta: 0.3}            # optional, after any method: the way from init to the merge, 1 being all of it
+//! init: ./init                # the shared initialisation; slerp and liti need it
 //! members:
-//!   - {path: ./rm-0, name: rm-0, coefficient: 1.0}
-//!   - ./rm-1                  # name: last path segment; coefficient: 1
+//!   - {path: ./rm-0, name: rm-0}
+//!   - ./rm-1                  # name: last path segment
+//!   - {path: ./rm-2-lora, base: ./sft}   # a LoRA adapter; base: as its adapter_config.json says, if left out
+//! rules:                      # optional, per tensor; the first that matches decides alone, method and liti do not apply
+//!   - {match: "score.*", from: rm-0}                                            # one member's
+//!   - {match: "model.embed_tokens.*", coefficients: {rm-0: 0.75, rm-1: 0.25}}   # a weighted mean
+//!   - {match: "model.norm.*", init: true}                                       # the initialisation's
+//! kind: reward                # reward (default), or policy: any language model, merged and written but never served
 //! dtype: float32              # float32 (default), bfloat16 or float16
 //! ```
 //!
+//! | method | the merged tensor, with task vectors `δ_m = φ_m − init` | source |
+//! |---|---|---|
+//! | `linear` | `Σ c_m φ_m`; `c` is each member's `coefficient` (1 unless given), divided by their sum unless `normalize: false` | WARM 2401.12187 §3.1, `φ_WARM = (1/M) Σ φ_m` |
+//! | `slerp` | `init + sin((1−t)Ω)/sin Ω · δ_1 + sin(tΩ)/sin Ω · δ_2`, `Ω` the angle of the two; more members one after the other in the listed order, the `m`-th with `t = 1/m` | WARP 2406.16768 §3.2, Eq. 26 |
+//! | `ema` | `a ← (1−μ) a + μ φ_m` from the first member on, in the listed order, with `ema: {mu: 0.01}` | WARP §3.1 |
+//! | `liti` | `init + η (merged − init)`; `η` above 1 extrapolates | WARP §3.3 |
+//!
+//! A running average goes on where its first member is what the earlier run has written. `method:` may be left out where
+//! `slerp:` or `ema:` stands. A path, also that of `init`, is a checkpoint folder (such as one that `warm merge` has
+//! written) or another recipe (`.yaml`, `.yml` or `.json`), whose merge is then made while it is read. A tensor may be
+//! absent from a member only where a rule says whose is taken.
+//!
 //! Paths are relative to the file. Unknown keys are mistakes, and all mistakes are reported at once.
+
+mod read;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_norway::{Mapping, Value};
+use serde_json::{Map, json};
+use serde_norway::Value;
 
+use super::glob::Glob;
 use crate::checkpoint::Dtype;
 use crate::domain::MemberName;
 
 /// A recipe is written by hand; more is another file by mistake.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;
 
-/// How members become one model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// The weighted mean of all members (WARM).
-    Linear,
+/// What is merged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// A reward model: its family is known, its tensors are those that the model reads.
+    #[default]
+    Reward,
+    /// Any language model: all of its tensors, whatever the family. It cannot be served.
+    Policy,
 }
 
-impl Method {
-    const ALL: [Self; 1] = [Self::Linear];
-
+impl Kind {
     pub fn name(self) -> &'static str {
         match self {
-            Self::Linear => "linear",
+            Self::Reward => "reward",
+            Self::Policy => "policy",
         }
     }
 }
 
-/// A checked recipe: at least one member, unique names, coefficients that sum to 1. Whether its folders can be merged is
-/// for the plan to say.
+/// How members become one model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Method {
+    /// The weighted mean of all members (WARM).
+    Linear,
+    /// Spherical interpolation of task vectors (WARP §3.2, Eq. 26). `t` counts with two members.
+    Slerp { granularity: Granularity, t: f64 },
+    /// The exponential moving average over the members in order (WARP §3.1).
+    Ema { mu: f64 },
+}
+
+impl Method {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear",
+            Self::Slerp { .. } => "slerp",
+            Self::Ema { .. } => "ema",
+        }
+    }
+}
+
+/// What SLERP takes as one vector, with one angle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Granularity {
+    /// All tensors under a name up to and including its first numeric segment; any other tensor is its own group.
+    #[default]
+    Layer,
+    Tensor,
+    /// The whole model, but for what rules decide.
+    Global,
+}
+
+impl Granularity {
+    const ALL: [Self; 3] = [Self::Layer, Self::Tensor, Self::Global];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Layer => "layer",
+            Self::Tensor => "tensor",
+            Self::Global => "global",
+        }
+    }
+}
+
+/// A checked recipe: at least one member, unique names, coefficients that are finite, and an init wherever one is needed.
+/// Whether its folders can be merged is for the plan to say.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
+    kind: Kind,
     method: Method,
+    normalize: bool,
+    liti: Option<f64>,
     init: Option<PathBuf>,
     members: Vec<Member>,
+    rules: Vec<Rule>,
     dtype: Dtype,
 }
 
@@ -55,8 +131,27 @@ pub struct Recipe {
 pub struct Member {
     pub name: MemberName,
     pub path: PathBuf,
-    /// Normalised: those of all members sum to 1.
+    /// The checkpoint that a LoRA adapter stands on, in place of the one that its configuration names.
+    pub base: Option<PathBuf>,
+    /// Its share in the merge. Those of all members sum to 1, unless the recipe says `normalize: false`. What SLERP
+    /// multiplies with follows from angles; the shares of its members are those at an angle of zero.
     pub coefficient: f64,
+}
+
+/// What is taken where a tensor's name matches, whatever the method.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rule {
+    pub pattern: Glob,
+    pub take: Take,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Take {
+    /// The member's at this place of the list.
+    From(usize),
+    /// The sum of members, one coefficient for each of them.
+    Mix(Coefficients),
+    Init,
 }
 
 /// Every mistake of a recipe, as sentences.
@@ -77,7 +172,7 @@ impl fmt::Display for RecipeError {
     }
 }
 
-/// Mixing numbers: finite, and their sum is 1.
+/// Mixing numbers: finite, not all zero, and their sum is 1 unless they were asked for as they are.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Coefficients(Vec<f64>);
 
@@ -91,14 +186,9 @@ impl Coefficients {
     /// smaller than its parts that dividing by it would blow them up, is not. Coefficients that sum to 1 up to rounding
     /// stay as they are, so that a resolved recipe resolves to itself.
     pub fn try_new(raw: &[f64]) -> Result<Self, String> {
-        if let Some((index, value)) = raw.iter().enumerate().find(|(_, value)| !value.is_finite()) {
-            return Err(format!("coefficient {index} is {value}, expected a finite number"));
-        }
+        Self::check(raw)?;
         let sum: f64 = raw.iter().sum();
         let size: f64 = raw.iter().map(|value| value.abs()).sum();
-        if !size.is_finite() {
-            return Err("the coefficients are too large to be summed".to_owned());
-        }
         if sum.is_nan() || sum <= 1e-6 * size {
             return Err(format!("the coefficients sum to {sum}, expected a sum clearly above 0, because they are divided by it"));
         }
@@ -110,6 +200,26 @@ impl Coefficients {
             Ok(Self(normalised))
         } else {
             Err(format!("the coefficients sum to {sum}, which is too small to divide by"))
+        }
+    }
+
+    /// Takes them as they are.
+    pub fn as_given(raw: &[f64]) -> Result<Self, String> {
+        Self::check(raw)?;
+        if raw.iter().all(|&value| value == 0.0) {
+            return Err("the coefficients are all 0, expected at least one other".to_owned());
+        }
+        Ok(Self(raw.to_vec()))
+    }
+
+    fn check(raw: &[f64]) -> Result<(), String> {
+        if let Some((index, value)) = raw.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+            return Err(format!("coefficient {index} is {value}, expected a finite number"));
+        }
+        if raw.iter().map(|value| value.abs()).sum::<f64>().is_finite() {
+            Ok(())
+        } else {
+            Err("the coefficients are too large to be summed".to_owned())
         }
     }
 
@@ -126,12 +236,7 @@ pub struct RecipeFile(Value);
 impl RecipeFile {
     /// Checks the recipe; paths in it are relative to `base`.
     pub fn resolve(&self, base: &Path) -> Result<Recipe, RecipeError> {
-        let mut problems = Vec::new();
-        let recipe = resolve(&self.0, base, &mut problems);
-        match recipe {
-            Some(recipe) if problems.is_empty() => Ok(recipe),
-            _ => Err(RecipeError { file: None, problems }),
-        }
+        read::resolve(&self.0, base).map_err(|problems| RecipeError { file: None, problems })
     }
 }
 
@@ -161,25 +266,20 @@ impl Recipe {
 
     /// The uniform average of some folders. Folders with the same last path segment are told apart by the one before it.
     pub fn uniform(paths: &[PathBuf]) -> Result<Self, RecipeError> {
-        let mut problems = Vec::new();
-        let last: Vec<_> = paths.iter().map(|path| default_name(path, 1)).collect();
-        let mut drafts = Vec::new();
-        for (index, (path, name)) in paths.iter().zip(&last).enumerate() {
-            let repeated = last.iter().filter(|other| *other == name).count() > 1;
-            let name = if repeated { default_name(path, 2) } else { name.clone() };
-            match name {
-                Some(name) => drafts.push(Draft { index, name, path: path.clone(), coefficient: 1.0 }),
-                None => problems.push(format!("no name can be taken from the path {:?}", path.display().to_string())),
-            }
-        }
-        match finish(Method::Linear, None, drafts, Dtype::F32, &mut problems) {
-            Some(recipe) if problems.is_empty() => Ok(recipe),
-            _ => Err(RecipeError { file: None, problems }),
-        }
+        read::uniform(paths).map_err(|problems| RecipeError { file: None, problems })
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     pub fn method(&self) -> Method {
         self.method
+    }
+
+    /// How far to go from init to the merge; `None` for all the way, without looking at init.
+    pub fn liti(&self) -> Option<f64> {
+        self.liti
     }
 
     pub fn init(&self) -> Option<&Path> {
@@ -188,6 +288,11 @@ impl Recipe {
 
     pub fn members(&self) -> &[Member] {
         &self.members
+    }
+
+    /// The first that matches a tensor's name decides.
+    pub fn rules(&self) -> &[Rule] {
+        &self.rules
     }
 
     /// What the merged model is stored and run in.
@@ -202,21 +307,64 @@ impl Recipe {
 
     /// The recipe with nothing left to default: JSON (which is YAML, too) that reads as this same recipe.
     pub fn to_resolved_string(&self) -> String {
-        let members: Vec<_> = self
-            .members
-            .iter()
-            .map(|member| {
-                serde_json::json!({"path": member.path.to_string_lossy(), "name": member.name.as_str(), "coefficient": member.coefficient})
-            })
-            .collect();
-        let mut resolved = serde_json::Map::new();
+        self.to_json().to_string()
+    }
+
+    /// The same as a value.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut resolved = Map::new();
+        resolved.insert("kind".to_owned(), self.kind.name().into());
         resolved.insert("method".to_owned(), self.method.name().into());
+        match self.method {
+            Method::Linear => _ = resolved.insert("normalize".to_owned(), self.normalize.into()),
+            Method::Slerp { granularity, t } => {
+                let mut slerp = Map::from_iter([("granularity".to_owned(), granularity.name().into())]);
+                if self.members.len() == 2 {
+                    slerp.insert("t".to_owned(), t.into());
+                }
+                resolved.insert("slerp".to_owned(), slerp.into());
+            }
+            Method::Ema { mu } => _ = resolved.insert("ema".to_owned(), json!({ "mu": mu })),
+        }
+        if !matches!(self.method, Method::Linear) && !self.normalize {
+            resolved.insert("normalize".to_owned(), false.into());
+        }
+        if let Some(eta) = self.liti {
+            resolved.insert("liti".to_owned(), json!({ "eta": eta }));
+        }
         if let Some(init) = &self.init {
             resolved.insert("init".to_owned(), init.to_string_lossy().into());
         }
-        resolved.insert("members".to_owned(), members.into());
+        let member = |member: &Member| {
+            let mut resolved = json!({"path": member.path.to_string_lossy(), "name": member.name.as_str()});
+            if let Some(base) = &member.base {
+                resolved["base"] = base.to_string_lossy().into();
+            }
+            if matches!(self.method, Method::Linear) {
+                resolved["coefficient"] = member.coefficient.into();
+            }
+            resolved
+        };
+        resolved.insert("members".to_owned(), self.members.iter().map(member).collect());
+        if !self.rules.is_empty() {
+            resolved.insert("rules".to_owned(), self.rules.iter().map(|rule| self.rule_to_json(rule)).collect());
+        }
         resolved.insert("dtype".to_owned(), dtype_name(self.dtype).unwrap_or_default().into());
-        serde_json::Value::Object(resolved).to_string()
+        serde_json::Value::Object(resolved)
+    }
+
+    fn rule_to_json(&self, rule: &Rule) -> serde_json::Value {
+        let pattern = rule.pattern.as_str();
+        match &rule.take {
+            Take::From(index) => json!({"match": pattern, "from": self.members.get(*index).map(|member| member.name.as_str())}),
+            Take::Init => json!({"match": pattern, "init": true}),
+            Take::Mix(coefficients) => {
+                let named = self.members.iter().zip(coefficients.as_slice()).filter(|(_, coefficient)| **coefficient != 0.0);
+                let named: Map<String, serde_json::Value> =
+                    named.map(|(member, &coefficient)| (member.name.to_string(), coefficient.into())).collect();
+                json!({"match": pattern, "coefficients": named})
+            }
+        }
     }
 }
 
@@ -228,164 +376,9 @@ pub fn dtype_name(dtype: Dtype) -> Option<&'static str> {
     DTYPES.iter().find(|(_, known)| *known == dtype).map(|(name, _)| *name)
 }
 
-/// A member whose name and coefficient are still as they were written.
-struct Draft {
-    /// Its place in the list.
-    index: usize,
-    name: String,
-    path: PathBuf,
-    coefficient: f64,
-}
-
-fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Recipe> {
-    let Value::Mapping(recipe) = value else {
-        problems.push(format!("expected keys method, init, members, dtype; found {}", kind(value)));
-        return None;
-    };
-    check_keys(recipe, "", &["method", "init", "members", "dtype"], problems);
-    let method = match text(recipe, "", "method", problems) {
-        None => Method::Linear,
-        Some(name) => Method::ALL.into_iter().find(|method| method.name() == name).unwrap_or_else(|| {
-            problems.push(format!("method: {name:?} is not known to this version, expected {:?}", Method::Linear.name()));
-            Method::Linear
-        }),
-    };
-    let dtype = match text(recipe, "", "dtype", problems) {
-        None => Dtype::F32,
-        Some(name) => DTYPES.iter().find(|(known, _)| *known == name).map(|(_, dtype)| *dtype).unwrap_or_else(|| {
-            problems.push(format!("dtype: {name:?} is unknown, expected float32, bfloat16 or float16"));
-            Dtype::F32
-        }),
-    };
-    let init = path(recipe, "", "init", base, problems);
-    let mut drafts = Vec::new();
-    match recipe.get("members") {
-        Some(Value::Sequence(members)) => {
-            for (index, member) in members.iter().enumerate() {
-                drafts.extend(draft(member, index, base, problems));
-            }
-            if members.is_empty() {
-                problems.push("members: the list is empty, expected at least one checkpoint".to_owned());
-            }
-        }
-        Some(other) => problems.push(format!("members: expected a list, found {}", kind(other))),
-        None => problems.push("members: missing, expected a list of checkpoints".to_owned()),
-    }
-    if drafts.is_empty() { None } else { finish(method, init, drafts, dtype, problems) }
-}
-
-fn draft(value: &Value, index: usize, base: &Path, problems: &mut Vec<String>) -> Option<Draft> {
-    let place = &format!("members[{index}]");
-    let (found, name, coefficient) = match value {
-        Value::String(found) if !found.is_empty() => (Some(base.join(found)), None, 1.0),
-        Value::Mapping(member) => {
-            check_keys(member, place, &["path", "name", "coefficient"], problems);
-            let coefficient = match member.get("coefficient") {
-                None => 1.0,
-                Some(value) => value.as_f64().filter(|number| number.is_finite()).unwrap_or_else(|| {
-                    problems.push(format!("{place}.coefficient: expected a finite number, found {}", kind(value)));
-                    1.0
-                }),
-            };
-            if !member.contains_key("path") {
-                problems.push(format!("{place}.path: missing, expected a checkpoint folder"));
-            }
-            (path(member, place, "path", base, problems), text(member, place, "name", problems), coefficient)
-        }
-        other => {
-            problems.push(format!("{place}: expected a path or {{path, name, coefficient}}, found {}", kind(other)));
-            (None, None, 1.0)
-        }
-    };
-    let path = found?;
-    let Some(name) = name.or_else(|| default_name(&path, 1)) else {
-        problems.push(format!("{place}.name: missing, and no name can be taken from the path {:?}", path.display().to_string()));
-        return None;
-    };
-    if let Err(invalid) = MemberName::try_from(name.clone()) {
-        problems.push(format!("{place}.name: {invalid}"));
-    }
-    Some(Draft { index, name, path, coefficient })
-}
-
-fn finish(method: Method, init: Option<PathBuf>, drafts: Vec<Draft>, dtype: Dtype, problems: &mut Vec<String>) -> Option<Recipe> {
-    // With a mistake in a member, the sum of all would give mistakes that are none.
-    let sum_is_known = problems.is_empty();
-    for (place, draft) in drafts.iter().enumerate() {
-        if let Some(first) = drafts.iter().take(place).find(|other| other.name == draft.name) {
-            let (index, name) = (draft.index, &draft.name);
-            problems.push(format!("members[{index}].name: {name:?} is the name of members[{}] already, give it another", first.index));
-        }
-    }
-    if drafts.is_empty() && problems.is_empty() {
-        problems.push("members: the list is empty, expected at least one checkpoint".to_owned());
-    }
-    if !sum_is_known {
-        return None;
-    }
-    let raw: Vec<f64> = drafts.iter().map(|draft| draft.coefficient).collect();
-    let coefficients =
-        if raw.iter().all(|&value| value == 1.0) { Ok(Coefficients::uniform(raw.len())) } else { Coefficients::try_new(&raw) };
-    let coefficients = coefficients.map_err(|problem| problems.push(format!("members: {problem}"))).ok()?;
-    let mut members = Vec::new();
-    for (draft, &coefficient) in drafts.into_iter().zip(coefficients.as_slice()) {
-        match MemberName::try_from(draft.name) {
-            Ok(name) => members.push(Member { name, path: draft.path, coefficient }),
-            Err(invalid) => problems.push(invalid.to_string()),
-        }
-    }
-    Some(Recipe { method, init, members, dtype })
-}
-
-/// A member's name from the last `segments` segments of its path; what a name cannot hold becomes `-`.
-fn default_name(path: &Path, segments: usize) -> Option<String> {
-    let absolute = std::path::absolute(path).ok()?;
-    absolute.file_name()?;
-    let mut parts: Vec<_> = absolute.iter().rev().take(segments).map(|part| part.to_string_lossy().into_owned()).collect();
-    parts.reverse();
-    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
-    Some(parts.join(".").chars().map(plain).take(128).collect())
-}
-
-fn check_keys(mapping: &Mapping, place: &str, known: &[&str], problems: &mut Vec<String>) {
-    for key in mapping.keys() {
-        match key.as_str() {
-            Some(key) if known.contains(&key) => {}
-            Some(key) => problems.push(format!("{}: unknown key, expected one of {}", at(place, key), known.join(", "))),
-            None => problems.push(format!("{}: a key is {}, expected one of {}", at(place, "?"), kind(key), known.join(", "))),
-        }
-    }
-}
-
-fn text(mapping: &Mapping, place: &str, key: &str, problems: &mut Vec<String>) -> Option<String> {
-    match mapping.get(key)? {
-        Value::String(text) if !text.is_empty() => Some(text.clone()),
-        other => {
-            problems.push(format!("{}: expected text, found {}", at(place, key), kind(other)));
-            None
-        }
-    }
-}
-
-fn path(mapping: &Mapping, place: &str, key: &str, base: &Path, problems: &mut Vec<String>) -> Option<PathBuf> {
-    text(mapping, place, key, problems).map(|path| base.join(path))
-}
-
-fn at(place: &str, key: &str) -> String {
-    if place.is_empty() { key.to_owned() } else { format!("{place}.{key}") }
-}
-
-fn kind(value: &Value) -> String {
-    match value {
-        Value::Null => "nothing".to_owned(),
-        Value::Bool(value) => value.to_string(),
-        Value::Number(value) => value.to_string(),
-        Value::String(value) if value.is_empty() => "empty text".to_owned(),
-        Value::String(value) => format!("{:?}", value.chars().take(60).collect::<String>()),
-        Value::Sequence(_) => "a list".to_owned(),
-        Value::Mapping(_) => "a mapping".to_owned(),
-        Value::Tagged(_) => "a tagged value".to_owned(),
-    }
+/// Whether a path is another recipe by its name.
+pub fn is_recipe(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ["yaml", "yml", "json"].iter().any(|known| ending == *known))
 }
 
 #[cfg(test)]

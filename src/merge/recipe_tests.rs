@@ -33,17 +33,17 @@ fn a_recipe_says_what_to_merge_and_leaves_little_to_say() {
 #[test]
 fn all_mistakes_are_told_at_once_with_their_places() {
     let found = problems(
-        "method: slerp\ndtype: int8\nmethods: linear\ninit: [x]\nmembers:\n  - {path: a, weight: 2}\n  - {coefficient: .nan}\n  - 7\n  - {path: b, name: 'b c', coefficient: one}\n  - x/a\n",
+        "method: ties\ndtype: int8\nmethods: linear\ninit: [x]\nmembers:\n  - {path: a, weight: 2}\n  - {coefficient: .nan}\n  - 7\n  - {path: b, name: 'b c', coefficient: one}\n  - x/a\n",
     );
     let expected = [
-        "methods: unknown key, expected one of method, init, members, dtype",
-        "method: \"slerp\" is not known to this version, expected \"linear\"",
-        "dtype: \"int8\" is unknown, expected float32, bfloat16 or float16",
+        "methods: unknown key, expected one of kind, method, slerp, ema, normalize, liti, init, members, rules, dtype",
+        "method: \"ties\" is unknown, expected one of linear, slerp, ema",
         "init: expected text, found a list",
-        "members[0].weight: unknown key, expected one of path, name, coefficient",
+        "dtype: \"int8\" is unknown, expected one of float32, bfloat16, float16",
+        "members[0].weight: unknown key, expected one of path, base, name, coefficient",
         "members[1].coefficient: expected a finite number, found .nan",
-        "members[1].path: missing, expected a checkpoint folder",
-        "members[2]: expected a path or {path, name, coefficient}, found 7",
+        "members[1].path: missing, expected a checkpoint folder or another recipe",
+        "members[2]: expected a path or {path, base, name, coefficient}, found 7",
         "members[3].coefficient: expected a finite number, found \"one\"",
         "members[3].name: member name \"b c\": expected 1 to 128 letters, digits, '.', '_' or '-'",
         "members[4].name: \"a\" is the name of members[0] already, give it another",
@@ -54,12 +54,12 @@ fn all_mistakes_are_told_at_once_with_their_places() {
 #[test]
 fn every_other_mistake_has_its_sentence() {
     let cases = [
-        ("", "expected keys method, init, members, dtype; found nothing"),
-        ("[a]", "expected keys method, init, members, dtype; found a list"),
+        ("", "expected keys kind, method, slerp, ema, normalize, liti, init, members, rules, dtype; found nothing"),
+        ("[a]", "expected keys kind, method, slerp, ema, normalize, liti, init, members, rules, dtype; found a list"),
         ("method: linear", "members: missing, expected a list of checkpoints"),
         ("members: a", "members: expected a list, found \"a\""),
         ("members: []", "members: the list is empty, expected at least one checkpoint"),
-        ("members: ['']", "members[0]: expected a path or {path, name, coefficient}, found empty text"),
+        ("members: ['']", "members[0]: expected a path or {path, base, name, coefficient}, found empty text"),
         ("members: [{path: ..}]", "members[0].name: missing, and no name can be taken from the path \"/base/..\""),
         ("members: [x/a, y/a]", "members[1].name: \"a\" is the name of members[0] already, give it another"),
         (

@@ -33,8 +33,9 @@ fn numbers(value: &Value, name: &str) -> Option<Vec<u32>> {
 
 fn loaded(recipe: &Recipe) -> Arc<dyn RewardModel> {
     let plan = Arc::new(MergePlan::open(recipe).expect("mergeable"));
-    let merged = Merged::new(Arc::clone(&plan));
-    load(&merged, plan.architecture(), plan.layout(), usize::MAX, &mut |_, _| {}).expect("loads")
+    let merged = Merged::new(Arc::clone(&plan)).expect("coefficients");
+    let reward = plan.reward().expect("a reward model");
+    load(&merged, reward.architecture, reward.layout, usize::MAX, &mut |_, _| {}).expect("loads")
 }
 
 fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<f32> {

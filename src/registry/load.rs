@@ -10,7 +10,7 @@ use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMemb
 use crate::checkpoint::{Architecture, Dtype, Pooling, SourceError};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
-use crate::merge::{MergeError, MergePlan, Merged, Recipe};
+use crate::merge::{MergeError, MergePlan, Merged, NotServed, Recipe, Reward};
 use crate::model::{self, Pack, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
@@ -79,6 +79,8 @@ pub enum LoadError {
     Source(#[from] SourceError),
     #[error("cannot load {what}")]
     Model { what: String, source: model::LoadError },
+    #[error(transparent)]
+    NotServed(#[from] NotServed),
     #[error("{field}: {problem}")]
     Options { field: &'static str, problem: String },
     #[error("{what} does not answer: {problem}")]
@@ -94,8 +96,9 @@ impl Encode for TextPipeline {
 /// The plan of a recipe and its text layer alone, without weights: what explains how a sample is read.
 pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, TextPipeline), LoadError> {
     let plan = Arc::new(MergePlan::open(&spec.recipe)?);
-    let max_tokens = max_tokens(spec, plan.architecture())?;
-    let text = TextPipeline::new(plan.text(), text_options(spec, plan.architecture(), max_tokens, clock))?;
+    let reward = plan.reward()?;
+    let max_tokens = max_tokens(spec, reward.architecture)?;
+    let text = TextPipeline::new(reward.text, text_options(spec, reward.architecture, max_tokens, clock))?;
     Ok((plan, text))
 }
 
@@ -110,14 +113,14 @@ pub fn load_generation(
     let mut report = |stage: &str, done: u64, total: u64| progress(Progress { stage: stage.to_owned(), done, total });
     report("plan", 0, 1);
     let (plan, text) = open_text(spec, clock)?;
-    let (architecture, text) = (plan.architecture(), Arc::new(text));
+    let (Reward { architecture, layout, .. }, text) = (plan.reward()?, Arc::new(text));
     let max_tokens = max_tokens(spec, architecture)?;
     report("plan", 1, 1);
 
-    let merged_source = Merged::new(plan.clone());
+    let merged_source = Merged::new(plan.clone())?;
     let mut load = |stage: &str, what: &str, source: &Merged| {
         let mut tell = |done, total| report(stage, done, total);
-        model::load(source, architecture, plan.layout(), max_tokens, &mut tell)
+        model::load(source, architecture, layout, max_tokens, &mut tell)
             .map_err(|source| LoadError::Model { what: what.to_owned(), source })
     };
     let merged = load("merge", "the merged model", &merged_source)?;
@@ -125,7 +128,7 @@ pub fn load_generation(
     if spec.ensemble == Ensemble::Resident {
         for (index, member) in plan.members().iter().enumerate() {
             let name = member.name().clone();
-            let model = match plan.member_source(index) {
+            let model = match plan.member_source(index)? {
                 // The merge of one is that one.
                 _ if plan.members().len() == 1 => merged.clone(),
                 Some(source) => load(&format!("member {name}"), &format!("member {name}"), &source)?,
@@ -156,7 +159,8 @@ pub fn load_generation(
     let parts =
         FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
     let fingerprint = parts.fingerprint();
-    let info = info(spec, &plan, &hashes, text.policy(), clock);
+    let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), clock);
+    info.notes.extend(merged_source.notes());
     Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
 }
 
@@ -219,14 +223,20 @@ fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Res
     Ok(())
 }
 
-fn info(spec: &LoadSpec, plan: &MergePlan, hashes: &[[u8; 32]], policy: &TextPolicy, clock: &Clock) -> GenerationInfo {
-    let architecture = plan.architecture();
+fn info(
+    spec: &LoadSpec,
+    plan: &MergePlan,
+    Reward { architecture, layout, .. }: Reward<'_>,
+    hashes: &[[u8; 32]],
+    policy: &TextPolicy,
+    clock: &Clock,
+) -> GenerationInfo {
     let members = plan.members().iter().zip(hashes).map(|(member, hash)| MemberInfo {
         name: member.name().clone(),
         coefficient: member.coefficient(),
         content_hash: blake3::Hash::from(*hash).to_hex().to_string(),
     });
-    let outputs = plan.layout().outputs();
+    let outputs = layout.outputs();
     let label = |i: usize| plan.config().pointer(&format!("/id2label/{i}")).and_then(|label| label.as_str()).map(str::to_owned);
     let names = (0..outputs).map(|i| label(i).unwrap_or_else(|| format!("LABEL_{i}")));
     GenerationInfo {
