@@ -95,6 +95,15 @@ pub fn llama(size: Size, dtype: &'static str, seed: u64) -> Tensors {
         .collect()
 }
 
+/// The tensors of a language model in place of a reward model's: another head.
+pub fn language_model(size: Size, dtype: &'static str, seed: u64) -> Tensors {
+    let mut tensors = llama(size, dtype, seed);
+    tensors.remove("score.weight");
+    let count = size.vocab * size.hidden;
+    tensors.insert("lm_head.weight".to_owned(), tensor(dtype, &[size.vocab, size.hidden], noise(seed + 1000).take(count)));
+    tensors
+}
+
 pub fn config(size: Size) -> Value {
     json!({
         "architectures": ["LlamaForSequenceClassification"],

@@ -2,6 +2,7 @@
 //! what they do to a text is the business of [`crate::text`].
 
 mod canonical;
+mod vocabulary;
 
 use std::{
     collections::BTreeMap,
@@ -143,6 +144,13 @@ impl TextFacts {
     /// what averaging their weights needs.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         if self.hash() == other.hash() { Vec::new() } else { self.0.parts.differences(&other.0.parts) }
+    }
+
+    /// A sentence if a token has one id here and another there, so that equal rows of two embeddings mean different tokens.
+    pub fn conflict(&self, other: &Self) -> Option<String> {
+        let parsed = |facts: &Self| serde_json::from_slice::<Map<String, Value>>(facts.tokenizer_bytes()).ok();
+        let (count, example) = vocabulary::conflict(&parsed(self)?, &parsed(other)?)?;
+        Some(format!("{count} tokens have other ids: {example}"))
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Differences {
     pub model: Vec<String>,
     /// In how text becomes tokens: those who score it must agree, those who only lend weights need not.
     pub text: Vec<String>,
+    /// That rows of the two embeddings belong to different tokens: these cannot be mixed.
+    pub rows: Option<String>,
 }
 
 impl Facts {
@@ -49,10 +51,13 @@ impl Facts {
         };
         let concerns_text = |sentence: &String| sentence.split_once(':').is_some_and(|(field, _)| TEXT_FIELDS.contains(&field));
         let (mut text, model): (Vec<String>, Vec<String>) = model.into_iter().partition(concerns_text);
+        let mut rows = None;
         if let (Ok(ours), Ok(theirs)) = (&self.text, &other.text) {
-            text.extend(ours.differences(theirs));
+            let differences = ours.differences(theirs);
+            rows = if differences.is_empty() { None } else { ours.conflict(theirs) };
+            text.extend(differences);
         }
-        Differences { model, text }
+        Differences { model, text, rows }
     }
 }
 

@@ -27,3 +27,8 @@ pub use glob::Glob;
 pub use merged::Merged;
 pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward};
 pub use recipe::{Coefficients, Granularity, Kind, Member, Method, Recipe, RecipeError, RecipeFile, Rule, Take};
+
+#[cfg(test)]
+mod conformance_tests;
+#[cfg(test)]
+mod methods_tests;

@@ -81,6 +81,112 @@ fn every_other_mistake_has_its_sentence() {
 }
 
 #[test]
+fn every_method_is_said_in_few_words() {
+    let method = |text: &str| parse(&format!("members: [a, b]\ninit: i\n{text}")).unwrap().method();
+    let slerp = |granularity, t| Method::Slerp { granularity, t };
+    assert_eq!(method("method: slerp"), slerp(Granularity::Layer, 0.5));
+    assert_eq!(method("slerp: {granularity: tensor}"), slerp(Granularity::Tensor, 0.5));
+    assert_eq!(method("method: slerp\nslerp: {granularity: global, t: 0.3}"), slerp(Granularity::Global, 0.3));
+    assert_eq!(method("method: ema"), Method::Ema { mu: 0.01 });
+    assert_eq!(method("ema: {mu: 0.5}"), Method::Ema { mu: 0.5 });
+    assert_eq!(method("method: linear"), Method::Linear);
+    let recipe = parse("kind: policy\nslerp: {}\nliti: {eta: 0.3}\ninit: i\nmembers: [a, b, c]").unwrap();
+    assert_eq!((recipe.kind(), recipe.liti(), recipe.method()), (Kind::Policy, Some(0.3), slerp(Granularity::Layer, 0.5)));
+}
+
+#[test]
+fn the_share_of_a_member_follows_from_the_method() {
+    let shares = |text: &str| parse(text).unwrap().members().iter().map(|member| member.coefficient).collect::<Vec<_>>();
+    assert_eq!(shares("members: [{path: a, coefficient: 3}, b]"), [0.75, 0.25]);
+    assert_eq!(shares("members: [{path: a, coefficient: 3}, b]\nnormalize: false"), [3.0, 1.0]);
+    assert_eq!(shares("members: [a, b]\ninit: i\nslerp: {t: 0.25}"), [0.75, 0.25]);
+    assert_eq!(shares("members: [a, b, c, d]\ninit: i\nmethod: slerp"), [0.25; 4]);
+    assert_eq!(shares("members: [a, b, c]\nema: {mu: 0.5}"), [0.25, 0.25, 0.5]);
+}
+
+#[test]
+fn rules_name_members_and_mix_those_they_name() {
+    let text = "members: [a, b, c]\ninit: i\nrules:\n  - {match: 'score.*', from: b}\n  - {match: '*.embed*', coefficients: {c: 3, a: 1}}\n  \
+                - {match: '*norm*', init: true}\n  - {match: 'x', coefficients: {a: 1, c: 1}}\n";
+    let recipe = parse(text).unwrap();
+    let takes: Vec<&Take> = recipe.rules().iter().map(|rule| &rule.take).collect();
+    let mix = |coefficients: [f64; 3]| Take::Mix(Coefficients(coefficients.to_vec()));
+    assert_eq!(takes, [&Take::From(1), &mix([0.25, 0.0, 0.75]), &Take::Init, &mix([0.5, 0.0, 0.5])]);
+    assert!(recipe.rules()[1].pattern.matches("model.embed_tokens.weight"));
+    let as_given = parse(&format!("{text}normalize: false")).unwrap();
+    assert_eq!(as_given.rules()[1].take, mix([1.0, 0.0, 3.0]));
+}
+
+#[test]
+fn every_mistake_in_methods_and_rules_has_its_sentence() {
+    let rule = |rule: &str| format!("members: [a, b]\nrules: [{rule}]");
+    let cases = [
+        (
+            "members: [a, b]\nmethod: slerp".to_owned(),
+            "init: missing; slerp turns task vectors, and these are the way from init to each member",
+        ),
+        ("members: [a, b]\nliti: {eta: 0.3}".to_owned(), "init: missing; liti goes from init towards the merge"),
+        ("members: [a, b]\ninit: i\nliti: {}".to_owned(), "liti.eta: missing, expected a number"),
+        ("members: [a, b]\ninit: i\nliti: {eta: much}".to_owned(), "liti.eta: expected a finite number, found \"much\""),
+        ("members: [a, b]\ninit: i\nliti: 0.3".to_owned(), "liti: expected {eta}, found 0.3"),
+        ("members: [a, b]\ninit: i\nslerp: {by: layer}".to_owned(), "slerp.by: unknown key, expected one of granularity, t"),
+        (
+            "members: [a, b]\ninit: i\nslerp: {granularity: row}".to_owned(),
+            "slerp.granularity: \"row\" is unknown, expected one of layer, tensor, global",
+        ),
+        (
+            "members: [a, b, c]\ninit: i\nslerp: {t: 0.5}".to_owned(),
+            "slerp.t: is for two members, found 3; more are taken one after the other, the m-th with 1/m",
+        ),
+        ("members: [a, b]\ninit: i\nmethod: linear\nslerp: {t: 0.5}".to_owned(), "slerp: has no meaning where the method is linear"),
+        ("members: [a, b]\ninit: i\nslerp: {}\nema: {}".to_owned(), "ema: has no meaning where the method is slerp"),
+        ("members: [a, b]\nema: {mu: 0}".to_owned(), "ema.mu: expected a number above 0 and at most 1, found 0"),
+        ("members: [a, b]\nema: {mu: 1.5}".to_owned(), "ema.mu: expected a number above 0 and at most 1, found 1.5"),
+        (
+            "members: [a, {path: b, coefficient: 2}]\nmethod: ema".to_owned(),
+            "members[1].coefficient: has no meaning where the method is ema",
+        ),
+        ("members: [a, b]\nnormalize: 1".to_owned(), "normalize: expected true or false, found 1"),
+        (
+            "members: [{path: a, coefficient: 0}]\nnormalize: false".to_owned(),
+            "members: the coefficients are all 0, expected at least one other",
+        ),
+        ("members: [a, b]\nkind: critic".to_owned(), "kind: \"critic\" is unknown, expected one of reward, policy"),
+        ("members: [a, b]\nrules: {}".to_owned(), "rules: expected a list, found a mapping"),
+        (rule("x"), "rules[0]: expected {match, and one of from, coefficients, init}, found \"x\""),
+        (rule("{from: a}"), "rules[0].match: missing, expected a pattern over tensor names"),
+        (
+            rule("{match: 'a[0]', from: a}"),
+            "rules[0].match: \"a[0]\": '[' has no meaning here, expected a tensor name in which `*` and `?` are wildcards",
+        ),
+        (rule("{match: x}"), "rules[0]: expected one of from, coefficients, init, found none"),
+        (rule("{match: x, from: a, init: true}"), "rules[0]: expected one of from, coefficients, init, found from and init"),
+        (rule("{match: x, from: c}"), "rules[0].from: \"c\" is no member, expected one of a, b"),
+        (rule("{match: x, coefficients: a}"), "rules[0].coefficients: expected {member: number}, found \"a\""),
+        (rule("{match: x, coefficients: {c: 1}}"), "rules[0].coefficients: \"c\" is no member, expected one of a, b"),
+        (rule("{match: x, coefficients: {a: b}}"), "rules[0].coefficients.a: expected a finite number, found \"b\""),
+        (rule("{match: x, coefficients: {1: 1}}"), "rules[0].coefficients: a key is 1, expected the name of a member"),
+        (rule("{match: x, coefficients: {}}"), "rules[0].coefficients: names no member"),
+        (rule("{match: x, coefficients: {a: 1, b: -1}}"), "rules[0].coefficients: the coefficients sum to 0"),
+        (rule("{match: x, init: true}"), "rules[0].init: expected true, in a recipe that has an `init`"),
+        (rule("{match: x, from: a, else: b}"), "rules[0].else: unknown key, expected one of match, from, coefficients, init"),
+    ];
+    for (text, expected) in cases {
+        let found = problems(&text);
+        assert_eq!(found.len(), 1, "{text:?}: {found:?}");
+        assert!(found[0].starts_with(expected), "{text:?}: {:?} should say {expected:?}", found[0]);
+    }
+}
+
+#[test]
+fn another_recipe_has_a_name_without_its_ending() {
+    assert_eq!(
+        summary(&parse("members: [it/iteration-1.yaml, v1.5]").unwrap()).into_iter().map(|(name, _, _)| name).collect::<Vec<_>>(),
+        ["iteration-1", "v1.5"]
+    );
+}
+
+#[test]
 fn a_file_is_named_in_its_mistakes_and_its_folder_is_the_base() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("recipe.yaml");
@@ -119,9 +225,20 @@ proptest! {
     fn a_resolved_recipe_reads_as_itself(raw in prop::collection::vec(-1.0..10.0_f64, 1..9)) {
         prop_assume!(Coefficients::try_new(&raw).is_ok());
         let members: Vec<_> = raw.iter().enumerate().map(|(i, c)| format!("{{path: rm-{i}, coefficient: {c:?}}}")).collect();
-        let recipe = parse(&format!("members: [{}]\ninit: i", members.join(", "))).unwrap();
-        let again = Recipe::from_yaml(&recipe.to_resolved_string(), Path::new("/elsewhere")).unwrap();
-        prop_assert_eq!(again, recipe);
+        let names: Vec<_> = raw.iter().enumerate().map(|(i, c)| format!("rm-{i}: {c:?}")).collect();
+        let rules = format!("rules: [{{match: 'score.*', from: rm-0}}, {{match: '*', coefficients: {{{}}}}}]", names.join(", "));
+        let plain: Vec<_> = (0..raw.len()).map(|i| format!("rm-{i}")).collect();
+        let eta = raw[0];
+        for text in [
+            format!("members: [{}]\ninit: i\n{rules}", members.join(", ")),
+            format!("members: [{}]\ninit: i\n{rules}\nnormalize: false\nkind: policy", members.join(", ")),
+            format!("members: {plain:?}\ninit: i\nmethod: slerp\nliti: {{eta: {eta:?}}}\nnormalize: false\n{rules}"),
+            format!("members: {plain:?}\nema: {{mu: {:?}}}\n{rules}\ndtype: bfloat16", (eta.abs() / 10.0).max(1e-3)),
+        ] {
+            let recipe = parse(&text).unwrap();
+            let again = Recipe::from_yaml(&recipe.to_resolved_string(), Path::new("/elsewhere")).unwrap();
+            prop_assert_eq!(again, recipe);
+        }
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl<'r> Survey<'r> {
         };
         let head = layout.as_ref().map(head_tensors).unwrap_or_default();
         self.check_tensors(&decided, &head);
-        self.check_differences(&head);
+        self.check_differences(&head, layout.as_ref().map(|layout| layout.embedding.as_str()), &decided);
         let manifest: Manifest =
             decided.iter().filter_map(|(name, &treatment)| Some((name.clone(), self.merged(name, treatment)?))).collect();
         self.note_the_unusual(&decided);
@@ -165,27 +165,26 @@ impl<'r> Survey<'r> {
     /// The layout of the merged model. Every member must have the tensors of its own, but for those that a rule takes from
     /// others.
     fn reward_layout(&mut self, all: &BTreeMap<String, Treatment>) -> Option<Layout> {
-        let members = self.recipe.members().len();
-        for index in 0..members {
+        let shared = self.first.as_ref().and_then(|(_, first)| first.architecture.as_ref().ok()).cloned();
+        for index in 0..self.recipe.members().len() {
             let Some(Some(source)) = self.sources.get(index) else { continue };
-            let Some(architecture) = &source.architecture else { continue };
-            let outcome = Layout::new(architecture, &self.completed(source, index, all)).map(|layout| layout.unused().to_vec());
-            let label = source.label.clone();
-            match outcome {
-                Err(problems) => self.problems.extend(problems.into_iter().map(|problem| format!("{label}: {problem}"))),
-                Ok(unused) => {
-                    self.unused.extend(unused);
+            // What rules take from others has the shape of the merged model's.
+            let architecture = if self.recipe.rules().is_empty() { &source.architecture } else { &shared };
+            let Some(architecture) = architecture else { continue };
+            let layout = Layout::new(architecture, &self.completed(source, index, all));
+            match layout {
+                Err(problems) => self.problems.extend(problems.into_iter().map(|problem| format!("{}: {problem}", source.label))),
+                Ok(layout) => {
+                    self.unused.extend(layout.unused().iter().cloned());
                     if let Some(Some(source)) = self.sources.get_mut(index) {
                         source.sound = true;
                     }
                 }
             }
         }
-        let (_, first) = self.first.as_ref()?;
-        let architecture = first.architecture.as_ref().ok()?;
         let merged = all.iter().filter_map(|(name, &treatment)| Some((name.clone(), self.lender(name, treatment)?.1.clone())));
         let merged: Manifest = merged.collect();
-        match Layout::new(architecture, &merged) {
+        match Layout::new(shared.as_ref()?, &merged) {
             Ok(layout) => Some(layout),
             Err(problems) => {
                 if self.problems.is_empty() {
@@ -297,8 +296,8 @@ impl<'r> Survey<'r> {
     }
 
     /// Whoever has a reward head must read text as the first member does; init, and a member whose head a rule replaces,
-    /// only lend weights.
-    fn check_differences(&mut self, head: &BTreeSet<String>) {
+    /// only lend weights. Rows of embeddings are mixed only where they belong to the same tokens.
+    fn check_differences(&mut self, head: &BTreeSet<String>, embedding: Option<&str>, decided: &BTreeMap<String, Treatment>) {
         let Some((first, _)) = &self.first else { return };
         for (index, source) in self.sources.iter().enumerate() {
             let Some(source) = source else { continue };
@@ -312,7 +311,21 @@ impl<'r> Survey<'r> {
             let sentence = |difference: &String| format!("{} differs from {first}: {difference}", source.label);
             self.problems.extend(source.differences.model.iter().map(sentence));
             let text = source.differences.text.iter().map(sentence);
-            if lends { self.notes.extend(text) } else { self.problems.extend(text) }
+            if !lends {
+                self.problems.extend(text);
+                continue;
+            }
+            self.notes.extend(text);
+            let mixes = |name: &str| {
+                let sources = decided.get(name).map(|treatment| treatment.sources(self.recipe)).unwrap_or_default();
+                sources.len() > 1 && sources.contains(&index)
+            };
+            // Which tensor of an unknown family holds the rows of tokens is not known.
+            let mixes_rows = embedding.map_or_else(|| decided.keys().any(|name| mixes(name)), mixes);
+            if let Some(rows) = source.differences.rows.as_ref().filter(|_| mixes_rows) {
+                let place = embedding.unwrap_or("the embedding");
+                self.problems.push(format!("{}; rows of {place} would be mixed with those of other tokens", sentence(rows)));
+            }
         }
     }
 
@@ -333,7 +346,11 @@ impl<'r> Survey<'r> {
     fn note_the_unusual(&mut self, decided: &BTreeMap<String, Treatment>) {
         let mut notes = Vec::new();
         if !self.unused.is_empty() {
-            notes.push(format!("left out, because the model does not read them: {}", listed(self.unused.iter().map(String::as_str))));
+            let reason = match self.recipe.kind() {
+                Kind::Reward => "the model does not read them",
+                Kind::Policy => "programs compute them from the configuration",
+            };
+            notes.push(format!("left out, because {reason}: {}", listed(self.unused.iter().map(String::as_str))));
         }
         let members = self.recipe.members().len();
         let read = |index: usize| self.read_of(index, decided);

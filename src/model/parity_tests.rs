@@ -12,6 +12,14 @@ use crate::text::Encoding;
 const SERVED: [&str; 9] =
     ["llama", "llama-pad-is-eos", "mistral", "qwen2", "qwen2-pad-is-eos", "qwen3", "qwen3-bf16-sharded", "llama-fp16", "bert"];
 
+/// The merges of WARP (2406.16768) that the goldens have where there is an initialisation.
+const METHODS: [(&str, &str); 4] = [
+    ("slerp_layer", "init: init\nmembers: [member-0, member-1]\nmethod: slerp"),
+    ("slerp_tensor", "init: init\nmembers: [member-0, member-1]\nslerp: {granularity: tensor}"),
+    ("slerp_m3", "init: init\nmembers: [member-0, member-1, member-2]\nmethod: slerp"),
+    ("liti_0.5", "init: init\nmembers: [member-0, member-1, member-2]\nliti: {eta: 0.5}"),
+];
+
 fn families() -> Vec<PathBuf> {
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance");
     let wider = std::env::var_os("WARM_CONFORMANCE").map(PathBuf::from);
@@ -65,6 +73,10 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
             .map(|(i, path)| (format!("member-{i}"), Recipe::uniform(std::slice::from_ref(path)).expect("recipe")))
             .collect();
         recipes.push(("warm".to_owned(), Recipe::uniform(&members).expect("recipe")));
+        if family.join("init").exists() {
+            let with_init = METHODS.iter().filter(|(name, _)| list[0]["scores"].get(name).is_some());
+            recipes.extend(with_init.map(|(name, yaml)| ((*name).to_owned(), Recipe::from_yaml(yaml, &family).expect("recipe"))));
+        }
         for (name, recipe) in recipes {
             let model = loaded(&recipe);
             let packed = scores(&*model, &encodings);

@@ -270,6 +270,9 @@ fn coefficients(value: &Value, place: &str, frame: &Frame, drafts: &[Draft], pro
             raw.push(number);
         }
     }
+    if given.is_empty() {
+        problems.push(format!("{place}: names no member"));
+    }
     if problems.len() > before {
         return None;
     }
