@@ -1,6 +1,7 @@
 //! The verbs of the binary.
 
 mod arguments;
+mod bench;
 mod demo;
 mod demo_report;
 mod health;
@@ -40,6 +41,8 @@ enum Command {
     CheckConfig(ModelArgs),
     /// Merge the bundled family, serve it on this machine, and play the part of a trainer.
     Demo(demo::DemoArgs),
+    /// Put a load on a running server, and say how it bears it.
+    Bench(bench::BenchArgs),
     /// Ask a running server whether it serves; the exit code is 0 if it does.
     Health(health::HealthArgs),
     /// Print the version.
@@ -85,6 +88,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Explain(arguments) => score::explain(arguments, environment),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
+        Command::Bench(arguments) => bench::run(arguments),
         Command::Health(arguments) => health::run(&arguments),
         Command::Version => {
             println!("warm {}", env!("CARGO_PKG_VERSION"));

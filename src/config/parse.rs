@@ -56,7 +56,7 @@ pub(super) fn size(text: &str) -> Result<usize, String> {
 }
 
 /// `250ms`, `5s`, `2m`, `1h`.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let expected = || "expected a time such as 500ms, 5s or 2m, of at most a day".to_owned();
     let (digits, unit) = split_unit(text);
     let count: u64 = digits.parse().map_err(|_| expected())?;

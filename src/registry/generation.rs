@@ -99,6 +99,8 @@ pub struct GenerationInfo {
     pub recipe: String,
     pub loaded: SystemTime,
     pub text: TextInfo,
+    /// Rows of the embedding: token ids are below this.
+    pub vocabulary: usize,
     /// One name per output of the head, if there are several.
     pub output_names: Vec<String>,
     /// What a score depends on, sentence by sentence: what the operator should know (nothing loaded, ignored, unusual).

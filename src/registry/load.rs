@@ -255,6 +255,7 @@ fn info(
             pad_token_id: architecture.pad_token_id,
             template_hash: policy.template_hash.clone().unwrap_or_default(),
         },
+        vocabulary: architecture.vocab_size,
         output_names: if outputs > 1 { names.collect() } else { Vec::new() },
         notes: plan.notes().to_vec(),
     }

@@ -122,6 +122,7 @@ pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<
             recipe: String::new(),
             loaded: std::time::SystemTime::UNIX_EPOCH,
             text: TextInfo::default(),
+            vocabulary: 256,
             output_names: Vec::new(),
             notes: Vec::new(),
         },

@@ -152,6 +152,7 @@ pub fn generation(generation: &Generation, stamped: ModelStamp, max_pack_tokens:
             source: calibration.source().to_owned(),
         }),
         output_names: info.output_names.clone(),
+        vocabulary: saturating(info.vocabulary),
     }
 }
 
