@@ -83,6 +83,15 @@ pub enum RopeScaling {
     Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_positions: f64 },
 }
 
+impl Rope {
+    /// Which of its tables rotates a sequence of so many tokens.
+    pub fn variant(&self, _: usize) -> usize {
+        match self.scaling {
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 0,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub enum Norm {
     /// `x / sqrt(mean(x^2) + eps) * weight`.

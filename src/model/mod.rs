@@ -5,6 +5,7 @@ mod kernels;
 mod ops;
 mod pack;
 mod transformer;
+mod trie;
 mod weights;
 
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use candle_core::Device;
 
 use crate::checkpoint::{Architecture, Layout, SourceError, TensorSource};
 use head::Head;
-pub use pack::{Node, Pack};
+pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 use transformer::Transformer;
 use weights::Loader;
 
@@ -25,6 +26,13 @@ pub trait RewardModel: Send + Sync {
 
     /// What the queue may put into one pack.
     fn limits(&self) -> Limits;
+
+    /// What decides, beside the tokens before it, how a token of a sample of so many tokens is computed. Samples of the
+    /// same key may be packed so that a common beginning is computed once; `None`: this sample shares nothing.
+    fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
+        let _ = tokens;
+        None
+    }
 }
 
 /// What the head says of one sample.
@@ -115,7 +123,14 @@ impl RewardModel for Model {
     fn limits(&self) -> Limits {
         self.limits
     }
+
+    fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
+        // The tokens of an encoder see what comes after them.
+        self.architecture.causal.then(|| self.architecture.ropes.iter().map(|rope| rope.variant(tokens)).collect())
+    }
 }
 
 #[cfg(test)]
 mod parity_tests;
+#[cfg(test)]
+mod sharing_tests;

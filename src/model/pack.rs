@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use super::trie::{MIN_SHARED, PrefixKey};
+use super::trie::{Run, Trie};
 use crate::text::Encoding;
 
 /// The fewest rows that a matrix product is given. Crate gemm computes a row of a product of fewer rows in another order
@@ -38,34 +40,52 @@ struct Slot {
 }
 
 impl Pack {
-    /// Packs samples end to end, in order; the outputs of a forward come back in the same order.
+    /// Packs samples end to end, in order, each computed for itself; the outputs of a forward come back in the same order.
     pub fn new(samples: &[Arc<Encoding>]) -> Self {
-        let tokens: usize = samples.iter().map(|sample| sample.tokens()).sum();
-        let rows = tokens.max(MIN_ROWS);
+        Self::forest(samples, |_| None)
+    }
+
+    /// Packs samples so that what they begin with in common is computed once, and equal samples are computed once as a
+    /// whole; the outputs of a forward come back in the order of `samples`. Only samples of the same key, which depends on
+    /// the length alone, share anything; those without a key never do (see [`super::RewardModel::prefix_key`]).
+    pub fn forest(samples: &[Arc<Encoding>], key: impl Fn(usize) -> Option<PrefixKey>) -> Self {
+        let trie = Trie::grow(samples, key);
+        let rows = trie.tokens().max(MIN_ROWS);
         let mut pack = Self {
             ids: Vec::with_capacity(rows),
             type_ids: Vec::with_capacity(rows),
             positions: Vec::with_capacity(rows),
-            nodes: Vec::with_capacity(samples.len()),
+            nodes: Vec::with_capacity(trie.runs().len()),
             samples: Vec::with_capacity(samples.len()),
-            longest: 0,
+            longest: samples.iter().map(|sample| sample.tokens()).max().unwrap_or(0),
         };
-        for sample in samples {
-            let first = pack.ids.len();
-            pack.ids.extend_from_slice(sample.ids());
-            match sample.type_ids() {
-                Some(types) => pack.type_ids.extend_from_slice(types),
+        // A run is made before those that follow on it, but for the two halves of one that was cut; parents come first here.
+        let mut node_of = vec![usize::MAX; trie.runs().len()];
+        for run in trie.parents_first() {
+            let Run { parent, start, sample, end, .. } = trie.runs()[run];
+            let (encoding, first) = (&samples[sample], pack.ids.len());
+            pack.ids.extend_from_slice(&encoding.ids()[start..end]);
+            match encoding.type_ids() {
+                Some(types) => pack.type_ids.extend_from_slice(&types[start..end]),
                 None => pack.type_ids.resize(pack.ids.len(), 0),
             }
-            pack.positions.extend(0..sample.tokens() as u32);
-            pack.longest = pack.longest.max(sample.tokens());
-            pack.samples.push(Slot { encoding: Arc::clone(sample), leaf: pack.nodes.len(), shared: 0 });
-            pack.nodes.push(Node { rows: first..pack.ids.len(), parent: None, start: 0 });
+            pack.positions.extend(start as u32..end as u32);
+            node_of[run] = pack.nodes.len();
+            pack.nodes.push(Node { rows: first..pack.ids.len(), parent: parent.map(|parent| node_of[parent]), start });
+        }
+        for (sample, encoding) in samples.iter().enumerate() {
+            let leaf = trie.leaf(sample);
+            pack.samples.push(Slot { encoding: Arc::clone(encoding), leaf: node_of[leaf], shared: trie.shared(leaf) });
         }
         pack.ids.resize(rows, 0);
         pack.type_ids.resize(rows, 0);
         pack.positions.resize(rows, 0);
         pack
+    }
+
+    /// Tokens that a forward computes: those of all samples, less what is shared.
+    pub fn computed_tokens(&self) -> usize {
+        self.nodes.iter().map(|node| node.rows.len()).sum()
     }
 
     /// Token ids, one a row.
@@ -135,38 +155,5 @@ impl Pack {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn pack(samples: &[Vec<u32>]) -> Pack {
-        let encodings: Vec<_> = samples.iter().map(|ids| Arc::new(Encoding::for_test(ids.clone()))).collect();
-        Pack::new(&encodings)
-    }
-
-    #[test]
-    fn a_very_short_pack_is_lifted_to_the_fewest_rows_that_nobody_reads() {
-        let pack = pack(&[vec![7]]);
-        assert_eq!(pack.ids(), [7, 0, 0, 0]);
-        assert_eq!(pack.nodes(), [Node { rows: 0..1, parent: None, start: 0 }]);
-    }
-
-    proptest! {
-        #[test]
-        fn every_token_of_every_sample_has_its_row_and_no_row_is_padding(samples in prop::collection::vec(prop::collection::vec(0u32..9, 1..12), 1..8)) {
-            let pack = pack(&samples);
-            let tokens: usize = samples.iter().map(Vec::len).sum();
-            prop_assert_eq!(pack.ids().len(), tokens.max(MIN_ROWS));
-            let mut seen = vec![false; pack.ids().len()];
-            for (sample, ids) in samples.iter().enumerate() {
-                for (position, id) in ids.iter().enumerate() {
-                    let row = pack.row(sample, position);
-                    prop_assert_eq!(pack.ids()[row], *id);
-                    prop_assert_eq!(pack.positions()[row] as usize, position);
-                    prop_assert!(!std::mem::replace(&mut seen[row], true));
-                }
-            }
-            prop_assert!(seen[..tokens].iter().all(|seen| *seen));
-        }
-    }
-}
+#[path = "pack_tests.rs"]
+mod tests;

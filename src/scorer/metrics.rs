@@ -50,7 +50,7 @@ impl ScorerMetrics {
         let seconds = SECONDS_BUCKETS.to_vec();
         let tokens = counters(
             "warm_scorer_tokens_total",
-            "Tokens that models ran over, by whether they were computed or shared with another sample.",
+            "Tokens of samples that were scored, by whether they were computed or were there already for another sample of the pack.",
             "kind",
             &["computed", "shared"],
         )?;
@@ -62,7 +62,7 @@ impl ScorerMetrics {
             queue_tokens: gauge("warm_scorer_queue_tokens", "Tokens that wait for the device.")?,
             queue_seconds: histogram("warm_scorer_queue_seconds", "Wait for the device, of a request, by pack.", seconds.clone())?,
             forward_seconds: histogram("warm_scorer_forward_seconds", "Forward pass of one pack, over all models of its lane.", seconds)?,
-            pack_tokens: histogram("warm_scorer_pack_tokens", "Tokens of one pack.", powers_of_two(4, 18))?,
+            pack_tokens: histogram("warm_scorer_pack_tokens", "Tokens that one pack computes, shared ones once.", powers_of_two(4, 18))?,
             pack_samples: histogram("warm_scorer_pack_samples", "Samples of one pack.", powers_of_two(0, 11))?,
             tokens_computed: tokens.with_label_values(&["computed"]),
             tokens_shared: tokens.with_label_values(&["shared"]),

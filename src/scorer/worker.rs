@@ -309,8 +309,9 @@ impl Worker {
 
     /// All models over one pack: per sample, one output per model.
     fn forward(&self, next: &Next) -> Result<Vec<Vec<Output>>, String> {
-        let run = || -> Result<Vec<Vec<Output>>, String> {
-            let pack = Pack::new(&next.encodings);
+        let run = || -> Result<(Vec<Vec<Output>>, usize), String> {
+            // The models of a lane are of one architecture, so what may be shared is the same for all of them.
+            let pack = Pack::forest(&next.encodings, |tokens| next.models.first()?.prefix_key(tokens));
             let mut samples = vec![Vec::with_capacity(next.models.len()); next.encodings.len()];
             for model in next.models.iter() {
                 let outputs = model.forward(&pack).map_err(|error| error.to_string())?;
@@ -321,21 +322,20 @@ impl Worker {
                     sample.push(output);
                 }
             }
-            Ok(samples)
+            Ok((samples, pack.computed_tokens()))
         };
         let caught = catch_unwind(AssertUnwindSafe(|| match &self.pool {
             Some(pool) => pool.install(run),
             None => run(),
         }));
         let (metrics, tokens) = (&self.shared.metrics, next.picks.iter().map(|pick| pick.tokens).sum::<usize>());
-        metrics.pack_tokens.observe(tokens as f64);
         metrics.pack_samples.observe(next.picks.len() as f64);
         let outcome = match &caught {
-            Ok(Ok(samples)) => {
-                let shared: usize = samples.iter().flatten().map(|output| output.shared_tokens).sum();
+            Ok(Ok((samples, computed))) => {
+                metrics.pack_tokens.observe(*computed as f64);
                 metrics.samples.inc_by(samples.len() as u64);
-                metrics.tokens_shared.inc_by(shared as u64);
-                metrics.tokens_computed.inc_by((tokens * next.models.len()).saturating_sub(shared) as u64);
+                metrics.tokens_shared.inc_by((tokens.saturating_sub(*computed) * next.models.len()) as u64);
+                metrics.tokens_computed.inc_by((computed * next.models.len()) as u64);
                 "ok"
             }
             Ok(Err(_)) => "error",
@@ -343,6 +343,7 @@ impl Worker {
         };
         metrics.packs.with_label_values(&[outcome]).inc();
         let result = caught.unwrap_or_else(|panic| Err(format!("the forward pass panicked: {}", panic_message(panic.as_ref()))));
+        let result = result.map(|(samples, _)| samples);
         if let Err(problem) = &result {
             tracing::error!(problem, samples = next.picks.len(), tokens, "a pack failed");
         }

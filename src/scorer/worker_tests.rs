@@ -42,6 +42,10 @@ impl RewardModel for Sum {
     fn limits(&self) -> Limits {
         Limits { max_tokens: 8, outputs: 1, parameters: 0, device_bytes: 0 }
     }
+
+    fn prefix_key(&self, _: usize) -> Option<crate::model::PrefixKey> {
+        Some(Vec::new())
+    }
 }
 
 struct Bench {
@@ -106,6 +110,17 @@ fn a_request_over_several_packs_is_answered_once_and_in_order() {
     assert_eq!(values(Some(Ok(reply))), [4.0, 6.0, 6.0, 4.0]);
     let metrics = &bench.worker.shared.metrics;
     assert_eq!((metrics.samples.get(), metrics.tokens_computed.get(), metrics.queue_samples.get()), (4, 10, 0));
+}
+
+#[test]
+fn what_samples_of_different_requests_share_is_counted_as_computed_once() {
+    let mut bench = Bench::new(ScorerOptions::default());
+    let prompt = [7; crate::model::MIN_SHARED];
+    let [first, second] = [1, 2].map(|completion| bench.submit(&[&[&prompt[..], &[completion]].concat()]));
+    bench.worker.step();
+    assert_eq!((values(now(first)).len(), values(now(second)).len()), (1, 1));
+    let metrics = &bench.worker.shared.metrics;
+    assert_eq!((metrics.tokens_computed.get(), metrics.tokens_shared.get()), (prompt.len() as u64 + 2, prompt.len() as u64));
 }
 
 #[test]
