@@ -113,8 +113,10 @@ proptest! {
         prop_assume!(expected.is_some());
         let (coefficients, steps) = slerp(&gram(&vectors), t);
         prop_assert!(steps.iter().all(|step| matches!(step, Step::Arc(_))));
+        // Near the line every way of computing an arc loses digits, and the result grows without bound.
+        prop_assume!(steps.iter().all(|step| matches!(step, Step::Arc(angle) if angle.sin() > 1e-2)));
         for (found, expected) in mixed(&vectors, &coefficients).iter().zip(expected.unwrap()) {
-            prop_assert!((found - expected).abs() < 1e-10, "{} {}", found, expected);
+            prop_assert!((found - expected).abs() < 1e-9 * (1.0 + expected.abs()), "{} {}", found, expected);
         }
     }
 
