@@ -44,9 +44,10 @@ mod tests {
         let ours = object(json!({"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<pad>"}]}));
         let more = object(json!({"model": {"vocab": {"a": 0, "b": 1, "c": 3}}, "added_tokens": []}));
         assert_eq!(conflict(&ours, &more), None);
+        // All three have moved.
         let moved = object(json!({"model": {"vocab": [["<pad>", 0.0], ["a", -1.0], ["b", -2.0]]}}));
         let expected = "token \"<pad>\" has id 2 in the one and 0 in the other".to_owned();
-        assert_eq!(conflict(&ours, &moved), Some((2, expected)));
+        assert_eq!(conflict(&ours, &moved), Some((3, expected)));
         assert_eq!(conflict(&ours, &object(json!({"model": 7}))), None);
     }
 }
