@@ -1,6 +1,8 @@
 //! Merging against plainly reading the same files, side by side: gigabytes of member weights per second, from the page
 //! cache, on all cores. Every merge also names its weights (`weights_id`), as a server does.
 
+// The tests of the library use more of it.
+#[allow(dead_code)]
 #[path = "../src/checkpoint/fixture.rs"]
 mod fixture;
 

@@ -89,7 +89,8 @@ impl Bench {
 /// The same merged model once more, to be run without anything around it.
 fn forward_alone(recipe: &Recipe) -> Arc<dyn RewardModel> {
     let plan = Arc::new(MergePlan::open(recipe).expect("mergeable"));
-    model::load(&Merged::new(plan.clone()), plan.architecture(), plan.layout(), usize::MAX, &mut |_, _| {}).expect("loads")
+    let (merged, reward) = (Merged::new(plan.clone()).expect("coefficients"), plan.reward().expect("a reward model"));
+    model::load(&merged, reward.architecture, reward.layout, usize::MAX, &mut |_, _| {}).expect("loads")
 }
 
 /// Conversations of about 20 to 300 tokens, no two alike.

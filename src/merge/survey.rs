@@ -236,7 +236,8 @@ impl<'r> Survey<'r> {
             for (name, &treatment) in decided {
                 // Init is the same model also where it is not read, but it may lack what nobody reads of it.
                 let holds = treatment.holders(self.recipe).contains(&index);
-                if !holds && !(is_init && treatment == Treatment::Method && source.get(name).is_some()) {
+                let by_method = is_init && treatment == Treatment::Method && source.get(name).is_some();
+                if !(holds || by_method) {
                     continue;
                 }
                 let label = &source.label;

@@ -38,9 +38,9 @@ pub fn multiply_add<S: Simd>(simd: S, a: Rows, b: Rows, depth: usize, c: &mut [f
         for k in 0..depth {
             let b = &b.values[k * b.stride + column..][..2 * lanes];
             let b = [load(simd, &b[..lanes]), load(simd, &b[lanes..])];
-            for row in 0..ROWS {
-                let a = simd.splat_f32s(rows[row][k]);
-                sums[row] = [simd.mul_add_f32s(a, b[0], sums[row][0]), simd.mul_add_f32s(a, b[1], sums[row][1])];
+            for (row, sums) in rows.iter().zip(&mut sums) {
+                let a = simd.splat_f32s(row[k]);
+                *sums = [simd.mul_add_f32s(a, b[0], sums[0]), simd.mul_add_f32s(a, b[1], sums[1])];
             }
         }
         for (row, sums) in sums.into_iter().enumerate() {
