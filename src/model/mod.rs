@@ -1,5 +1,6 @@
 //! Tokens to rewards: packing, the forward pass, and the head. The only layer that knows candle.
 
+mod cost;
 mod head;
 mod kernels;
 mod ops;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use crate::checkpoint::{Architecture, Layout, SourceError, TensorSource};
+pub use cost::shared_prefix;
 use head::Head;
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 use transformer::Transformer;
@@ -32,6 +34,11 @@ pub trait RewardModel: Send + Sync {
     fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
         let _ = tokens;
         None
+    }
+
+    /// What computing the tokens at positions `from..to` of a sample takes, in tokens that attend to nothing.
+    fn token_cost(&self, from: usize, to: usize) -> usize {
+        to - from
     }
 }
 
@@ -127,6 +134,10 @@ impl RewardModel for Model {
     fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
         // The tokens of an encoder see what comes after them.
         self.architecture.causal.then(|| self.architecture.ropes.iter().map(|rope| rope.variant(tokens)).collect())
+    }
+
+    fn token_cost(&self, from: usize, to: usize) -> usize {
+        cost::token_cost(&self.architecture, from, to)
     }
 }
 

@@ -103,7 +103,7 @@ fn check(model: &dyn RewardModel, samples: &[Vec<u32>], threads: usize) -> Resul
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     #[test]
     fn scores_have_the_same_bits_with_and_without_sharing(samples in groups(), threads in 1usize..4) {

@@ -1,5 +1,6 @@
 //! What a call asks for, and what it is told.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::domain::{Failure, Fingerprint, GenerationId, MemberName, Scored, Truncation, WeightsId};
@@ -15,8 +16,10 @@ pub struct CallOptions {
     pub fingerprint: Option<String>,
     /// Fill `Scored::details`.
     pub details: bool,
-    /// Higher first.
+    /// Higher first among the calls of the same tenant.
     pub priority: i32,
+    /// Tenants take turns on the device; `None` is one of them.
+    pub tenant: Option<Arc<str>>,
     /// One sample that cannot be scored fails the call.
     pub strict: bool,
     pub deadline: Option<Instant>,

@@ -178,6 +178,7 @@ impl Engine {
                 lane: lane.number,
                 encodings,
                 deadline: options.deadline,
+                tenant: options.tenant.clone().unwrap_or_default(),
                 priority: options.priority,
                 permit,
                 span: tracing::Span::current(),

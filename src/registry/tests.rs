@@ -405,6 +405,7 @@ fn a_worker_that_is_gone_is_an_error_for_the_caller() {
 struct Request {
     samples: Vec<Vec<u32>>,
     priority: i32,
+    tenant: Option<Arc<str>>,
     deadline_ms: Option<u64>,
     /// The caller goes after this many turns.
     patience: Option<usize>,
@@ -416,6 +417,7 @@ fn request(random: &mut impl FnMut(u64) -> u64) -> Request {
     Request {
         samples,
         priority: random(5) as i32 - 2,
+        tenant: (random(3) > 0).then(|| ["a", "b"][random(2) as usize].into()),
         deadline_ms: (random(4) == 0).then(|| random(60)),
         patience: (random(6) == 0).then(|| random(4) as usize),
         comparing: random(8) == 0,
@@ -471,7 +473,8 @@ proptest! {
                 let Ok(permit) = admission.admit(100) else { shed += 1; ended.insert(sent); continue };
                 let samples = request.samples.iter().map(|ids| tokens(ids)).collect();
                 let deadline = request.deadline_ms.map(|ms| bench.clock.now() + Duration::from_millis(ms));
-                let options = CallOptions { deadline, priority: request.priority, ..CallOptions::default() };
+                let options =
+                    CallOptions { deadline, priority: request.priority, tenant: request.tenant.clone(), ..CallOptions::default() };
                 let engine = bench.engine.clone();
                 let caller = if request.comparing {
                     Caller::Compares(Box::pin(async move { engine.compare(samples, options, CompareOptions::default(), permit).await }))

@@ -10,7 +10,8 @@ use crate::text::Encoding;
 /// Settings of one device's scorer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScorerOptions {
-    /// Tokens of one forward pass at most; at least the longest sample of every model.
+    /// Tokens of one forward pass at most, shared ones counted once and attention counted in; at least the longest sample
+    /// of every model.
     pub max_pack_tokens: usize,
     pub max_pack_samples: usize,
     pub max_queue_samples: usize,
@@ -45,7 +46,9 @@ pub struct Submission {
     pub lane: u64,
     pub encodings: Vec<Arc<Encoding>>,
     pub deadline: Option<Instant>,
-    /// Higher first; see [`super::PRIORITIES`].
+    /// Tenants take turns on the device.
+    pub tenant: Arc<str>,
+    /// Higher first among those of the same tenant; see [`super::PRIORITIES`].
     pub priority: i32,
     pub permit: Permit,
     /// The request's own span, which the packs it rides in refer to.

@@ -2,16 +2,18 @@
 
 mod admission;
 mod job;
+mod line;
 mod metrics;
 mod queue;
 mod worker;
 
 pub use admission::{Admission, AdmissionOptions, Permit, Shed, ShedReason};
 pub use job::{Reply, SampleError, ScorerError, ScorerOptions, Submission};
+pub use line::ScorerHandle;
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
-pub use queue::{Draw, JobId, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
+pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub(crate) use worker::panic_message;
-pub use worker::{ScorerHandle, Worker, pair, spawn};
+pub use worker::{Worker, pair, spawn};
 
 /// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves
 /// consistent counts.

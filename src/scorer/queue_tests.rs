@@ -12,7 +12,12 @@ fn limits(max_tokens: usize) -> PackLimits {
 }
 
 fn job(arrived: Instant, lane: u64, priority: i32, tokens: &[usize]) -> NewJob {
-    NewJob { lane, priority, arrived, deadline: None, tokens: tokens.to_vec() }
+    let samples = tokens.iter().copied().map(Load::plain).collect();
+    NewJob { lane, tenant: "t".into(), priority, arrived, deadline: None, samples }
+}
+
+fn of(tenant: &str, job: NewJob) -> NewJob {
+    NewJob { tenant: tenant.into(), ..job }
 }
 
 fn push(queue: &mut Queue, job: NewJob) -> JobId {
@@ -23,19 +28,18 @@ fn names(draw: &Draw) -> Vec<(JobId, usize)> {
     draw.picks.iter().map(|pick| (pick.job, pick.sample)).collect()
 }
 
+/// The jobs of one-sample packs, in the order in which they are given out.
+fn order(queue: &mut Queue, now: Instant) -> Vec<JobId> {
+    let one = PackLimits { max_tokens: 100, max_samples: 1 };
+    std::iter::from_fn(|| queue.next_pack(now, one).picks.first().map(|pick| pick.job)).collect()
+}
+
 #[test]
-fn priority_goes_first_then_arrival_and_a_large_request_is_spread_over_packs() {
+fn priority_goes_first_then_arrival() {
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
-    let large = push(&mut queue, job(now, 0, 0, &[4, 4, 4]));
-    let second = push(&mut queue, job(now, 0, 0, &[2]));
-    let urgent = push(&mut queue, job(now, 0, 1, &[3]));
-    let draw = queue.next_pack(now, limits(8), |_| false);
-    assert_eq!(names(&draw), [(urgent, 0), (large, 0)], "7 tokens: the next 4 do not fit");
-    let draw = queue.next_pack(now, limits(8), |_| false);
-    assert_eq!(names(&draw), [(large, 1), (large, 2)]);
-    assert_eq!((queue.samples(), queue.tokens()), (1, 2));
-    assert_eq!(names(&queue.next_pack(now, limits(8), |_| false)), [(second, 0)]);
-    assert!(queue.is_empty() && queue.next_pack(now, limits(8), |_| false).is_empty());
+    let [a, b, urgent, late] =
+        [(0, 0), (0, 0), (1, 0), (0, 5)].map(|(priority, ms)| push(&mut queue, job(now + Duration::from_millis(ms), 0, priority, &[1])));
+    assert_eq!(order(&mut queue, now), [urgent, a, b, late]);
 }
 
 #[test]
@@ -44,8 +48,18 @@ fn a_level_of_priority_is_worth_the_ageing_time_and_no_more() {
     let patient = push(&mut queue, job(start, 0, 0, &[1]));
     let soon = push(&mut queue, job(start + AGEING / 2, 0, 1, &[1]));
     let later = push(&mut queue, job(start + AGEING * 3 / 2, 0, 1, &[1]));
-    let order = names(&queue.next_pack(start + AGEING * 2, limits(8), |_| false));
-    assert_eq!(order, [(soon, 0), (patient, 0), (later, 0)]);
+    assert_eq!(order(&mut queue, start + AGEING * 2), [soon, patient, later]);
+}
+
+#[test]
+fn a_large_request_is_spread_over_packs_and_holds_up_nobody() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    let large = push(&mut queue, job(now, 0, 0, &[2; 100]));
+    assert_eq!(names(&queue.next_pack(now, limits(16))), (0..8).map(|sample| (large, sample)).collect::<Vec<_>>());
+    let small = push(&mut queue, job(now, 0, 0, &[3]));
+    let draw = queue.next_pack(now, limits(16));
+    assert!(names(&draw).contains(&(small, 0)), "{draw:?}");
+    assert_eq!(draw.picks.len(), 7, "and the large one fills the rest");
 }
 
 #[test]
@@ -54,21 +68,23 @@ fn a_pack_takes_the_lane_of_the_first_in_order_and_no_other() {
     let a = push(&mut queue, job(now, 1, 0, &[1]));
     let b = push(&mut queue, job(now, 2, 0, &[1]));
     let c = push(&mut queue, job(now, 1, 0, &[1]));
-    assert_eq!(names(&queue.next_pack(now, limits(8), |_| false)), [(a, 0), (c, 0)]);
-    assert_eq!(names(&queue.next_pack(now, limits(8), |_| false)), [(b, 0)]);
+    let d = push(&mut queue, of("other", job(now, 2, 0, &[1])));
+    assert_eq!(names(&queue.next_pack(now, limits(8))), [(a, 0), (c, 0)]);
+    assert_eq!(names(&queue.next_pack(now, limits(8))), [(b, 0), (d, 0)]);
 }
 
 #[test]
-fn expired_and_cancelled_work_leaves_the_queue_and_is_not_given_out() {
+fn expired_and_removed_work_leaves_the_queue_and_is_not_given_out() {
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
     let late = push(&mut queue, NewJob { deadline: Some(now + AGEING), ..job(now, 0, 0, &[1, 2]) });
     let gone = push(&mut queue, job(now, 0, 0, &[3]));
     let kept = push(&mut queue, NewJob { deadline: Some(now + AGEING * 2), ..job(now, 0, 0, &[4]) });
-    let draw = queue.next_pack(now + AGEING, limits(8), |id| id == gone);
+    queue.remove(gone);
+    let draw = queue.next_pack(now + AGEING, limits(8));
     assert_eq!(names(&draw), [(kept, 0)]);
-    assert_eq!(draw.cancelled, [gone]);
     assert_eq!(draw.expired.iter().map(|pick| (pick.job, pick.sample)).collect::<Vec<_>>(), [(late, 0), (late, 1)]);
     assert_eq!((queue.samples(), queue.tokens()), (0, 0));
+    assert!(queue.is_empty() && queue.tenants.is_empty() && queue.line.is_empty() && queue.deadlines.is_empty());
 }
 
 #[test]
@@ -76,7 +92,7 @@ fn a_full_queue_refuses_but_an_empty_one_takes_any_job() {
     let (mut queue, now) = (Queue::new(QueueBounds { max_samples: 3, max_tokens: 10 }, AGEING), Instant::now());
     push(&mut queue, job(now, 0, 0, &[20]));
     assert_eq!(queue.push(job(now, 0, 0, &[1])), Err(QueueFull { samples: 1, tokens: 20 }));
-    queue.next_pack(now, limits(8), |_| false);
+    queue.next_pack(now, limits(8));
     push(&mut queue, job(now, 0, 0, &[1, 1]));
     assert!(queue.push(job(now, 0, 0, &[1, 1])).is_err(), "four samples");
     assert!(queue.push(job(now, 0, 0, &[9])).is_err(), "eleven tokens");
@@ -87,8 +103,24 @@ fn a_full_queue_refuses_but_an_empty_one_takes_any_job() {
 fn a_sample_above_the_budget_gets_a_pack_of_its_own() {
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
     let id = push(&mut queue, job(now, 0, 0, &[9, 1]));
-    assert_eq!(names(&queue.next_pack(now, limits(8), |_| false)), [(id, 0)]);
-    assert_eq!(names(&queue.next_pack(now, limits(8), |_| false)), [(id, 1)]);
+    assert_eq!(names(&queue.next_pack(now, limits(8))), [(id, 0)]);
+    assert_eq!(names(&queue.next_pack(now, limits(8))), [(id, 1)]);
+}
+
+#[test]
+fn samples_that_share_with_the_one_before_cost_what_is_new_and_stay_together() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    // Groups of six: a prompt of 10 tokens and completions of 2.
+    let group: Vec<Load> = (0..6).map(|i| Load { tokens: 12, whole: 12, fresh: if i == 0 { 12 } else { 2 } }).collect();
+    let large = push(&mut queue, NewJob { samples: group.repeat(3), ..job(now, 0, 0, &[]) });
+    let other = push(&mut queue, of("other", job(now, 0, 0, &[1; 3])));
+    let draw = queue.next_pack(now, limits(32));
+    // A turn is 8 tokens, but the first group is not torn apart; then it is the other's turn, and 7 tokens are left.
+    let expected: Vec<_> = (0..6).map(|sample| (large, sample)).chain((0..3).map(|sample| (other, sample))).collect();
+    assert_eq!((names(&draw), draw.cost), (expected, 25));
+    // In another pack, nothing is there yet to share with.
+    assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 3 }).cost, 16);
+    assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 2 }).cost, 14);
 }
 
 #[derive(Clone, Debug)]
@@ -96,6 +128,7 @@ struct Arrival {
     /// Packs drawn before this job arrives.
     packs: usize,
     after_ms: u64,
+    tenant: usize,
     lane: u64,
     priority: i32,
     tokens: Vec<usize>,
@@ -106,10 +139,11 @@ struct Arrival {
 fn arrival() -> impl Strategy<Value = Arrival> {
     let tokens = prop::collection::vec(1usize..=16, 1..6);
     let lives = prop::option::weighted(0.3, 0u64..800);
-    (0usize..2, 0u64..400, 0u64..3, -2i32..=2, tokens, lives, prop::bool::weighted(0.1)).prop_map(
-        |(packs, after_ms, lane, priority, tokens, lives_ms, cancelled)| Arrival {
+    (0usize..2, 0u64..400, 0usize..3, 0u64..3, -2i32..=2, tokens, lives, prop::bool::weighted(0.1)).prop_map(
+        |(packs, after_ms, tenant, lane, priority, tokens, lives_ms, cancelled)| Arrival {
             packs,
             after_ms,
+            tenant,
             lane,
             priority,
             tokens,
@@ -119,6 +153,8 @@ fn arrival() -> impl Strategy<Value = Arrival> {
     )
 }
 
+const TENANTS: [&str; 3] = ["a", "b", "c"];
+
 proptest! {
     #[test]
     fn each_sample_leaves_once_and_packs_keep_budget_lane_and_order(
@@ -126,7 +162,7 @@ proptest! {
     ) {
         let (mut queue, mut now) = (Queue::new(ROOMY, AGEING), Instant::now());
         let limits = PackLimits { max_tokens: budget, max_samples };
-        let (mut jobs, mut left) = (std::collections::BTreeMap::new(), HashSet::new());
+        let (mut jobs, mut left) = (BTreeMap::new(), HashSet::new());
         let mut waiting = 0usize;
         let mut steps: Vec<Option<Arrival>> = Vec::new();
         for arrival in arrivals {
@@ -138,53 +174,49 @@ proptest! {
             if let Some(arrival) = step {
                 now += Duration::from_millis(arrival.after_ms);
                 let deadline = arrival.lives_ms.map(|ms| now + Duration::from_millis(ms));
-                let new = NewJob { deadline, ..job(now, arrival.lane, arrival.priority, &arrival.tokens) };
+                let new = NewJob { deadline, ..of(TENANTS[arrival.tenant], job(now, arrival.lane, arrival.priority, &arrival.tokens)) };
                 waiting += arrival.tokens.len();
                 jobs.insert(push(&mut queue, new.clone()), (new, arrival.cancelled));
                 continue;
             }
-            let draw = queue.next_pack(now, limits, |id| jobs[&id].1);
-            prop_assert!(draw.tokens() <= budget && draw.picks.len() <= max_samples);
+            // Whoever cancels does so before the next pack.
+            for (id, (new, _)) in jobs.iter().filter(|(_, (_, cancelled))| *cancelled) {
+                queue.remove(*id);
+                left.extend((0..new.samples.len()).map(|sample| (*id, sample)));
+            }
+            let draw = queue.next_pack(now, limits);
+            prop_assert!(draw.cost <= budget && draw.picks.len() <= max_samples);
+            prop_assert_eq!(draw.cost, draw.picks.iter().map(|pick| pick.tokens).sum::<usize>());
             let lanes: HashSet<u64> = draw.picks.iter().map(|pick| jobs[&pick.job].0.lane).collect();
             prop_assert!(lanes.len() <= 1);
             for pick in draw.picks.iter().chain(&draw.expired) {
                 prop_assert!(left.insert((pick.job, pick.sample)), "{pick:?} left twice");
-                prop_assert_eq!(pick.tokens, jobs[&pick.job].0.tokens[pick.sample]);
+                prop_assert_eq!(pick.tokens, jobs[&pick.job].0.samples[pick.sample].tokens);
             }
             for pick in &draw.expired {
                 prop_assert!(jobs[&pick.job].0.deadline.is_some_and(|deadline| deadline <= now));
             }
             for pick in &draw.picks {
                 prop_assert!(jobs[&pick.job].0.deadline.is_none_or(|deadline| deadline > now) && !jobs[&pick.job].1);
+                // Samples of a job leave in order, and those of a pack stand side by side.
+                prop_assert!((0..pick.sample).all(|before| left.contains(&(pick.job, before))));
             }
-            for id in &draw.cancelled {
-                for sample in 0..jobs[id].0.tokens.len() {
-                    left.insert((*id, sample));
-                }
-            }
-            // Of two samples side by side, the first one's job does not come after the second one's.
-            let rank = |id: JobId| {
-                let new = &jobs[&id].0;
-                let level = AGEING.as_secs_f64() * f64::from(new.priority);
-                (new.arrived.duration_since(jobs.values().next().expect("a job").0.arrived).as_secs_f64() - level, id)
-            };
-            for pair in draw.picks.windows(2) {
-                let ((first, a), (second, b)) = (rank(pair[0].job), rank(pair[1].job));
-                prop_assert!(first < second + 1e-9 && (a != b || pair[0].sample + 1 == pair[1].sample));
-            }
-            // Nothing of this lane that is left comes before what was given out.
-            if let Some(last) = draw.picks.last() {
-                let (bound, _) = rank(last.job);
-                let passed = jobs.iter().filter(|(id, (new, _))| lanes.contains(&new.lane) && rank(**id).0 < bound - 1e-9);
-                for (id, (new, _)) in passed {
-                    for sample in 0..new.tokens.len() {
-                        prop_assert!(left.contains(&(*id, sample)), "{id:?} was passed over");
-                    }
-                }
+            prop_assert!(draw.picks.windows(2).all(|pair| pair[0].job != pair[1].job || pair[0].sample + 1 == pair[1].sample));
+            let mut seen = HashSet::new();
+            let runs = draw.picks.chunk_by(|a, b| a.job == b.job);
+            prop_assert!(runs.clone().all(|run| seen.insert(run[0].job)));
+            // A job that is untouched came before none of its tenant, lane and urgency that was begun.
+            let begun: Vec<&NewJob> = runs.filter(|run| run[0].sample == 0).map(|run| &jobs[&run[0].job].0).collect();
+            for (id, (new, cancelled)) in &jobs {
+                let untouched = !cancelled && !left.contains(&(*id, 0));
+                let before = |other: &&NewJob| {
+                    new.tenant == other.tenant && new.lane == other.lane && new.priority >= other.priority && new.arrived < other.arrived
+                };
+                prop_assert!(!untouched || !begun.iter().any(before), "{id:?} was passed over");
             }
             prop_assert_eq!(queue.samples(), waiting - left.len());
         }
-        prop_assert!(queue.is_empty());
+        prop_assert!(queue.is_empty() && queue.tenants.is_empty() && queue.line.is_empty() && queue.deadlines.is_empty());
         prop_assert_eq!((queue.tokens(), left.len()), (0, waiting));
     }
 
@@ -201,9 +233,55 @@ proptest! {
             for _ in 0..flood {
                 push(&mut queue, job(now, 1, difference, &[1]));
             }
-            let draw = queue.next_pack(now, PackLimits { max_tokens: 1, max_samples: 1 }, |_| false);
+            let draw = queue.next_pack(now, PackLimits { max_tokens: 1, max_samples: 1 });
             names(&draw).contains(&(patient, 0))
         });
         prop_assert!(served.is_some(), "still queued after {bound} packs");
+    }
+
+    #[test]
+    fn backlogged_tenants_get_the_same_share_whatever_they_send(
+        sizes in prop::collection::vec(prop::collection::vec(1usize..40, 3..30), 2..5), priorities in prop::collection::vec(-9i32..9, 5),
+        budget in 16usize..80, packs in 20usize..60,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let mut whose = HashMap::new();
+        // Every tenant has more than all packs can take: one in large requests, one in small ones.
+        for (tenant, sizes) in sizes.iter().enumerate() {
+            let mut tokens = 0;
+            while tokens < 2 * packs * budget {
+                let id = push(&mut queue, of(&tenant.to_string(), job(now, 0, priorities[tenant], sizes)));
+                whose.insert(id, tenant);
+                tokens += sizes.iter().sum::<usize>();
+            }
+        }
+        let mut served = vec![0usize; sizes.len()];
+        for _ in 0..packs {
+            for pick in queue.next_pack(now, limits(budget)).picks {
+                served[whose[&pick.job]] += pick.tokens;
+            }
+            // A turn and the sample that ends it, and a sample that was larger than a pack.
+            let apart = served.iter().max().expect("tenants") - served.iter().min().expect("tenants");
+            prop_assert!(apart <= budget.div_ceil(TURNS_PER_PACK) + 2 * 40, "{served:?}");
+        }
+    }
+
+    #[test]
+    fn a_newcomer_waits_for_one_turn_of_each_tenant_and_no_longer(
+        floods in prop::collection::vec(1usize..8, 1..4), budget in 32usize..80, packs in 1usize..20,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        for (tenant, size) in floods.iter().enumerate() {
+            push(&mut queue, of(&tenant.to_string(), job(now, 0, 100, &vec![*size; 40 * budget])));
+        }
+        for _ in 0..packs {
+            queue.next_pack(now, limits(budget));
+        }
+        let small = push(&mut queue, of("small", job(now, 0, -100, &[1])));
+        // Each turn is at most a quarter of a pack and a sample of up to 8 tokens.
+        let turns = floods.len() * (budget.div_ceil(TURNS_PER_PACK) + 8) + 1;
+        let bound = turns.div_ceil(budget - 8);
+        let served = (0..bound).any(|_| names(&queue.next_pack(now, limits(budget))).contains(&(small, 0)));
+        prop_assert!(served, "not within {bound} packs");
     }
 }

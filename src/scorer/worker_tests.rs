@@ -4,9 +4,12 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
+use std::time::Duration;
+
+use super::super::line::Answer;
 use super::*;
 use crate::model::{Limits, ModelError};
-use crate::scorer::Permit;
+use crate::scorer::{Permit, SampleError, Submission};
 
 /// Gives every sample's sum of ids; panics, fails or forgets a sample where an id asks for it.
 #[derive(Default)]
@@ -68,6 +71,7 @@ impl Bench {
             lane: 0,
             encodings: samples.iter().map(|ids| Arc::new(Encoding::for_test(ids.to_vec()))).collect(),
             deadline: None,
+            tenant: Arc::default(),
             priority: 0,
             permit: Permit::unlimited(),
             span: tracing::Span::none(),

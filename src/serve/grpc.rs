@@ -1,6 +1,7 @@
 //! The two gRPC services, and the server that carries them with health and reflection.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -72,7 +73,7 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
     // grpcurl of some years ago knows only the older one.
     let reflection_v1alpha = reflection().build_v1alpha().map_err(|error| failed(&error))?;
     let options = edge.options.clone();
-    let handlers = std::sync::Arc::new(Handlers { edge: edge.clone() });
+    let handlers = Arc::new(Handlers { edge: edge.clone() });
     let rewards = RewardServiceServer::from_arc(handlers.clone())
         .max_decoding_message_size(options.max_decode)
         .max_encoding_message_size(options.max_encode)
@@ -98,9 +99,24 @@ struct Handlers {
     edge: Edge,
 }
 
+/// Metadata by which gateways tell whose share of the device a call belongs to.
+const TENANT_HEADER: &str = "x-gateway-inference-fairness-id";
+/// More of a tenant's name is cut off.
+const MAX_TENANT_CHARS: usize = 128;
+
+/// Whose share of the device a call belongs to: by its metadata, else by where it comes from.
+fn tenant<T>(request: &Request<T>) -> Option<Arc<str>> {
+    let named = request.metadata().get(TENANT_HEADER).and_then(|value| value.to_str().ok()).filter(|name| !name.is_empty());
+    match named {
+        Some(name) => Some(name.chars().take(MAX_TENANT_CHARS).collect::<String>().into()),
+        None => Some(request.remote_addr()?.ip().to_string().into()),
+    }
+}
+
 /// What the gate knows of a call.
 struct Admitted {
     permit: Permit,
+    tenant: Option<Arc<str>>,
     deadline: Option<std::time::Instant>,
     facts: CallFacts,
 }
@@ -109,6 +125,7 @@ impl Admitted {
     /// Takes it out of the request and corrects the charge to the true size of the message.
     fn take<T: prost::Message>(request: &mut Request<T>) -> Result<Self, Status> {
         let bytes = request.get_ref().encoded_len() as u64;
+        let tenant = tenant(request);
         let extensions = request.extensions_mut();
         let Some(permit) = extensions.remove::<Permit>() else {
             tracing::error!("a call came past the gate without a permit");
@@ -117,17 +134,18 @@ impl Admitted {
         permit.correct_bytes(bytes);
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
         let facts = extensions.remove::<CallFacts>().unwrap_or_default();
-        Ok(Self { permit, deadline, facts })
+        Ok(Self { permit, tenant, deadline, facts })
     }
 }
 
-fn call_options(asked: Asked, deadline: Option<std::time::Instant>) -> CallOptions {
+fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::time::Instant>) -> CallOptions {
     CallOptions {
         truncation: asked.truncation,
         calibrated: asked.calibrated,
         fingerprint: asked.fingerprint,
         details: asked.details,
         priority: asked.priority,
+        tenant,
         strict: asked.strict,
         deadline,
         scorer: asked.scorer.map(|name| name.to_string()),
@@ -137,12 +155,12 @@ fn call_options(asked: Asked, deadline: Option<std::time::Instant>) -> CallOptio
 #[tonic::async_trait]
 impl RewardService for Handlers {
     async fn score(&self, mut request: Request<wire::ScoreRequest>) -> Result<Response<wire::ScoreResponse>, Status> {
-        let Admitted { permit, deadline, facts } = Admitted::take(&mut request)?;
+        let Admitted { permit, tenant, deadline, facts } = Admitted::take(&mut request)?;
         let parsed =
             convert::parse_score(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
         let (request_id, batch) = (parsed.request_id, parsed.batch);
         facts.asked(&request_id, batch.samples.len());
-        let reply = self.edge.engine.score(batch.samples, call_options(parsed.asked, deadline), permit).await.map_err(status::status)?;
+        let reply = self.edge.engine.score(batch.samples, call_options(parsed.asked, tenant, deadline), permit).await.map_err(status::status)?;
         facts.answered(reply.outcomes.iter().flatten().map(|scored| scored.tokens as u64).sum());
         let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
         let folded = batch.shape.fold(scores);
@@ -156,7 +174,7 @@ impl RewardService for Handlers {
     }
 
     async fn compare(&self, mut request: Request<wire::CompareRequest>) -> Result<Response<wire::CompareResponse>, Status> {
-        let Admitted { permit, deadline, facts } = Admitted::take(&mut request)?;
+        let Admitted { permit, tenant, deadline, facts } = Admitted::take(&mut request)?;
         let parsed =
             convert::parse_compare(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
         if parsed.member_scale != MemberScale::Raw {
@@ -169,7 +187,7 @@ impl RewardService for Handlers {
             members: parsed.members.iter().map(ToString::to_string).collect(),
             uwo_lambda: parsed.uwo_lambda.map(f64::from),
         };
-        let options = call_options(parsed.asked, deadline);
+        let options = call_options(parsed.asked, tenant, deadline);
         let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
         facts.answered(reply.outcomes.iter().flatten().map(|compared| compared.merged.tokens as u64).sum());
         let folded = batch.shape.fold(reply.outcomes);

@@ -1,0 +1,222 @@
+//! The line in front of a device: what waits, who waits for it, and the handle that puts work into it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use super::{
+    JobId, Load, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock,
+};
+use crate::clock::Clock;
+use crate::model::{Output, shared_prefix};
+use crate::text::Encoding;
+
+pub(super) type Answer = Result<Reply, ScorerError>;
+
+/// A submission that somebody waits for.
+pub(super) struct Job {
+    pub submission: Submission,
+    pub arrived: Instant,
+    pub outcomes: Vec<Option<Result<Vec<Output>, SampleError>>>,
+    open: usize,
+    pub forward: Duration,
+    reply: oneshot::Sender<Answer>,
+}
+
+pub(super) struct State {
+    pub queue: Queue,
+    pub jobs: HashMap<JobId, Job>,
+    /// The worker has ended, so nothing would be answered.
+    pub gone: bool,
+    /// The last handle has been dropped, so nothing more will come.
+    pub hung_up: bool,
+}
+
+pub(super) struct Shared {
+    pub options: ScorerOptions,
+    pub clock: Clock,
+    pub metrics: ScorerMetrics,
+    pub state: Mutex<State>,
+    pub wake: Condvar,
+}
+
+impl Shared {
+    pub fn show_depth(&self, state: &State) {
+        self.metrics.queue_samples.set(state.queue.samples() as i64);
+        self.metrics.queue_tokens.set(state.queue.tokens() as i64);
+    }
+
+    /// Settles samples that came too late. What comes back is to be answered without the lock.
+    pub fn settle(&self, state: &mut State, expired: &[Pick]) -> Vec<Job> {
+        self.metrics.skipped.with_label_values(&["expired"]).inc_by(expired.len() as u64);
+        expired.iter().filter_map(|pick| state.record(*pick, Err(SampleError::Expired))).collect()
+    }
+}
+
+impl State {
+    /// Notes what became of one sample; gives the job back when it was its last. Nothing happens to a job that is gone.
+    pub fn record(&mut self, pick: Pick, outcome: Result<Vec<Output>, SampleError>) -> Option<Job> {
+        let job = self.jobs.get_mut(&pick.job)?;
+        job.outcomes[pick.sample] = Some(outcome);
+        job.open -= 1;
+        if job.open == 0 { self.jobs.remove(&pick.job) } else { None }
+    }
+}
+
+impl Job {
+    pub fn answer(self, now: Instant) {
+        let total = now.saturating_duration_since(self.arrived);
+        let reply = Reply {
+            outcomes: self.outcomes.into_iter().map(|outcome| outcome.unwrap_or(Err(SampleError::Expired))).collect(),
+            queue: total.saturating_sub(self.forward),
+            forward: self.forward,
+        };
+        let (queue, forward) = (reply.queue, reply.forward);
+        self.submission.span.in_scope(|| tracing::debug!(?queue, ?forward, samples = reply.outcomes.len(), "scored"));
+        // The room is free before the caller knows of the answer; nobody may be waiting for it any more.
+        drop(self.submission);
+        let _ = self.reply.send(Ok(reply));
+    }
+
+    pub fn fail(self, error: ScorerError) {
+        drop(self.submission);
+        let _ = self.reply.send(Err(error));
+    }
+}
+
+pub(super) fn answer_all(jobs: Vec<Job>, now: Instant) {
+    for job in jobs {
+        job.answer(now);
+    }
+}
+
+/// Hands work to a device worker. The worker ends when the last clone is dropped and the queue is empty.
+#[derive(Clone)]
+pub struct ScorerHandle {
+    line: Arc<Line>,
+}
+
+pub(super) struct Line(Arc<Shared>);
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        lock(&self.0.state).hung_up = true;
+        self.0.wake.notify_all();
+    }
+}
+
+/// Somebody waits for this job. Dropped before its answer, what has not been run is withdrawn at once.
+struct Ticket {
+    shared: Arc<Shared>,
+    job: JobId,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut state = lock(&self.shared.state);
+        let withdrawn = state.jobs.remove(&self.job);
+        if withdrawn.is_some() {
+            state.queue.remove(self.job);
+            self.shared.metrics.skipped.with_label_values(&["cancelled"]).inc();
+            self.shared.show_depth(&state);
+        }
+        drop(state);
+        // Its permit is given back without the lock.
+        drop(withdrawn);
+    }
+}
+
+impl ScorerHandle {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { line: Arc::new(Line(shared)) }
+    }
+
+    pub fn options(&self) -> &ScorerOptions {
+        &self.line.0.options
+    }
+
+    /// Whether the worker is there to answer.
+    pub fn is_alive(&self) -> bool {
+        !lock(&self.line.0.state).gone
+    }
+
+    /// Samples that wait for the device.
+    pub fn queued_samples(&self) -> usize {
+        lock(&self.line.0.state).queue.samples()
+    }
+
+    /// Queues a submission. Dropping the future withdraws what has not been run.
+    pub fn submit(&self, submission: Submission) -> Result<impl Future<Output = Answer> + Send + use<>, ScorerError> {
+        let shared = &self.line.0;
+        let (reply, answer) = oneshot::channel();
+        let arrived = shared.clock.now();
+        let new = NewJob {
+            lane: submission.lane,
+            tenant: submission.tenant.clone(),
+            priority: submission.priority,
+            arrived,
+            deadline: submission.deadline,
+            samples: loads(&submission),
+        };
+        let samples = new.samples.len();
+        let job = Job { submission, arrived, outcomes: vec![None; samples], open: samples, forward: Duration::ZERO, reply };
+        let ticket = self.enqueue(new, job)?;
+        Ok(async move {
+            let answer = answer.await.unwrap_or(Err(ScorerError::WorkerGone));
+            drop(ticket);
+            answer
+        })
+    }
+
+    fn enqueue(&self, new: NewJob, job: Job) -> Result<Option<Ticket>, ScorerError> {
+        let shared = &self.line.0;
+        let now = job.arrived;
+        if new.samples.is_empty() {
+            job.answer(now);
+            return Ok(None);
+        }
+        let mut guard = lock(&shared.state);
+        let state = &mut *guard;
+        if state.gone {
+            return Err(ScorerError::WorkerGone);
+        }
+        let mut closed = Vec::new();
+        let mut pushed = state.queue.push(new.clone());
+        if pushed.is_err() {
+            // What came too late makes room first.
+            let expired = state.queue.expire(now);
+            closed = shared.settle(state, &expired);
+            pushed = state.queue.push(new);
+        }
+        let result = match pushed {
+            Ok(id) => {
+                state.jobs.insert(id, job);
+                Ok(Some(Ticket { shared: shared.clone(), job: id }))
+            }
+            Err(full) => {
+                shared.metrics.shed.with_label_values(&[ShedReason::Queue.name()]).inc();
+                Err(ScorerError::Full { message: full.to_string(), retry_after: shared.options.retry_after })
+            }
+        };
+        shared.show_depth(state);
+        drop(guard);
+        shared.wake.notify_one();
+        answer_all(closed, now);
+        result
+    }
+}
+
+/// What each sample costs a pack: by itself, and beside the one before it. What other requests have in common with it is
+/// found only when a pack is made, so a pack may cost less than it was taken for, never more.
+fn loads(submission: &Submission) -> Vec<Load> {
+    let Some(model) = submission.models.first() else { return Vec::new() };
+    let encodings = &submission.encodings;
+    let load = |(i, encoding): (usize, &Arc<Encoding>)| {
+        let (tokens, before) = (encoding.tokens(), i.checked_sub(1).map(|before| &encodings[before]));
+        let shared = before.map_or(0, |before| shared_prefix(&**model, before, encoding));
+        Load { tokens, whole: model.token_cost(0, tokens), fresh: model.token_cost(shared, tokens) }
+    };
+    encodings.iter().enumerate().map(load).collect()
+}
