@@ -93,6 +93,7 @@ impl App {
             max_decode: config.message.max_decode,
             max_encode: config.message.max_encode,
             limits: ConvertLimits { max_samples: config.message.max_samples, max_expanded_bytes: config.message.max_expanded },
+            stream_window: config.stream_window,
             keepalive_interval: config.keepalive_interval,
             keepalive_timeout: config.keepalive_timeout,
             max_pack_tokens: config.max_pack_tokens,

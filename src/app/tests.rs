@@ -275,3 +275,178 @@ async fn a_model_that_cannot_be_loaded_ends_the_server_with_its_reason() {
     let error = app.serve(listener, loading, std::future::pending()).await.expect_err("load fails");
     assert_eq!(error.to_string(), "the model cannot be loaded: no such folder");
 }
+
+fn ask(id: &str, texts: &[&str]) -> wire::ScoreRequest {
+    wire::ScoreRequest { request_id: id.into(), ..score_of(texts) }
+}
+
+#[tokio::test]
+async fn a_stream_answers_each_request_when_it_is_finished_and_errors_are_answers() {
+    let model = FakeModel::new(1.0);
+    let server = start(&[], model.clone(), &[]).await;
+    let (requests, mut answers) = server.client.score_stream().await.expect("a stream");
+    assert!(requests.score(ask("fine", &["ab"])).await);
+    assert!(requests.score(ask("empty", &[])).await);
+    assert!(requests.score(wire::ScoreRequest { groups: vec![group("p", &["q"])], ..ask("", &["x"]) }).await);
+    drop(requests);
+    let mut found = std::collections::HashMap::new();
+    while let Some(answer) = answers.next().await.expect("an open stream") {
+        assert!(found.insert(answer.request_id.clone(), answer).is_none(), "answered twice");
+    }
+    assert_eq!((found.len(), found["fine"].scores[0].reward), (3, Some(model.score(&[97, 98]))));
+    let error = found["empty"].error.as_ref().expect("nothing to score");
+    assert_eq!((error.code, error.violations[0].field.as_str()), (3, "samples"));
+    assert!(found[""].error.is_none() && found[""].scores.len() == 1 && found[""].groups[0].scores.len() == 1);
+    assert_eq!(server.metric("warm_serve_requests_total{code=\"OK\",rpc=\"ScoreStream.request\"}"), 2.0);
+    assert_eq!(server.metric("warm_serve_requests_total{code=\"INVALID_ARGUMENT\",rpc=\"ScoreStream.request\"}"), 1.0);
+    assert_eq!(*server.in_flight.borrow(), 0);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_request_of_a_stream_can_be_withdrawn_and_has_a_time_of_its_own() {
+    let (model, release, mut entered) = gated();
+    let clock = Clock::manual();
+    let server = start_at(clock.clone(), &[], model, &[]).await;
+    let (requests, mut answers) = server.client.score_stream().await.expect("a stream");
+    assert!(requests.score(ask("busy", &["busy"])).await);
+    entered.recv().await.expect("inside the forward");
+    let options = Some(wire::ScoreOptions { timeout_ms: 50, ..Default::default() });
+    assert!(requests.score(wire::ScoreRequest { options, ..ask("late", &["late"]) }).await);
+    assert!(requests.score(ask("unwanted", &["unwanted"])).await);
+    assert!(requests.score(ask("unwanted", &["again"])).await);
+    let mut next = async || {
+        let answer = answers.next().await.expect("an open stream").expect("an answer");
+        (answer.request_id, answer.error.map_or(0, |error| error.code))
+    };
+    assert_eq!(next().await, ("unwanted".to_owned(), 6), "the name is in use");
+    assert!(requests.cancel("unwanted").await && requests.cancel("never asked").await);
+    assert_eq!(next().await, ("unwanted".to_owned(), 1));
+    clock.advance(Duration::from_millis(50));
+    assert_eq!(next().await, ("late".to_owned(), 4));
+    drop(release);
+    assert_eq!(next().await, ("busy".to_owned(), 0));
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_stream_is_not_read_beyond_its_window() {
+    let (model, release, mut entered) = gated();
+    let mut server = start(&[("stream.window", "2")], model, &[]).await;
+    let (requests, mut answers) = server.client.score_stream().await.expect("a stream");
+    let asking = tokio::spawn(async move {
+        for i in 0..40 {
+            assert!(requests.score(ask(&i.to_string(), &["x"])).await);
+        }
+    });
+    entered.recv().await.expect("inside the forward");
+    // The stream itself and two requests.
+    server.in_flight.wait_for(|&requests| requests == 3).await.expect("server runs");
+    drop(release);
+    let mut seen = std::collections::HashSet::new();
+    while let Some(answer) = answers.next().await.expect("an open stream") {
+        assert!(answer.error.is_none() && seen.insert(answer.request_id));
+        assert!(*server.in_flight.borrow() <= 3);
+    }
+    assert_eq!(seen.len(), 40);
+    asking.await.expect("no panic");
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_full_server_refuses_on_the_stream_and_one_that_stops_ends_it() {
+    let (model, release, mut entered) = gated();
+    let mut server = start(&[("admission.max_requests", "2"), ("admission.retry_after", "250ms"), ("drain.delay", "0s")], model, &[]).await;
+    let (requests, mut answers) = server.client.score_stream().await.expect("a stream");
+    assert!(requests.score(ask("busy", &["busy"])).await);
+    entered.recv().await.expect("inside the forward");
+    assert!(requests.score(ask("more", &["more"])).await);
+    let refused = answers.next().await.expect("an open stream").expect("an answer");
+    let error = refused.error.expect("no room");
+    assert_eq!((refused.request_id.as_str(), error.code, error.retry_after_ms), ("more", 8, 250));
+    server.signal(Stop::Interrupt);
+    server.readiness.watch().wait_for(|&phase| phase == Phase::Stopping).await.expect("stopping");
+    drop(release);
+    let last = answers.next().await.expect("an open stream").expect("what was read is answered");
+    assert_eq!((last.request_id.as_str(), last.scores.len()), ("busy", 1));
+    assert!(answers.next().await.expect("a clean end").is_none());
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_its_stream_withdraws_what_it_asked_for() {
+    let (model, release, mut entered) = gated();
+    let mut server = start(&[], model, &[]).await;
+    let (requests, answers) = server.client.score_stream().await.expect("a stream");
+    for id in ["a", "b", "c"] {
+        assert!(requests.score(ask(id, &[id])).await);
+    }
+    entered.recv().await.expect("inside the forward");
+    drop((requests, answers));
+    server.in_flight.wait_for(|&requests| requests == 0).await.expect("all permits are back");
+    drop(release);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn messages_of_512_samples_of_4096_tokens_come_through_also_compressed() {
+    use tonic::codec::CompressionEncoding::{Gzip, Zstd};
+    let model = FakeModel::new(1.0);
+    let server = start(&[], model.clone(), &[]).await;
+    let sample = |i: u32| wire::Sample {
+        input: Some(Input::Tokens(wire::TokenIds { ids: (0..4096).map(|j| 100_000 + (i + j) % 50_000).collect() })),
+    };
+    let options = wire::ScoreOptions { truncation: wire::Truncation::Left.into(), details: true, ..Default::default() };
+    let request = wire::ScoreRequest { samples: (0..512).map(sample).collect(), options: Some(options), ..Default::default() };
+    let plain = server.client.rewards().score(request.clone()).await.expect("plain").into_inner();
+    let zstd = server.client.rewards().send_compressed(Zstd).score(request.clone()).await.expect("zstd").into_inner();
+    let gzip = server.client.rewards().send_compressed(Gzip).score(request).await.expect("gzip").into_inner();
+    assert_eq!((plain.scores.len(), &plain.scores), (512, &zstd.scores));
+    assert_eq!(plain.scores, gzip.scores);
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn tenants_are_told_apart_by_their_metadata() {
+    // One pack at a time of one sample; a flood of one tenant is queued before the other's request.
+    let (model, release, mut entered) = gated();
+    let server = start(&[("max_pack_tokens", "64")], model, &[]).await;
+    let ask = |tenant: &'static str, texts: Vec<String>| {
+        let client = server.client.clone();
+        tokio::spawn(async move {
+            let samples = texts.iter().map(|t| text(t)).collect();
+            let mut request = tonic::Request::new(wire::ScoreRequest { samples, ..Default::default() });
+            request.metadata_mut().insert("x-gateway-inference-fairness-id", tenant.parse().expect("a name"));
+            client.rewards().score(request).await.expect("scored");
+        })
+    };
+    let queued = |samples: usize| {
+        let scorer = server.metrics.clone();
+        async move {
+            let depth = || {
+                let text = prometheus::TextEncoder::new().encode_to_string(&scorer.gather()).expect("text");
+                text.lines().find_map(|line| line.strip_prefix("warm_scorer_queue_samples ")?.parse().ok()).unwrap_or(0usize)
+            };
+            while depth() < samples {
+                tokio::task::yield_now().await;
+            }
+        }
+    };
+    let flood = ask("flood", (0..40).map(|i| format!("{i:064}")).collect());
+    entered.recv().await.expect("inside the first forward");
+    queued(38).await;
+    let mut small = ask("small", vec!["x".repeat(64)]);
+    queued(39).await;
+    let mut forwards = 1;
+    loop {
+        release.send(()).expect("the worker waits");
+        tokio::select! {
+            done = &mut small => { done.expect("no panic"); break }
+            _ = entered.recv() => forwards += 1,
+        }
+    }
+    assert!(forwards <= 5, "the small request came after {forwards} packs of the flood");
+    drop(release);
+    flood.await.expect("no panic");
+    server.stopped().await;
+}

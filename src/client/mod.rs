@@ -1,6 +1,7 @@
 //! A thin client of the wire contract, for the command line, the demo, benchmarks and tests.
 
 mod from_domain;
+mod stream;
 
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::wire::model_service_client::ModelServiceClient;
 use crate::wire::reward_service_client::RewardServiceClient;
 
 pub use from_domain::{group_to_wire, sample_to_wire};
+pub use stream::{StreamAnswers, StreamRequests};
 
 /// The largest message either side takes by default: 64 MiB.
 pub const DEFAULT_MAX_MESSAGE_BYTES: usize = 64 << 20;

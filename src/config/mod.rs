@@ -66,6 +66,8 @@ pub struct Config {
     pub max_pack_tokens: usize,
     pub admission: AdmissionConfig,
     pub message: MessageConfig,
+    /// Requests of one stream that are scored at once.
+    pub stream_window: usize,
     /// Absent: never.
     pub keepalive_interval: Option<Duration>,
     pub keepalive_timeout: Duration,
@@ -304,6 +306,7 @@ impl Reader<'_> {
                 max_samples: self.get("message.max_samples", parse::count),
                 max_expanded: self.get("message.max_expanded", parse::size),
             },
+            stream_window: self.get("stream.window", parse::count),
             keepalive_interval: Some(self.get("http2.keepalive_interval", parse::duration)).filter(|interval| !interval.is_zero()),
             keepalive_timeout: self.get("http2.keepalive_timeout", parse::duration),
             drain_delay: self.get("drain.delay", parse::duration),

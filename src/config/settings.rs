@@ -47,6 +47,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("message.max_encode", "64MiB", "SIZE", "the largest response message"),
     setting("message.max_samples", "65536", "N", "samples in one request, at most, completions of groups counted"),
     setting("message.max_expanded", "1GiB", "SIZE", "bytes of one request with every completion beside its prompt"),
+    setting("stream.window", "64", "N", "requests of one stream that are scored at once"),
     setting("http2.keepalive_interval", "60s", "TIME", "how often an open connection is checked; 0s: never"),
     setting("http2.keepalive_timeout", "20s", "TIME", "how long a connection may take to answer such a check"),
     setting("drain.delay", "5s", "TIME", "after SIGTERM: how long to keep serving while the news spreads"),

@@ -8,13 +8,13 @@ use tokio::net::TcpListener;
 use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::convert::{self, Asked, ConvertLimits, MemberScale};
 use super::gate::{CallFacts, Deadline, GateLayer, GateOptions};
 use super::metrics::ServeMetrics;
 use super::readiness::Readiness;
-use super::{health, status};
+use super::{health, status, stream};
 use crate::registry::{CallOptions, CompareOptions, Engine, EngineError};
 use crate::scorer::{Admission, Permit};
 use crate::wire::model_service_server::{ModelService, ModelServiceServer};
@@ -32,6 +32,8 @@ pub struct GrpcOptions {
     /// `None`: open connections are never checked.
     pub keepalive_interval: Option<Duration>,
     pub keepalive_timeout: Duration,
+    /// Requests of one stream that are scored at once.
+    pub stream_window: usize,
     /// What GetModel says of packs.
     pub max_pack_tokens: usize,
 }
@@ -114,27 +116,32 @@ fn tenant<T>(request: &Request<T>) -> Option<Arc<str>> {
 }
 
 /// What the gate knows of a call.
-struct Admitted {
-    permit: Permit,
-    tenant: Option<Arc<str>>,
-    deadline: Option<std::time::Instant>,
-    facts: CallFacts,
+pub(super) struct Admitted {
+    pub permit: Permit,
+    pub tenant: Option<Arc<str>>,
+    pub deadline: Option<std::time::Instant>,
+    pub facts: CallFacts,
 }
 
 impl Admitted {
-    /// Takes it out of the request and corrects the charge to the true size of the message.
-    fn take<T: prost::Message>(request: &mut Request<T>) -> Result<Self, Status> {
-        let bytes = request.get_ref().encoded_len() as u64;
+    /// Takes it out of the request.
+    fn take<T>(request: &mut Request<T>) -> Result<Self, Status> {
         let tenant = tenant(request);
         let extensions = request.extensions_mut();
         let Some(permit) = extensions.remove::<Permit>() else {
             tracing::error!("a call came past the gate without a permit");
             return Err(Status::internal("the call was not admitted"));
         };
-        permit.correct_bytes(bytes);
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
         let facts = extensions.remove::<CallFacts>().unwrap_or_default();
         Ok(Self { permit, tenant, deadline, facts })
+    }
+
+    /// The same, with the charge corrected to the true size of the message.
+    fn take_message<T: prost::Message>(request: &mut Request<T>) -> Result<Self, Status> {
+        let admitted = Self::take(request)?;
+        admitted.permit.correct_bytes(request.get_ref().encoded_len() as u64);
+        Ok(admitted)
     }
 }
 
@@ -152,29 +159,43 @@ fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::ti
     }
 }
 
+/// Scores one request, whether it has a call of its own or comes on a stream.
+pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Admitted) -> Result<wire::ScoreResponse, Status> {
+    let Admitted { permit, tenant, deadline, facts } = admitted;
+    let parsed = convert::parse_score(request, edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+    let (request_id, batch) = (parsed.request_id, parsed.batch);
+    facts.asked(&request_id, batch.samples.len());
+    let options = call_options(parsed.asked, tenant, deadline);
+    let reply = edge.engine.score(batch.samples, options, permit).await.map_err(status::status)?;
+    facts.answered(reply.outcomes.iter().flatten().map(|scored| scored.tokens as u64).sum());
+    let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
+    let folded = batch.shape.fold(scores);
+    Ok(wire::ScoreResponse {
+        request_id,
+        scores: folded.singles,
+        groups: folded.groups.into_iter().map(|scores| wire::GroupScores { scores }).collect(),
+        model: Some(convert::stamp(reply.stamp)),
+        timing: Some(convert::timing(reply.timing)),
+        error: None,
+    })
+}
+
 #[tonic::async_trait]
 impl RewardService for Handlers {
     async fn score(&self, mut request: Request<wire::ScoreRequest>) -> Result<Response<wire::ScoreResponse>, Status> {
-        let Admitted { permit, tenant, deadline, facts } = Admitted::take(&mut request)?;
-        let parsed =
-            convert::parse_score(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
-        let (request_id, batch) = (parsed.request_id, parsed.batch);
-        facts.asked(&request_id, batch.samples.len());
-        let reply = self.edge.engine.score(batch.samples, call_options(parsed.asked, tenant, deadline), permit).await.map_err(status::status)?;
-        facts.answered(reply.outcomes.iter().flatten().map(|scored| scored.tokens as u64).sum());
-        let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
-        let folded = batch.shape.fold(scores);
-        Ok(Response::new(wire::ScoreResponse {
-            request_id,
-            scores: folded.singles,
-            groups: folded.groups.into_iter().map(|scores| wire::GroupScores { scores }).collect(),
-            model: Some(convert::stamp(reply.stamp)),
-            timing: Some(convert::timing(reply.timing)),
-        }))
+        let admitted = Admitted::take_message(&mut request)?;
+        score(&self.edge, request.into_inner(), admitted).await.map(Response::new)
+    }
+
+    type ScoreStreamStream = stream::Answers;
+
+    async fn score_stream(&self, mut request: Request<Streaming<wire::StreamRequest>>) -> Result<Response<stream::Answers>, Status> {
+        let admitted = Admitted::take(&mut request)?;
+        Ok(Response::new(stream::start(self.edge.clone(), request.into_inner(), admitted)))
     }
 
     async fn compare(&self, mut request: Request<wire::CompareRequest>) -> Result<Response<wire::CompareResponse>, Status> {
-        let Admitted { permit, tenant, deadline, facts } = Admitted::take(&mut request)?;
+        let Admitted { permit, tenant, deadline, facts } = Admitted::take_message(&mut request)?;
         let parsed =
             convert::parse_compare(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
         if parsed.member_scale != MemberScale::Raw {

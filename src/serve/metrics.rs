@@ -9,7 +9,9 @@ use crate::scorer::SECONDS_BUCKETS;
 use crate::wire::code_name;
 
 /// The calls that are counted, by the last part of their path.
-pub(super) const RPCS: [&str; 4] = ["Score", "Compare", "GetModel", "ListGenerations"];
+pub(super) const RPCS: [&str; 5] = ["Score", "ScoreStream", "Compare", "GetModel", "ListGenerations"];
+/// What the requests on streams are counted as; the streams are counted as calls.
+pub(super) const STREAMED: &str = "ScoreStream.request";
 
 /// The metrics of calls.
 #[derive(Clone, Debug)]
@@ -33,7 +35,7 @@ impl ServeMetrics {
         registry.register(Box::new(in_flight.clone()))?;
         registry.register(Box::new(build.clone()))?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        for rpc in RPCS {
+        for rpc in RPCS.into_iter().chain([STREAMED]) {
             seconds.with_label_values(&[rpc]);
             in_flight.with_label_values(&[rpc]);
             for code in 0..=16 {

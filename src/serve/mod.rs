@@ -8,6 +8,7 @@ mod health;
 mod metrics;
 mod readiness;
 mod status;
+mod stream;
 
 pub use admin::{Admin, AdminError};
 pub use gate::{Gate, GateLayer, GateOptions};

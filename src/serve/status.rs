@@ -8,6 +8,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 use super::convert::{Violation, Violations};
 use crate::registry::EngineError;
 use crate::scorer::Shed;
+use crate::wire;
 
 /// A status's message is cut here: it travels in HTTP/2 trailers.
 const MAX_MESSAGE_BYTES: usize = 1024;
@@ -58,6 +59,19 @@ pub(super) fn invalid(violations: &Violations) -> Status {
 
 pub(super) fn deadline_exceeded() -> Status {
     Status::deadline_exceeded("the deadline passed before the request was answered")
+}
+
+/// A status as an answer on a stream.
+pub(super) fn in_stream(status: &Status) -> wire::Error {
+    let retry = status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
+    let violations = status.get_details_bad_request().map(|details| details.field_violations).unwrap_or_default();
+    let violation = |FieldViolation { field, description, .. }| wire::FieldViolation { field, description };
+    wire::Error {
+        code: status.code().into(),
+        message: status.message().to_owned(),
+        retry_after_ms: u32::try_from(retry.as_millis()).unwrap_or(u32::MAX),
+        violations: violations.into_iter().map(violation).collect(),
+    }
 }
 
 fn retry(code: Code, words: String, after: Duration) -> Status {
@@ -113,6 +127,15 @@ mod tests {
         assert_eq!(status.message(), "samples[1].text: wrong");
         let details = status.get_details_bad_request().expect("details");
         assert_eq!(details.field_violations[0].field, "samples[1].text");
+    }
+
+    #[test]
+    fn a_stream_says_what_a_status_says() {
+        let full = in_stream(&status(EngineError::Overloaded { message: "full".into(), retry_after: Duration::from_millis(250) }));
+        assert_eq!((full.code, full.message.as_str(), full.retry_after_ms), (8, "full", 250));
+        let wrong = in_stream(&invalid(&Violations::one("samples[1].text", "wrong")));
+        assert_eq!((wrong.code, wrong.retry_after_ms), (3, 0));
+        assert_eq!(wrong.violations, [wire::FieldViolation { field: "samples[1].text".into(), description: "wrong".into() }]);
     }
 
     #[test]
