@@ -1,0 +1,199 @@
+"""warm beside Hugging Face transformers on one CPU: the same model, the same samples, turn by turn in one run.
+
+    python models.py /tmp/models
+    python side_by_side.py --warm target/release/warm --models /tmp/models --texts texts.jsonl [--only WORK] [--json OUT]
+
+Both sides compute in float32 with the same number of threads. warm is asked as a trainer asks it: over gRPC, by `warm bench`.
+transformers gets its samples tokenised, in padded batches of 16, in this process. Whoever is not being timed is idle. A ratio
+above 1 says how many times faster warm is; it is the ratio of the medians of all rounds.
+
+A line of --texts is {"prompt", "chosen", "rejected"} or {"prompt", "completions": [...]}.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+BATCH = 16
+# The slack of float32 sums in another order; a larger difference would be another score.
+TOLERANCE = 2e-4
+
+
+class Peer:
+    def __init__(self, folder, dtype=torch.float32):
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+        self.pad = self.model.config.pad_token_id
+
+    @torch.inference_mode()
+    def scores(self, samples, batch=BATCH, by_length=False):
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i])) if by_length else range(len(samples))
+        order, scores = list(order), [0.0] * len(samples)
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            longest = max(len(samples[i]) for i in chosen)
+            ids = torch.tensor([samples[i] + [self.pad] * (longest - len(samples[i])) for i in chosen])
+            mask = torch.tensor([[1] * len(samples[i]) + [0] * (longest - len(samples[i])) for i in chosen])
+            for i, score in zip(chosen, self.model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()):
+                scores[i] = score
+        return scores
+
+
+class Warm:
+    """A server of one model, and the load generator that asks it."""
+
+    def __init__(self, binary, folder, threads, pack):
+        arguments = [binary, "serve", folder, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--threads", str(threads)]
+        arguments += ["--max-pack-tokens", str(pack), "--drain-delay", "0s"]
+        self.binary = binary
+        self.server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
+        self.address = None
+        for line in self.server.stderr:
+            line = re.sub(r"\x1b\[[0-9;]*m", "", line)
+            if match := re.search(r"grpc=(\S+)", line):
+                self.address = match[1]
+            if line.rstrip().endswith(" ready"):
+                return
+        raise SystemExit("the server did not start")
+
+    def lines(self, file, callers, extra=()):
+        arguments = [self.binary, "bench", "--addr", self.address, "--input", file, "--concurrency", str(callers), "--json"]
+        count = sum(1 for _ in open(file))
+        arguments += ["--requests", str(count), "--warmup", "0s", "--duration", "1h", "--timeout", "10m", *extra]
+        answer = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+        if answer["samples"]["failed"] or answer["requests"]["refused"]:
+            raise SystemExit(f"not everything was scored: {answer}")
+        return answer
+
+    def scores(self, file):
+        arguments = [self.binary, "score", "--connect", self.address, "--input", file]
+        answers = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
+        return [json.loads(line)["reward"] for line in answers]
+
+    def stop(self):
+        self.server.terminate()
+        self.server.wait()
+
+
+def requests(folder, name, samples):
+    """One request for every sample."""
+    file = Path(folder) / f"{name}.jsonl"
+    file.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in samples))
+    return str(file)
+
+
+def compare(name, warm, file, samples, ways, rounds, callers, agree=True, server=()):
+    """Times every way of the peer beside warm, and prints a row for each."""
+    if agree:
+        # Once outside of the rounds: both sides have the same samples, or the row means nothing. It warms both up, too.
+        expected, found = ways[0][1](), warm.scores(file)
+        worst = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found))
+        if worst > TOLERANCE:
+            raise SystemExit(f"{name}: the scores differ by {worst}")
+    times = {label: [] for label, _ in ways}
+    own = []
+    for _ in range(rounds):
+        own.append(warm.lines(file, callers, server)["seconds"])
+        for label, run in ways:
+            start = time.perf_counter()
+            run()
+            times[label].append(time.perf_counter() - start)
+    tokens, seconds = sum(map(len, samples)), statistics.median(own)
+    rows = []
+    for label, taken in times.items():
+        ratio = statistics.median(taken) / seconds
+        rows.append({"work": name, "against": label, "ratio": round(ratio, 2), "warm_tokens_per_s": round(tokens / seconds)})
+        print(f"| {name} | {label} | {ratio:.2f} | {tokens / seconds:.0f} |", flush=True)
+    return rows
+
+
+def chat_texts(file, tokenizer, count, generator):
+    lines = [json.loads(line) for line in open(file)]
+    generator.shuffle(lines)
+    samples = []
+    for line in lines:
+        for completion in line.get("completions") or [line["chosen"], line["rejected"]]:
+            messages = [{"role": "user", "content": line["prompt"]}, {"role": "assistant", "content": completion}]
+            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+            samples.append(ids[:2048])
+    samples = samples[:count]
+    generator.shuffle(samples)
+    return samples
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--warm", required=True)
+    parser.add_argument("--models", required=True)
+    parser.add_argument("--texts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="work whose name contains this")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    generator, rows = random.Random(0), []
+    draw = lambda length, vocabulary=4000: [generator.randrange(5, vocabulary) for _ in range(length)]
+    wanted = lambda name: options.only is None or options.only in name
+    print("| work | against | ratio | warm, tokens/s |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = f"{options.models}/qwen3-60m"
+        peer = Peer(decoder)
+        warm = Warm(options.warm, decoder, options.threads, 8192)
+        try:
+            if options.texts and wanted("chat texts"):
+                samples = chat_texts(options.texts, AutoTokenizer.from_pretrained(decoder), 96, generator)
+                file = requests(folder, "chat", samples)
+                ways = [
+                    ("transformers, batches of 16 sorted by length", lambda: peer.scores(samples, by_length=True)),
+                    ("transformers, batches of 16 as they come", lambda: peer.scores(samples)),
+                ]
+                rows += compare("chat texts", warm, file, samples, ways, options.rounds, 64)
+            if wanted("equal lengths"):
+                samples = [draw(512) for _ in range(32)]
+                file = requests(folder, "equal", samples)
+                half = Peer(decoder, torch.bfloat16)
+                ways = [("transformers float32", lambda: peer.scores(samples)), ("transformers bfloat16", lambda: half.scores(samples))]
+                rows += compare("equal lengths of 512", warm, file, samples, ways, options.rounds, 32)
+            for prompt, count, completion in [(512, 16, 128), (300, 16, 1000), (4000, 4, 500)]:
+                name = f"group {prompt} + {count} x {completion}"
+                if not wanted(name):
+                    continue
+                shared = draw(prompt)
+                samples = [shared + draw(completion) for _ in range(count)]
+                file = requests(folder, "group", samples)
+                ways = [("transformers, one padded batch", lambda: peer.scores(samples, batch=count))]
+                # All at once: what is queued together shares its prompt, whoever sent it.
+                rows += compare(name, warm, file, samples, ways, min(options.rounds, 3), count)
+                distinct, whole = prompt + count * completion, count * (prompt + completion)
+                print(f"|   distinct tokens: {distinct} of {whole} | ceiling {whole / distinct:.1f} | | |", flush=True)
+        finally:
+            warm.stop()
+        if wanted("encoder"):
+            encoder = f"{options.models}/bert-22m"
+            peer, warm = Peer(encoder), Warm(options.warm, encoder, options.threads, 8192)
+            try:
+                samples = [draw(generator.choice([16, 32, 64, 128, 256, 512]) - generator.randrange(12), 30000) for _ in range(128)]
+                file = requests(folder, "encoder", samples)
+                ways = [
+                    ("transformers, batches of 16 sorted by length", lambda: peer.scores(samples, by_length=True)),
+                    ("transformers, batches of 16 as they come", lambda: peer.scores(samples)),
+                ]
+                rows += compare("encoder of 22 M", warm, file, samples, ways, options.rounds, 64)
+            finally:
+                warm.stop()
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
