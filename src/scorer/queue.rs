@@ -274,7 +274,7 @@ impl Queue {
             match self.turn(&name, &mut lane, now, limits, &mut draw) {
                 Turn::Full => break,
                 Turn::Nothing => from = turn + 1,
-                Turn::Over => self.to_the_end(&name, limits),
+                Turn::Over => self.move_to_the_end(&name, limits),
             }
         }
         draw.picks.sort_unstable();
@@ -337,7 +337,7 @@ impl Queue {
     }
 
     /// The tenant stands at the end of the line, with what it may give out in its next turn.
-    fn to_the_end(&mut self, name: &Arc<str>, limits: PackLimits) {
+    fn move_to_the_end(&mut self, name: &Arc<str>, limits: PackLimits) {
         let turn = self.number();
         if let Some(tenant) = self.tenants.get_mut(name) {
             self.line.remove(&tenant.turn);

@@ -33,7 +33,7 @@ fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
 
 fn serve<P: AsRef<std::ffi::OsStr>>(folders: impl IntoIterator<Item = P>) -> Child {
     let mut command = warm();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s"]);
+    command.args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s", "--drain-deadline", "10m"]);
     command.args(folders).spawn().expect("started")
 }
 
