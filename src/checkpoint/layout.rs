@@ -1,10 +1,13 @@
 //! Which tensors of a checkpoint the model reads, and where each of them stands in it. Strict: a tensor that is missing,
 //! has another shape, or that nobody would read is a problem, never a guess.
 
+mod head;
+
 use std::collections::BTreeSet;
 
-use super::architecture::{Activation, Architecture, Naming, Norm, Residual};
+use super::architecture::{Architecture, Naming, Norm, Residual};
 use super::manifest::Manifest;
+pub use head::HeadStage;
 
 /// How many problems of one kind are listed before the rest is counted.
 const LISTED: usize = 20;
@@ -62,13 +65,6 @@ pub struct BlockKeys {
     pub mlp_post: Option<NormKeys>,
 }
 
-/// One linear layer of the head, with the activation that follows it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HeadStage {
-    pub linear: LinearKeys,
-    pub activation: Option<Activation>,
-}
-
 impl Layout {
     /// Finds the place of every tensor. The error lists each missing, mis-shaped or unknown tensor as a sentence.
     pub fn new(architecture: &Architecture, manifest: &Manifest) -> Result<Self, Vec<String>> {
@@ -77,6 +73,7 @@ impl Layout {
             Naming::Llama => llama(architecture, &mut taker),
             Naming::Bert => bert(architecture, &mut taker),
         };
+        layout.head = head::find(architecture, &mut taker);
         let outputs = layout.outputs();
         if let Some(labels) = architecture.labels
             && outputs != 0
@@ -162,7 +159,6 @@ fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {
         })
         .collect();
     let final_norm = Some(taker.norm(architecture.norm, &format!("{prefix}norm"), hidden));
-    let head = vec![HeadStage { linear: taker.head("score", hidden), activation: None }];
     Layout {
         embedding,
         positions: None,
@@ -170,7 +166,7 @@ fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {
         embedding_norm: None,
         blocks,
         final_norm,
-        head,
+        head: Vec::new(),
         used: Vec::new(),
         unused: Vec::new(),
     }
@@ -207,11 +203,17 @@ fn bert(architecture: &Architecture, taker: &mut Taker) -> Layout {
             }
         })
         .collect();
-    let pooler = taker.linear(&format!("{prefix}pooler.dense"), hidden, hidden, true);
-    let mut classifier = taker.head("classifier", hidden);
-    classifier.bias = Some(taker.tensor("classifier.bias".to_owned(), &[classifier.outputs]));
-    let head = vec![HeadStage { linear: pooler, activation: Some(Activation::Tanh) }, HeadStage { linear: classifier, activation: None }];
-    Layout { embedding, positions, token_types, embedding_norm, blocks, final_norm: None, head, used: Vec::new(), unused: Vec::new() }
+    Layout {
+        embedding,
+        positions,
+        token_types,
+        embedding_norm,
+        blocks,
+        final_norm: None,
+        head: Vec::new(),
+        used: Vec::new(),
+        unused: Vec::new(),
+    }
 }
 
 /// Takes tensors out of a manifest by name and shape, and remembers what it took and what was wrong.
@@ -251,34 +253,6 @@ impl Taker<'_> {
         let bias = matches!(kind, Norm::Layer { .. }).then(|| self.tensor(format!("{name}.bias"), &[width]));
         NormKeys { weight, bias }
     }
-
-    /// The reward head: as many outputs as its tensor has rows. Without it there is no score, and never a random one.
-    fn head(&mut self, name: &str, hidden: usize) -> LinearKeys {
-        let weight = format!("{name}.weight");
-        let outputs = match self.manifest.get(&weight).map(|info| info.shape.as_slice()) {
-            Some(&[rows, columns]) if rows >= 1 && columns == hidden => rows,
-            Some(shape) => {
-                self.problems.push(format!("reward head {weight:?}: expected shape [outputs, {hidden}], found {shape:?}"));
-                0
-            }
-            None => {
-                let found: Vec<_> = self.manifest.names().filter(|name| looks_like_head(name)).take(LISTED).collect();
-                let hint = if found.is_empty() {
-                    String::new()
-                } else {
-                    format!("; tensors that look like a head of another kind: {}", found.join(", "))
-                };
-                self.problems.push(format!("reward head {weight:?}: expected shape [outputs, {hidden}], found no such tensor (a missing head is never initialised at random){hint}"));
-                0
-            }
-        };
-        self.used.insert(weight.clone());
-        LinearKeys { weight, bias: None, inputs: hidden, outputs }
-    }
-}
-
-fn looks_like_head(name: &str) -> bool {
-    ["score", "classifier", "v_head", "value_head", "regression", "reward", "lm_head"].iter().any(|part| name.starts_with(part))
 }
 
 #[cfg(test)]
