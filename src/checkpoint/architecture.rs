@@ -2,6 +2,9 @@
 
 use serde::Serialize;
 
+use super::head_config::HeadConfig;
+use super::pooling::Pooling;
+
 /// What `config.json` says of a model, every number checked. Made only by [`Architecture::parse`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Architecture {
@@ -40,12 +43,14 @@ pub struct Architecture {
     pub token_types: usize,
     /// The longest sequence the model is made for.
     pub max_positions: usize,
+    /// The family's own way; the head may have another.
     pub pooling: Pooling,
     pub pad_token_id: Option<u32>,
     pub bos_token_id: Option<u32>,
     pub eos_token_ids: Vec<u32>,
     /// Outputs of the head as the configuration states them; the head's own rows decide.
     pub labels: Option<usize>,
+    pub head: HeadConfig,
 }
 
 /// How a family names its tensors.
@@ -110,6 +115,19 @@ pub enum Activation {
     Tanh,
 }
 
+impl Activation {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Silu => "silu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_tanh",
+            Self::Relu => "relu",
+            Self::Tanh => "tanh",
+        }
+    }
+}
+
 /// Where the norms stand around the residual stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Residual {
@@ -117,37 +135,6 @@ pub enum Residual {
     PreNorm,
     /// `norm(x + f(x))`, and a norm on the embedding.
     PostNorm,
-}
-
-/// Which hidden state the head reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Pooling {
-    /// The rightmost token that is not the pad token, as transformers' `GenericForSequenceClassification` does it; the
-    /// last token where there is no pad token.
-    LastNonPad,
-    /// The first token, through the family's pooler.
-    Cls,
-}
-
-impl Pooling {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::LastNonPad => "last_non_pad",
-            Self::Cls => "cls",
-        }
-    }
-
-    /// The index of the pooled token of a non-empty sequence.
-    pub fn position(self, ids: &[u32], pad: Option<u32>) -> usize {
-        match self {
-            Self::Cls => 0,
-            // A sequence of nothing but pad tokens is read at its first one, as transformers' argmax does.
-            Self::LastNonPad => match pad {
-                Some(pad) => ids.iter().rposition(|&id| id != pad).unwrap_or(0),
-                None => ids.len().saturating_sub(1),
-            },
-        }
-    }
 }
 
 impl Architecture {
@@ -178,20 +165,5 @@ fn shortened(value: &serde_json::Value) -> String {
     match text.char_indices().nth(200) {
         Some((cut, _)) => format!("{}...", &text[..cut]),
         None => text,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn last_non_pad_skips_pads_at_the_end_and_survives_nothing_but_pads() {
-        let pool = |ids: &[u32], pad| Pooling::LastNonPad.position(ids, pad);
-        assert_eq!(pool(&[5, 0, 7, 0, 0], Some(0)), 2);
-        assert_eq!(pool(&[5, 0, 7], Some(0)), 2);
-        assert_eq!(pool(&[0, 0], Some(0)), 0);
-        assert_eq!(pool(&[5, 0, 0], None), 2);
-        assert_eq!(Pooling::Cls.position(&[5, 6], Some(6)), 0);
     }
 }

@@ -3,7 +3,9 @@
 
 use serde_json::{Map, Value};
 
-use super::architecture::{Activation, Architecture, LayerKind, Naming, Norm, Pooling, Residual, Rope, RopeScaling};
+use super::architecture::{Activation, Architecture, LayerKind, Naming, Norm, Residual, Rope, RopeScaling};
+use super::head_config::{HeadConfig, out_of_scope};
+use super::pooling::Pooling;
 
 // Bounds that no real model reaches; they keep a lying file from costing memory before its tensors are looked at.
 const MAX_LAYERS: usize = 1 << 10;
@@ -21,15 +23,19 @@ impl Architecture {
         let Value::Object(map) = config else {
             return Err(vec!["expected a JSON object".to_owned()]);
         };
+        if let Some(reason) = out_of_scope(map) {
+            return Err(vec![reason]);
+        }
         let mut fields = Fields { map, problems: Vec::new() };
         let model_type = fields.text("model_type").unwrap_or_default();
-        let architecture = match model_type.as_str() {
+        let mut architecture = match model_type.as_str() {
             "llama" | "mistral" | "qwen2" | "qwen3" => decoder(&mut fields, model_type),
             "bert" => bert(&mut fields, model_type),
             other => {
                 return Err(vec![format!("model_type: expected one of {}, found {other:?}", FAMILIES.join(", "))]);
             }
         };
+        architecture.head = HeadConfig::parse(map, activation, &mut fields.problems);
         if fields.problems.is_empty() { Ok(architecture) } else { Err(fields.problems) }
     }
 }
@@ -90,6 +96,7 @@ fn decoder(fields: &mut Fields, model_type: String) -> Architecture {
         bos_token_id: fields.id("bos_token_id"),
         eos_token_ids: fields.ids("eos_token_id"),
         labels: fields.labels(),
+        head: HeadConfig::default(),
         model_type,
     }
 }
@@ -136,6 +143,7 @@ fn bert(fields: &mut Fields, model_type: String) -> Architecture {
         bos_token_id: fields.id("bos_token_id"),
         eos_token_ids: fields.ids("eos_token_id"),
         labels: fields.labels(),
+        head: HeadConfig::default(),
         model_type,
     }
 }
@@ -200,6 +208,18 @@ fn rope(fields: &mut Fields, head_dim: usize) -> Rope {
     let problems = std::mem::take(&mut inner.problems);
     fields.problems.extend(problems.into_iter().map(|problem| format!("{place}.{problem}")));
     Rope { theta, dims: head_dim, scaling }
+}
+
+/// An activation by the name that transformers gives it.
+fn activation(name: &str) -> Option<Activation> {
+    Some(match name {
+        "silu" | "swish" => Activation::Silu,
+        "gelu" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+        "relu" => Activation::Relu,
+        "tanh" => Activation::Tanh,
+        _ => return None,
+    })
 }
 
 /// A JSON object that is read field by field; what is wrong is collected, and reading goes on with a harmless value.
@@ -317,17 +337,10 @@ impl Fields<'_> {
         let Some(found) = self.optional_text(name) else {
             return default;
         };
-        match found.as_str() {
-            "silu" | "swish" => Activation::Silu,
-            "gelu" => Activation::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
-            "relu" => Activation::Relu,
-            "tanh" => Activation::Tanh,
-            other => {
-                self.problem(format!("{name}: expected one of silu, gelu, gelu_new, gelu_pytorch_tanh, relu, tanh, found {other:?}"));
-                default
-            }
-        }
+        activation(&found).unwrap_or_else(|| {
+            self.problem(format!("{name}: expected one of silu, gelu, gelu_new, gelu_pytorch_tanh, relu, tanh, found {found:?}"));
+            default
+        })
     }
 
     /// A token id, which may lie above the vocabulary (old GPT-2 files do that for tokens that never occur).

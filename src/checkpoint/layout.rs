@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 
 use super::architecture::{Architecture, Naming, Norm, Residual};
 use super::manifest::Manifest;
-pub use head::HeadStage;
+pub(crate) use head::reads_steps;
+pub use head::{Gating, HeadForm, HeadKeys, HeadStage, RowKeys};
 
 /// How many problems of one kind are listed before the rest is counted.
 const LISTED: usize = 20;
@@ -22,8 +23,8 @@ pub struct Layout {
     pub embedding_norm: Option<NormKeys>,
     pub blocks: Vec<BlockKeys>,
     pub final_norm: Option<NormKeys>,
-    /// From the pooled hidden state to the outputs.
-    pub head: Vec<HeadStage>,
+    /// From hidden states to outputs.
+    pub head: HeadKeys,
     used: Vec<String>,
     unused: Vec<String>,
 }
@@ -68,24 +69,17 @@ pub struct BlockKeys {
 impl Layout {
     /// Finds the place of every tensor. The error lists each missing, mis-shaped or unknown tensor as a sentence.
     pub fn new(architecture: &Architecture, manifest: &Manifest) -> Result<Self, Vec<String>> {
-        let mut taker = Taker { manifest, used: BTreeSet::new(), problems: Vec::new() };
+        let mut taker = Taker { manifest, used: BTreeSet::new(), spare: Vec::new(), problems: Vec::new() };
         let mut layout = match architecture.naming {
             Naming::Llama => llama(architecture, &mut taker),
             Naming::Bert => bert(architecture, &mut taker),
         };
-        layout.head = head::find(architecture, &mut taker);
-        let outputs = layout.outputs();
-        if let Some(labels) = architecture.labels
-            && outputs != 0
-            && labels != outputs
-        {
-            taker
-                .problems
-                .push(format!("the configuration states {labels} outputs (num_labels or id2label), the reward head has {outputs}"));
-        }
+        layout.head = head::find(architecture, &layout.embedding, &mut taker);
         let mut unknown = 0;
         for name in manifest.names().filter(|name| !taker.used.contains(*name)) {
-            if rides_along(name) {
+            if rides_along(name)
+                || taker.spare.iter().any(|head| name.strip_prefix(head.as_str()).is_some_and(|rest| rest.starts_with('.')))
+            {
                 layout.unused.push(name.to_owned());
                 continue;
             }
@@ -116,7 +110,7 @@ impl Layout {
 
     /// Outputs of the reward head.
     pub fn outputs(&self) -> usize {
-        self.head.last().map_or(0, |stage| stage.linear.outputs)
+        self.head.outputs()
     }
 }
 
@@ -124,7 +118,7 @@ impl Layout {
 /// computed from the configuration.
 fn rides_along(name: &str) -> bool {
     let last = name.rsplit_once('.').map_or(name, |(_, last)| last);
-    name == "lm_head.weight" || last == "inv_freq" || last == "position_ids"
+    head::is_language_head(name) || last == "inv_freq" || last == "position_ids"
 }
 
 fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {
@@ -166,7 +160,7 @@ fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {
         embedding_norm: None,
         blocks,
         final_norm,
-        head: Vec::new(),
+        head: HeadKeys::default(),
         used: Vec::new(),
         unused: Vec::new(),
     }
@@ -210,7 +204,7 @@ fn bert(architecture: &Architecture, taker: &mut Taker) -> Layout {
         embedding_norm,
         blocks,
         final_norm: None,
-        head: Vec::new(),
+        head: HeadKeys::default(),
         used: Vec::new(),
         unused: Vec::new(),
     }
@@ -220,6 +214,8 @@ fn bert(architecture: &Architecture, taker: &mut Taker) -> Layout {
 struct Taker<'a> {
     manifest: &'a Manifest,
     used: BTreeSet<String>,
+    /// Heads that do not count; their tensors ride along.
+    spare: Vec<String>,
     problems: Vec<String>,
 }
 

@@ -3,6 +3,7 @@
 
 mod average;
 mod content;
+mod heads;
 mod merged;
 mod plan;
 mod recipe;

@@ -114,12 +114,18 @@ impl MergePlan {
         let mut inputs = inputs.into_iter();
         for member in recipe.members() {
             match inputs.next() {
-                Some(Ok(input)) => survey.add(member, input),
+                Some(Ok(mut input)) => {
+                    input.architecture.head.choice = recipe.head().clone();
+                    survey.add(member, input);
+                }
                 Some(Err(error)) => survey.problems.push(format!("member {:?}: {error}", member.name.as_str())),
                 None => survey.problems.push(format!("member {:?}: no checkpoint was given for it", member.name.as_str())),
             }
         }
-        if let Some(init) = init {
+        if let Some(mut init) = init {
+            if let Ok(init) = &mut init {
+                init.architecture.head.choice = recipe.head().clone();
+            }
             survey.add_init(init);
         }
         survey.finish(recipe)

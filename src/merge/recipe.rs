@@ -7,6 +7,8 @@
 //!   - {path: ./rm-0, name: rm-0, coefficient: 1.0}
 //!   - ./rm-1                  # name: last path segment; coefficient: 1
 //! dtype: float32              # float32 (default), bfloat16 or float16
+//! pooling: last_token         # optional: where the head reads, and
+//! head: {name: score}         # which head, where the checkpoint leaves it open; `checkpoint::head_choice` has all keys
 //! ```
 //!
 //! Paths are relative to the file. Unknown keys are mistakes, and all mistakes are reported at once.
@@ -17,7 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 
-use crate::checkpoint::Dtype;
+use crate::checkpoint::{Dtype, HeadChoice};
 use crate::domain::MemberName;
 
 /// A recipe is written by hand; more is another file by mistake.
@@ -48,6 +50,7 @@ pub struct Recipe {
     init: Option<PathBuf>,
     members: Vec<Member>,
     dtype: Dtype,
+    head: HeadChoice,
 }
 
 /// One checkpoint of a recipe.
@@ -195,6 +198,19 @@ impl Recipe {
         self.dtype
     }
 
+    /// What the operator says of head and pooling.
+    pub fn head(&self) -> &HeadChoice {
+        &self.head
+    }
+
+    /// The same recipe with these choices in the place of its own; what they leave open stays.
+    pub fn with_head(self, head: Option<HeadChoice>, pooling: Option<HeadChoice>) -> Self {
+        let own = |choice: &HeadChoice| (choice.pooling, choice.pooling_token.clone());
+        let (mode, token) = own(pooling.as_ref().unwrap_or(&self.head));
+        let head = head.unwrap_or_else(|| self.head.clone());
+        Self { head: HeadChoice { pooling: mode, pooling_token: token, ..head }, ..self }
+    }
+
     /// The same recipe for another output dtype; integers have none.
     pub fn with_dtype(self, dtype: Dtype) -> Option<Self> {
         dtype_name(dtype).map(|_| Self { dtype, ..self })
@@ -216,6 +232,7 @@ impl Recipe {
         }
         resolved.insert("members".to_owned(), members.into());
         resolved.insert("dtype".to_owned(), dtype_name(self.dtype).unwrap_or_default().into());
+        resolved.extend(self.head.to_json());
         serde_json::Value::Object(resolved).to_string()
     }
 }
@@ -239,10 +256,11 @@ struct Draft {
 
 fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Recipe> {
     let Value::Mapping(recipe) = value else {
-        problems.push(format!("expected keys method, init, members, dtype; found {}", kind(value)));
+        problems.push(format!("expected keys method, init, members, dtype, head, pooling; found {}", kind(value)));
         return None;
     };
-    check_keys(recipe, "", &["method", "init", "members", "dtype"], problems);
+    check_keys(recipe, "", &["method", "init", "members", "dtype", "head", "pooling"], problems);
+    let head = head(recipe, problems);
     let method = match text(recipe, "", "method", problems) {
         None => Method::Linear,
         Some(name) => Method::ALL.into_iter().find(|method| method.name() == name).unwrap_or_else(|| {
@@ -271,7 +289,20 @@ fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Rec
         Some(other) => problems.push(format!("members: expected a list, found {}", kind(other))),
         None => problems.push("members: missing, expected a list of checkpoints".to_owned()),
     }
-    if drafts.is_empty() { None } else { finish(method, init, drafts, dtype, problems) }
+    if drafts.is_empty() { None } else { finish(method, init, drafts, dtype, problems).map(|recipe| Recipe { head, ..recipe }) }
+}
+
+/// YAML as JSON, whose reader knows what may be chosen.
+fn head(recipe: &Mapping, problems: &mut Vec<String>) -> HeadChoice {
+    let mut json = |key: &str| {
+        let value = serde_json::to_value(recipe.get(key)?);
+        value.map_err(|error| problems.push(format!("{key}: {error}"))).ok()
+    };
+    let (head, pooling) = (json("head"), json("pooling"));
+    HeadChoice::parse(head.as_ref(), pooling.as_ref()).unwrap_or_else(|found| {
+        problems.extend(found);
+        HeadChoice::default()
+    })
 }
 
 fn draft(value: &Value, index: usize, base: &Path, problems: &mut Vec<String>) -> Option<Draft> {
@@ -334,7 +365,7 @@ fn finish(method: Method, init: Option<PathBuf>, drafts: Vec<Draft>, dtype: Dtyp
             Err(invalid) => problems.push(invalid.to_string()),
         }
     }
-    Some(Recipe { method, init, members, dtype })
+    Some(Recipe { method, init, members, dtype, head: HeadChoice::default() })
 }
 
 /// A member's name from the last `segments` segments of its path; what a name cannot hold becomes `-`.

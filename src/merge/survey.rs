@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::content::Remembered;
+use super::heads;
 use super::plan::{Input, MergeError, MergePlan, PlannedMember};
 use super::recipe::{Member, Method, Recipe};
 use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Manifest, TensorInfo, TensorSource, TextFacts};
@@ -27,6 +28,7 @@ pub struct Survey {
     dtypes: BTreeSet<Dtype>,
     init_lacks: Vec<String>,
     init_notes: Vec<String>,
+    head_notes: Vec<String>,
 }
 
 struct First {
@@ -56,7 +58,13 @@ impl Survey {
             Ok(layout) => {
                 self.unused.extend(layout.unused().iter().cloned());
                 self.check_tensors(name, &layout, weights.manifest());
-                if self.reference.is_none() {
+                self.head_notes.extend(heads::notes(name, &architecture));
+                if let Some(reference) = &self.reference {
+                    let found = heads::differences((&reference.layout, reference.weights.as_ref()), (&layout, weights.as_ref()));
+                    let other = reference.name.as_str();
+                    self.problems
+                        .extend(found.into_iter().map(|problem| format!("member {name:?} differs from member {other:?}: {problem}")));
+                } else {
                     self.reference = Some(Reference { name: member.name.clone(), layout, weights: Arc::clone(&weights) });
                 }
             }
@@ -190,7 +198,7 @@ impl Survey {
             let names = self.init_lacks.iter().take(LISTED).map(String::as_str).collect::<Vec<_>>().join(", ");
             notes.push(format!("init lacks {} tensors of the members: {names}", self.init_lacks.len()));
         }
-        notes.extend(self.init_notes.iter().cloned());
+        notes.extend(self.init_notes.iter().chain(&self.head_notes).cloned());
         notes
     }
 }

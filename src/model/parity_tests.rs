@@ -34,7 +34,8 @@ fn numbers(value: &Value, name: &str) -> Option<Vec<u32>> {
 fn loaded(recipe: &Recipe) -> Arc<dyn RewardModel> {
     let plan = Arc::new(MergePlan::open(recipe).expect("mergeable"));
     let merged = Merged::new(Arc::clone(&plan));
-    load(&merged, plan.architecture(), plan.layout(), usize::MAX, &mut |_, _| {}).expect("loads")
+    load(&merged, plan.architecture(), plan.layout(), &Readout::unnamed(plan.architecture(), plan.layout()), usize::MAX, &mut |_, _| {})
+        .expect("loads")
 }
 
 fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<f32> {

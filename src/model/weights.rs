@@ -1,6 +1,8 @@
 //! A tensor source to tensors on a device: pulled chunk by chunk, widened to float32, fused where the forward pass
 //! multiplies by several matrices at once.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 
 use super::LoadError;
@@ -69,6 +71,13 @@ impl<'a> Loader<'a> {
         Ok(values)
     }
 
+    /// Some elements of a tensor, in float32, on the host.
+    pub fn part(&mut self, name: &str, range: Range<usize>) -> Result<Vec<f32>, LoadError> {
+        let mut values = vec![0.0; range.len()];
+        self.read_from(name, range.start, &mut values)?;
+        Ok(values)
+    }
+
     pub fn norm(&mut self, keys: &NormKeys) -> Result<NormWeights, LoadError> {
         let bias = keys.bias.as_deref().map(|bias| self.tensor(bias)).transpose()?;
         Ok(NormWeights { weight: self.tensor(&keys.weight)?, bias })
@@ -104,9 +113,13 @@ impl<'a> Loader<'a> {
     }
 
     fn read(&mut self, name: &str, into: &mut [f32]) -> Result<(), LoadError> {
+        self.read_from(name, 0, into)
+    }
+
+    fn read_from(&mut self, name: &str, first: usize, into: &mut [f32]) -> Result<(), LoadError> {
         let total = into.len();
         for (chunk, into) in into.chunks_mut(CHUNK_ELEMENTS).enumerate() {
-            let start = chunk * CHUNK_ELEMENTS;
+            let start = first + chunk * CHUNK_ELEMENTS;
             self.source.read(name, start..start + into.len(), &mut self.buffer)?;
             widen(&self.buffer, into).map_err(|found| LoadError::Tensor {
                 tensor: name.to_owned(),

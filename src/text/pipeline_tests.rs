@@ -139,10 +139,8 @@ fn bos_is_doubled_only_where_it_is_asked_for() {
     assert_eq!(encode(BosPolicy::Always, "<s>a"), [0, 3]);
     assert_eq!(encode(BosPolicy::Never, "<s>a"), [3]);
     let counted = pipeline(9, |_| {});
-    for input in ["<s>a", "a", "<s>b"] {
-        counted.encode(&text(input), Truncation::Refuse).expect("encodes");
-    }
-    assert_eq!(counted.doubled_bos(), 2);
+    let doubled = |input: &str| counted.encode(&text(input), Truncation::Refuse).expect("encodes").doubled_bos();
+    assert_eq!(["<s>a", "a", "<s>b"].map(doubled), [true, false, true]);
 }
 
 #[test]
