@@ -197,6 +197,11 @@ impl Readout {
         Ok(Places { read, gate })
     }
 
+    /// A short sequence that holds every token that is looked for; empty where none is.
+    pub fn probe(&self) -> Vec<u32> {
+        self.gate.iter().copied().chain(self.token).chain(self.step).collect()
+    }
+
     /// The score of one place, of the head's outputs there.
     pub fn combine(&self, outputs: &[f32]) -> f64 {
         let logit = match self.weights.as_slice() {

@@ -108,7 +108,11 @@ pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Resul
 }
 
 /// The model of a command without a server, with progress on standard error.
-fn load(arguments: ModelArgs, environment: Environment, members: bool) -> Result<(App, crate::registry::LoadSpec), CommandError> {
+pub(super) fn load(
+    arguments: ModelArgs,
+    environment: Environment,
+    members: bool,
+) -> Result<(App, crate::registry::LoadSpec), CommandError> {
     let instance = instance(&environment);
     let more: &[(&str, &str)] = if members { &[("ensemble", "resident")] } else { &[] };
     let config = resolve(arguments, environment, more)?.config;

@@ -9,8 +9,21 @@ use crate::merge::{MergePlan, Merged, Recipe};
 use crate::text::Encoding;
 
 /// The families that are served so far.
-const SERVED: [&str; 9] =
-    ["llama", "llama-pad-is-eos", "mistral", "qwen2", "qwen2-pad-is-eos", "qwen3", "qwen3-bf16-sharded", "llama-fp16", "bert"];
+const SERVED: [&str; 13] = [
+    "llama",
+    "llama-pad-is-eos",
+    "mistral",
+    "qwen2",
+    "qwen2-pad-is-eos",
+    "qwen3",
+    "qwen3-bf16-sharded",
+    "llama-fp16",
+    "bert",
+    "llama-mlp-head",
+    "qwen2-reward-model",
+    "mistral-value-head",
+    "llama-five-outputs",
+];
 
 fn families() -> Vec<PathBuf> {
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance");
@@ -38,8 +51,15 @@ fn loaded(recipe: &Recipe) -> Arc<dyn RewardModel> {
         .expect("loads")
 }
 
-fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<f32> {
-    model.forward(&Pack::new(encodings)).expect("forward").iter().map(|output| output.values[0]).collect()
+/// Every output of the head, sample by sample.
+fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<Vec<f32>> {
+    model.forward(&Pack::new(encodings)).expect("forward").into_iter().map(|output| output.values).collect()
+}
+
+/// A golden score: one number, or one for each output.
+fn golden_scores(value: &Value) -> Vec<f64> {
+    let list = value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
+    list.iter().map(|score| score.as_f64().expect("a score")).collect()
 }
 
 #[test]
@@ -69,12 +89,16 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
             let model = loaded(&recipe);
             let packed = scores(&*model, &encodings);
             for ((case, encoding), packed) in list.iter().zip(&encodings).zip(packed) {
-                let expected = case["scores"][&name].as_f64().expect("a score");
-                let deviation = (f64::from(packed) - expected).abs() / expected.abs().max(1.0);
-                assert!(deviation < 1e-4, "{} {name}: {packed} against {expected}", family.display());
-                let alone = scores(&*model, std::slice::from_ref(encoding))[0];
-                assert_eq!(alone.to_bits(), packed.to_bits(), "{} {name}: alone {alone}, packed {packed}", family.display());
-                largest = largest.max(deviation);
+                let expected = golden_scores(&case["scores"][&name]);
+                assert_eq!(packed.len(), expected.len(), "{} {name}", family.display());
+                for (packed, expected) in packed.iter().zip(&expected) {
+                    let deviation = (f64::from(*packed) - expected).abs() / expected.abs().max(1.0);
+                    assert!(deviation < 1e-4, "{} {name}: {packed} against {expected}", family.display());
+                    largest = largest.max(deviation);
+                }
+                let alone = &scores(&*model, std::slice::from_ref(encoding))[0];
+                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
                 cases += 1;
             }
         }

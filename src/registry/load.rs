@@ -163,7 +163,7 @@ pub fn load_generation(
     report("hash", 1, 1);
 
     let models = 1 + resident.len() as u64;
-    let probes = probes(text.as_ref())?;
+    let probes = probes(text.as_ref(), &readout)?;
     warm_up("the merged model", merged.as_ref(), &probes)?;
     report("warm-up", 1, models);
     for (done, member) in resident.iter().enumerate() {
@@ -229,11 +229,16 @@ fn calibration(spec: &LoadSpec, architecture: &Architecture) -> Result<Option<Ca
     }
 }
 
-/// What a model must answer before it goes live: a conversation, where there is a template for it, and texts of a few lengths.
-fn probes(text: &TextPipeline) -> Result<Vec<Arc<Encoding>>, LoadError> {
+/// What a model must answer before it goes live: a conversation, where there is a template for it, texts of a few lengths,
+/// and the tokens that its head looks for.
+fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<Encoding>>, LoadError> {
     let chat = Conversation::user("What is the capital of France?").answered("The capital of France is Paris.");
     let long = "A longer answer names its reasons one by one, and says what it does not know. ".repeat(8);
-    let samples = [Sample::Conversation(chat), Sample::Text("Hello.".to_owned()), Sample::Text(long)];
+    let mut samples = vec![Sample::Conversation(chat), Sample::Text("Hello.".to_owned()), Sample::Text(long)];
+    let looked_for = readout.probe();
+    if !looked_for.is_empty() {
+        samples.push(Sample::Tokens(looked_for));
+    }
     let encoded: Vec<Result<Encoding, Failure>> = samples.iter().map(|sample| text.encode(sample, Truncation::Left)).collect();
     let probes: Vec<_> = encoded.iter().flatten().cloned().map(Arc::new).collect();
     match encoded.into_iter().find_map(Result::err) {
