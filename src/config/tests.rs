@@ -122,7 +122,7 @@ fn head_and_pooling_are_settings_in_every_source() {
     assert_eq!(flags.config.head.as_ref().and_then(|head| head.name.clone()).as_deref(), Some("score"));
     assert_eq!(flags.config.pooling.and_then(|choice| choice.pooling), Some(Pooling::Cls));
     let found = mistakes(resolve("pooling: first\nhead: {at: never}\n", &[], &[]));
-    assert!(found.len() == 2 && found[0].contains("last_non_pad") && found[1].contains("each"), "{found:#?}");
+    assert!(found.len() == 2 && found[0].contains("each") && found[1].contains("last_non_pad"), "{found:#?}");
 }
 
 #[test]

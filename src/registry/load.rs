@@ -258,10 +258,10 @@ fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Res
         return Err(wrong(format!("expected scores of {} probes, found {}", probes.len(), outputs.len())));
     }
     for (i, output) in outputs.iter().enumerate() {
-        if output.values.is_empty() {
+        if output.values.is_empty() && output.steps.is_empty() {
             return Err(wrong("the head has no output".to_owned()));
         }
-        if let Some(bad) = output.values.iter().find_map(|&value| Score::try_from(value).err()) {
+        if let Some(bad) = output.values.iter().chain([&output.reward]).find_map(|&value| Score::try_from(value).err()) {
             return Err(wrong(format!("probe {i}: {bad}")));
         }
     }
@@ -297,7 +297,7 @@ fn info(spec: &LoadSpec, plan: &MergePlan, hashes: &[[u8; 32]], policy: &TextPol
         text: TextInfo {
             bos: policy.bos.name().to_owned(),
             eos: policy.closing.map_or_else(|| policy.eos.name().to_owned(), |id| format!("ensure token {id}")),
-            pooling: readout.pooling.name().to_owned(),
+            pooling: place(readout),
             reasoning: policy.reasoning.name().to_owned(),
             pad_token_id: architecture.pad_token_id,
             template_hash: policy.template_hash.clone().unwrap_or_default(),
@@ -312,8 +312,8 @@ fn info(spec: &LoadSpec, plan: &MergePlan, hashes: &[[u8; 32]], policy: &TextPol
 fn describe(layout: &Layout, readout: &Readout) -> String {
     let head = &layout.head;
     let at = match readout.step {
-        Some(step) => format!("at each token {step}, reduced by {}", readout.reduce.name()),
-        None => format!("at {}", readout.pooling.name()),
+        Some(_) => format!("at {}, reduced by {}", place(readout), readout.reduce.name()),
+        None => format!("at {}", place(readout)),
     };
     let reward = match (&head.form, readout.weights.as_slice()) {
         (HeadForm::Gated(_), _) => "weighted by the gate".to_owned(),
@@ -323,6 +323,15 @@ fn describe(layout: &Layout, readout: &Readout) -> String {
     let outputs = layout.outputs();
     let count = if outputs == 1 { "1 output".to_owned() } else { format!("{outputs} outputs, {reward}") };
     format!("{}: {count}, as {}, {at}", head.name, readout.link.name())
+}
+
+/// Which tokens are read.
+fn place(readout: &Readout) -> String {
+    match (readout.step, readout.token) {
+        (Some(step), _) => format!("each token {step}"),
+        (None, Some(token)) => format!("token {token}"),
+        (None, None) => readout.pooling.name().to_owned(),
+    }
 }
 
 /// What an operator should know of the reading, because it is easily meant otherwise.

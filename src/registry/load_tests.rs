@@ -124,7 +124,7 @@ fn where_a_head_reads_is_the_recipes_to_say_and_names_another_model() {
     let path = member(dir.path(), "rm", |_| {}, 1);
     let of = |pooling: &str| load(&recipe(&format!("members: [{}]\n{pooling}", path.display()))).expect("loads").0;
     let generations = ["", "pooling: last_token", "pooling: cls", "pooling: mean", "pooling: {token: e}"].map(of);
-    let poolings = ["last_non_pad", "last_token", "cls", "mean", "token"];
+    let poolings = ["last_non_pad", "last_token", "cls", "mean", "token 8"];
     for (generation, pooling) in generations.iter().zip(poolings) {
         assert_eq!(generation.info.text.pooling, pooling);
         assert!(generation.info.head.contains(pooling), "{}", generation.info.head);

@@ -140,6 +140,9 @@ pub(super) fn find(architecture: &Architecture, embedding: &str, taker: &mut Tak
     };
     taker.spare.extend(found.iter().enumerate().filter(|(index, _)| *index != chosen).map(|(_, other)| other.name.clone()));
     let Candidate { name, kind } = &found[chosen];
+    // RoBERTa's classes carry BERT's pooler along and do not read it.
+    let reads = |pooler: &str| matches!(kind, Kind::Dense { dense, .. } if dense == pooler);
+    taker.spare.extend(pooler_of(taker.manifest).filter(|pooler| !reads(pooler)).map(str::to_owned));
     let pooling = pooling(architecture, name, kind, taker);
     let always_biased = config.says_every_token() && matches!(kind, Kind::Linear);
     let (name, form) = match kind {
@@ -198,14 +201,13 @@ fn candidates(manifest: &Manifest, config: &HeadConfig, model_type: &str) -> Vec
         if has(&format!("{name}.weight")) {
             found.push(if name == "classifier" {
                 // What stands before it tells the family's form.
-                let pooler = || manifest.names().find_map(|name| name.strip_suffix(".weight").filter(|name| is_pooler(name)));
                 let own = |default| config.activation.unwrap_or(default);
                 if has("pre_classifier.weight") {
                     dense("pre_classifier".to_owned(), Activation::Relu, None, name, true)
                 } else if has("head.dense.weight") {
                     let norm = has("head.norm.weight").then(|| "head.norm".to_owned());
                     dense("head.dense".to_owned(), own(Activation::Gelu), norm, name, false)
-                } else if let Some(pooler) = pooler() {
+                } else if let Some(pooler) = pooler_of(manifest) {
                     let default = if model_type.starts_with("deberta") { Activation::Gelu } else { Activation::Tanh };
                     dense(pooler.to_owned(), own(default), None, name, true)
                 } else {
@@ -239,8 +241,13 @@ fn candidates(manifest: &Manifest, config: &HeadConfig, model_type: &str) -> Vec
     found
 }
 
-fn is_pooler(name: &str) -> bool {
-    name == "pooler.dense" || name.ends_with(".pooler.dense")
+/// BERT's pooler, with or without the prefix of its body.
+fn pooler_of(manifest: &Manifest) -> Option<&str> {
+    let stem = |name: &'_ str| -> Option<usize> {
+        let stem = name.strip_suffix(".weight")?;
+        (stem == "pooler.dense" || stem.ends_with(".pooler.dense")).then_some(stem.len())
+    };
+    manifest.names().find_map(|name| Some(&name[..stem(name)?]))
 }
 
 /// The numbers `n` of `NAME.n.weight`, where they are those of linear layers with something between each two.
@@ -283,7 +290,7 @@ fn pooling(architecture: &Architecture, name: &str, kind: &Kind, taker: &mut Tak
         return Some(Pooling::FirstPadMinusOne);
     }
     let class = config.class.as_deref().unwrap_or_default();
-    if config.prefix.is_some() {
+    if config.prefix.is_some() || class == "RewardModel" {
         // OpenRLHF reads the last token. Its documentation advises a name under which transformers loads the same file, and
         // that reads the last one that is not the pad token: another one where sequences end with it.
         let pad_ends = architecture.pad_token_id.is_some_and(|pad| architecture.eos_token_ids.contains(&pad));

@@ -89,6 +89,8 @@ fn openrlhf_names_its_head_in_the_config() {
     let config = json!({"architectures": ["RewardModel"], "value_head_prefix": "my_head"});
     let layout = decoder(config.clone(), vec![("my_head.weight", vec![1, 8]), ("lm_head.weight", vec![10, 8])]).expect("a head");
     assert_eq!((stages(&layout)[0].0, layout.head.pooling), ("my_head.weight", Some(Pooling::LastToken)));
+    let unnamed = decoder(json!({"architectures": ["RewardModel"]}), vec![("score.weight", vec![1, 8])]).expect("a head");
+    assert_eq!(unnamed.head.pooling, Some(Pooling::LastToken));
     // The prefix decides between two, and the other rides along.
     let two = decoder(config, vec![("my_head.weight", vec![1, 8]), ("score.weight", vec![1, 8])]).expect("the config decides");
     assert_eq!((stages(&two)[0].0, two.unused()), ("my_head.weight", ["score.weight".to_owned()].as_slice()));
@@ -185,12 +187,15 @@ fn classifiers_of_each_family_have_their_own_activation() {
         (Some(Activation::Gelu), Some(Norm::Layer { eps: 1e-4 }))
     );
     let roberta = vec![
+        ("roberta.pooler.dense.weight", vec![8, 8]),
+        ("roberta.pooler.dense.bias", vec![8]),
         ("classifier.dense.weight", vec![8, 8]),
         ("classifier.dense.bias", vec![8]),
         ("classifier.out_proj.weight", vec![1, 8]),
         ("classifier.out_proj.bias", vec![1]),
     ];
-    assert_eq!(first(&decoder(json!({}), roberta).expect("a head")), Some(Activation::Tanh));
+    let roberta = decoder(json!({}), roberta).expect("a head");
+    assert_eq!((first(&roberta), roberta.unused().len()), (Some(Activation::Tanh), 2), "the pooler rides along");
     // A class that always has a bias does not lose it in silence.
     assert!(decoder(json!({}), vec![("pre_classifier.weight", vec![8, 8]), ("classifier.weight", vec![1, 8])]).is_err());
 }
