@@ -118,7 +118,7 @@ class Referee:
         if isinstance(name, int):
             return name
         ids = self.tokenizer(name, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
+        if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
             return ids[0]
         found = self.tokenizer.convert_tokens_to_ids(name)
         if found is None or found == self.tokenizer.unk_token_id:
@@ -166,7 +166,7 @@ class Referee:
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         if self.native is not None:
             logits = self.native(**given).logits[0]
-            position = {}
+            position = {"pooled_position": 0}  # encoders read the first token, or the mean of all
             if hasattr(self.native, "score"):  # transformers' own pooling: the rightmost token that is not the pad token
                 pad = self.native.config.pad_token_id
                 at = max((i for i, token in enumerate(ids) if token != pad), default=0) if pad is not None else len(ids) - 1

@@ -116,6 +116,18 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// An activation by the name that transformers gives it.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "silu" | "swish" => Self::Silu,
+            "gelu" => Self::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Self::GeluTanh,
+            "relu" => Self::Relu,
+            "tanh" => Self::Tanh,
+            _ => return None,
+        })
+    }
+
     /// For people.
     pub fn name(self) -> &'static str {
         match self {

@@ -175,7 +175,7 @@ impl HeadConfig {
             problems.push(format!("gating_temperature: expected a number above 0, found {gate_temperature}"));
         }
         let activation = named.and_then(|(name, value)| {
-            let found = value.as_str().and_then(activation);
+            let found = value.as_str().and_then(Activation::from_name);
             if found.is_none() {
                 problems.push(format!("{name}: expected the name of an activation, found {value}"));
             }

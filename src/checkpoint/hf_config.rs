@@ -35,7 +35,7 @@ impl Architecture {
                 return Err(vec![format!("model_type: expected one of {}, found {other:?}", FAMILIES.join(", "))]);
             }
         };
-        architecture.head = HeadConfig::parse(map, activation, &mut fields.problems);
+        architecture.head = HeadConfig::parse(map, &mut fields.problems);
         if fields.problems.is_empty() { Ok(architecture) } else { Err(fields.problems) }
     }
 }
@@ -210,18 +210,6 @@ fn rope(fields: &mut Fields, head_dim: usize) -> Rope {
     Rope { theta, dims: head_dim, scaling }
 }
 
-/// An activation by the name that transformers gives it.
-fn activation(name: &str) -> Option<Activation> {
-    Some(match name {
-        "silu" | "swish" => Activation::Silu,
-        "gelu" => Activation::Gelu,
-        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
-        "relu" => Activation::Relu,
-        "tanh" => Activation::Tanh,
-        _ => return None,
-    })
-}
-
 /// A JSON object that is read field by field; what is wrong is collected, and reading goes on with a harmless value.
 struct Fields<'a> {
     map: &'a Map<String, Value>,
@@ -337,7 +325,7 @@ impl Fields<'_> {
         let Some(found) = self.optional_text(name) else {
             return default;
         };
-        activation(&found).unwrap_or_else(|| {
+        Activation::from_name(&found).unwrap_or_else(|| {
             self.problem(format!("{name}: expected one of silu, gelu, gelu_new, gelu_pytorch_tanh, relu, tanh, found {found:?}"));
             default
         })

@@ -7,6 +7,7 @@ mod heads;
 mod merged;
 mod plan;
 mod recipe;
+mod recipe_head;
 mod survey;
 
 pub use merged::Merged;

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 
+use super::recipe_head;
 use crate::checkpoint::{Dtype, HeadChoice};
 use crate::domain::MemberName;
 
@@ -50,7 +51,7 @@ pub struct Recipe {
     init: Option<PathBuf>,
     members: Vec<Member>,
     dtype: Dtype,
-    head: HeadChoice,
+    pub(super) head: HeadChoice,
 }
 
 /// One checkpoint of a recipe.
@@ -198,19 +199,6 @@ impl Recipe {
         self.dtype
     }
 
-    /// What the operator says of head and pooling.
-    pub fn head(&self) -> &HeadChoice {
-        &self.head
-    }
-
-    /// The same recipe with these choices in the place of its own; what they leave open stays.
-    pub fn with_head(self, head: Option<HeadChoice>, pooling: Option<HeadChoice>) -> Self {
-        let own = |choice: &HeadChoice| (choice.pooling, choice.pooling_token.clone());
-        let (mode, token) = own(pooling.as_ref().unwrap_or(&self.head));
-        let head = head.unwrap_or_else(|| self.head.clone());
-        Self { head: HeadChoice { pooling: mode, pooling_token: token, ..head }, ..self }
-    }
-
     /// The same recipe for another output dtype; integers have none.
     pub fn with_dtype(self, dtype: Dtype) -> Option<Self> {
         dtype_name(dtype).map(|_| Self { dtype, ..self })
@@ -260,7 +248,7 @@ fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Rec
         return None;
     };
     check_keys(recipe, "", &["method", "init", "members", "dtype", "head", "pooling"], problems);
-    let head = head(recipe, problems);
+    let head = recipe_head::read(recipe, problems);
     let method = match text(recipe, "", "method", problems) {
         None => Method::Linear,
         Some(name) => Method::ALL.into_iter().find(|method| method.name() == name).unwrap_or_else(|| {
@@ -290,19 +278,6 @@ fn resolve(value: &Value, base: &Path, problems: &mut Vec<String>) -> Option<Rec
         None => problems.push("members: missing, expected a list of checkpoints".to_owned()),
     }
     if drafts.is_empty() { None } else { finish(method, init, drafts, dtype, problems).map(|recipe| Recipe { head, ..recipe }) }
-}
-
-/// YAML as JSON, whose reader knows what may be chosen.
-fn head(recipe: &Mapping, problems: &mut Vec<String>) -> HeadChoice {
-    let mut json = |key: &str| {
-        let value = serde_json::to_value(recipe.get(key)?);
-        value.map_err(|error| problems.push(format!("{key}: {error}"))).ok()
-    };
-    let (head, pooling) = (json("head"), json("pooling"));
-    HeadChoice::parse(head.as_ref(), pooling.as_ref()).unwrap_or_else(|found| {
-        problems.extend(found);
-        HeadChoice::default()
-    })
 }
 
 fn draft(value: &Value, index: usize, base: &Path, problems: &mut Vec<String>) -> Option<Draft> {

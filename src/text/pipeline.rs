@@ -24,6 +24,7 @@ pub struct TextPipeline {
     policy: TextPolicy,
     uses_type_ids: bool,
     bos: Option<u32>,
+    unk: Option<u32>,
     /// The token that ends every sequence but those that come as ids.
     end: Option<u32>,
     /// Whether the template itself opens a thinking block before an answer.
@@ -110,10 +111,12 @@ impl TextPipeline {
         };
         let hash = policy_hash(facts, &options, &templates);
         let bos = bos.map(|(_, id)| id);
+        let unk = special("unk_token").map(|(_, id)| id);
         let end = options.closing.or(eos.map(|(_, id)| id).filter(|_| options.eos == EosPolicy::Ensure));
-        let opens_reasoning = templates.opening().is_some_and(|text| reasoning::is_open(&text));
+        let opens_reasoning =
+            options.reasoning == ReasoningPolicy::Strip && templates.opening().is_some_and(|text| reasoning::is_open(&text));
         let uses_type_ids = facts.uses_type_ids();
-        Ok(Self { tokenizer, templates, options, policy, uses_type_ids, bos, end, opens_reasoning, readout: None, hash })
+        Ok(Self { tokenizer, templates, options, policy, uses_type_ids, bos, unk, end, opens_reasoning, readout: None, hash })
     }
 
     /// The same pipeline for a head that reads as this: a sample that it finds nothing to read in fails.
@@ -354,7 +357,9 @@ impl Names for TextPipeline {
         match name {
             TokenName::Id(id) => Ok(*id),
             TokenName::Text(text) => match self.tokenizer.ids(text)?.as_slice() {
-                [one] => Ok(*one),
+                // What the tokenizer does not know is one token too, and not the one that was meant.
+                [one] if Some(*one) != self.unk || self.tokenizer.id_of(text) == Some(*one) => Ok(*one),
+                [_] => Err("is unknown to the tokenizer".to_owned()),
                 several => self.tokenizer.id_of(text).ok_or_else(|| {
                     let pieces: Vec<_> = several.iter().take(8).map(|&id| self.tokenizer.token_of(id).unwrap_or_default()).collect();
                     format!("is not one token: it becomes {} ({})", several.len(), pieces.join(", "))

@@ -285,6 +285,11 @@ fn a_name_is_a_token_only_if_it_is_one() {
     let plain = pipeline(9, |_| {});
     let token = |name: &str| plain.token(&TokenName::Text(name.to_owned()));
     assert_eq!((token("a"), token("</s>"), plain.token(&TokenName::Id(7))), (Ok(3), Ok(1), Ok(7)));
+    assert_eq!(token("zzz"), Ok(2), "no unknown token is named in this folder, so it is a token like others");
+    let named = facts(WITH_BOS, r#"{"bos_token":"<s>","eos_token":"</s>","unk_token":"<unk>"}"#);
+    let named = TextPipeline::new(&named, TextOptions::new(9, 9, date(2026, 1, 2).at(0, 0, 0, 0))).expect("loads");
+    let token_of = |name: &str| named.token(&TokenName::Text(name.to_owned()));
+    assert_eq!((token_of("zzz").is_err(), token_of("<unk>"), token_of("b")), (true, Ok(2), Ok(4)));
     let refused = token("a b").expect_err("two");
     assert!(refused.contains("is not one token: it becomes 2 (a, b)"), "{refused}");
 }
