@@ -151,8 +151,8 @@ impl Link {
 }
 
 impl HeadConfig {
-    /// Reads the head's fields of a `config.json`. `activation` is the parser of names of activations.
-    pub(super) fn parse(map: &Map<String, Value>, activation: impl Fn(&str) -> Option<Activation>, problems: &mut Vec<String>) -> Self {
+    /// Reads the head's fields of a `config.json`.
+    pub(super) fn parse(map: &Map<String, Value>, problems: &mut Vec<String>) -> Self {
         let get = |name: &str| map.get(name).filter(|value| !value.is_null());
         let mut problem = |name: &str, expected: &str, found: &Value| problems.push(format!("{name}: expected {expected}, found {found}"));
         let mut number = |name: &str| match get(name) {
