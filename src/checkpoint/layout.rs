@@ -1,11 +1,13 @@
 //! Which tensors of a checkpoint the model reads, and where each of them stands in it. Strict: a tensor that is missing,
 //! has another shape, or that nobody would read is a problem, never a guess.
 
+mod backbone;
 mod head;
+mod names;
 
 use std::collections::BTreeSet;
 
-use super::architecture::{Architecture, Naming, Norm, Residual};
+use super::architecture::Architecture;
 use super::manifest::Manifest;
 pub(crate) use head::reads_steps;
 pub use head::{Gating, HeadForm, HeadKeys, HeadStage, RowKeys};
@@ -20,9 +22,14 @@ pub struct Layout {
     pub embedding: String,
     pub positions: Option<String>,
     pub token_types: Option<String>,
+    /// From the width of the token table to that of the model.
+    pub embedding_projection: Option<LinearKeys>,
     pub embedding_norm: Option<NormKeys>,
+    pub relative: Option<RelativeKeys>,
     pub blocks: Vec<BlockKeys>,
     pub final_norm: Option<NormKeys>,
+    /// From the width of the model to that of the head.
+    pub output_projection: Option<LinearKeys>,
     /// From hidden states to outputs.
     pub head: HeadKeys,
     used: Vec<String>,
@@ -33,47 +40,97 @@ pub struct Layout {
 pub struct NormKeys {
     pub weight: String,
     pub bias: Option<String>,
+    /// What is stored is the difference of the weight from one.
+    pub from_one: bool,
 }
 
-/// `y = x W^T + b` with `W: [outputs, inputs]`.
+/// `y = x W^T + b` with `W: [outputs, inputs]`, as a view of what is stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearKeys {
     pub weight: String,
     pub bias: Option<String>,
     pub inputs: usize,
     pub outputs: usize,
+    /// Which rows of the stored matrix, and elements of the stored bias, these are.
+    pub rows: Rows,
+    /// The matrix is stored with inputs in rows, and this many columns.
+    pub transposed: Option<usize>,
 }
 
-/// One transformer layer. The norms are optional, so that their places tell pre-norm from post-norm families.
+impl LinearKeys {
+    /// A layer that is stored as it is.
+    fn plain(weight: String, bias: Option<String>, inputs: usize, outputs: usize) -> Self {
+        Self { weight, bias, inputs, outputs, rows: Rows::all(outputs), transposed: None }
+    }
+}
+
+/// Rows of a stored matrix: runs of `run` rows, the first of them at `first`, and `stride` from one to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    pub first: usize,
+    pub run: usize,
+    pub stride: usize,
+}
+
+impl Rows {
+    /// All of so many rows.
+    pub fn all(outputs: usize) -> Self {
+        Self { first: 0, run: outputs, stride: 0 }
+    }
+}
+
+/// DeBERTa's embeddings of distances, and the norm on them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RelativeKeys {
+    pub embeddings: String,
+    pub norm: Option<NormKeys>,
+}
+
+/// One transformer layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockKeys {
-    /// On the input of the attention, beside the residual stream.
-    pub attention_in: Option<NormKeys>,
+    pub attention_norms: PartNorms,
     pub query: LinearKeys,
     pub key: LinearKeys,
     pub value: LinearKeys,
     pub query_norm: Option<NormKeys>,
     pub key_norm: Option<NormKeys>,
+    /// Of the embeddings of distances, to keys and to queries, where they are not projected as contents are.
+    pub position_projections: [Option<LinearKeys>; 2],
     pub output: LinearKeys,
-    /// On the residual stream, after the attention was added.
-    pub attention_post: Option<NormKeys>,
-    /// On the input of the MLP, beside the residual stream.
-    pub mlp_in: Option<NormKeys>,
+    pub mlp_norms: PartNorms,
+    pub mlp: MlpKeys,
+}
+
+/// The norms around one of the two parts of a layer; which of them are there tells pre-norm from post-norm families.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PartNorms {
+    /// On the input of the part, beside the residual stream.
+    pub before: Option<NormKeys>,
+    /// On the output of the part, before it is added.
+    pub behind: Option<NormKeys>,
+    /// On the residual stream, after the part was added.
+    pub after: Option<NormKeys>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum MlpKeys {
+    Dense(DenseKeys),
+    Experts { router: LinearKeys, experts: Vec<DenseKeys> },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DenseKeys {
     pub gate: Option<LinearKeys>,
     pub up: LinearKeys,
     pub down: LinearKeys,
-    /// On the residual stream, after the MLP was added.
-    pub mlp_post: Option<NormKeys>,
 }
 
 impl Layout {
     /// Finds the place of every tensor. The error lists each missing, mis-shaped or unknown tensor as a sentence.
     pub fn new(architecture: &Architecture, manifest: &Manifest) -> Result<Self, Vec<String>> {
         let mut taker = Taker { manifest, used: BTreeSet::new(), spare: Vec::new(), problems: Vec::new() };
-        let mut layout = match architecture.naming {
-            Naming::Llama => llama(architecture, &mut taker),
-            Naming::Bert => bert(architecture, &mut taker),
-        };
+        let mut layout = backbone::backbone(architecture, &mut taker);
         layout.head = head::find(architecture, &layout.embedding, &mut taker);
         let mut unknown = 0;
         for name in manifest.names().filter(|name| !taker.used.contains(*name)) {
@@ -118,96 +175,12 @@ impl Layout {
 /// computed from the configuration.
 fn rides_along(name: &str) -> bool {
     let last = name.rsplit_once('.').map_or(name, |(_, last)| last);
-    head::is_language_head(name) || last == "inv_freq" || last == "position_ids"
-}
-
-fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {
-    let prefix = if taker.manifest.get("model.embed_tokens.weight").is_some() { "model." } else { "" };
-    let hidden = architecture.hidden_size;
-    let (query_width, kv_width) = (architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim);
-    let embedding = taker.tensor(format!("{prefix}embed_tokens.weight"), &[architecture.vocab_size, hidden]);
-    let blocks = (0..architecture.layers.len())
-        .map(|layer| {
-            let attention = format!("{prefix}layers.{layer}.self_attn");
-            let mlp = format!("{prefix}layers.{layer}.mlp");
-            let head_norm = |taker: &mut Taker, name: &str| {
-                architecture.qk_norm.then(|| taker.norm(Norm::Rms { eps: 0.0 }, &format!("{attention}.{name}"), architecture.head_dim))
-            };
-            BlockKeys {
-                attention_in: Some(taker.norm(architecture.norm, &format!("{prefix}layers.{layer}.input_layernorm"), hidden)),
-                query: taker.linear(&format!("{attention}.q_proj"), hidden, query_width, architecture.qkv_bias),
-                key: taker.linear(&format!("{attention}.k_proj"), hidden, kv_width, architecture.qkv_bias),
-                value: taker.linear(&format!("{attention}.v_proj"), hidden, kv_width, architecture.qkv_bias),
-                query_norm: head_norm(taker, "q_norm"),
-                key_norm: head_norm(taker, "k_norm"),
-                output: taker.linear(&format!("{attention}.o_proj"), query_width, hidden, architecture.output_bias),
-                attention_post: None,
-                mlp_in: Some(taker.norm(architecture.norm, &format!("{prefix}layers.{layer}.post_attention_layernorm"), hidden)),
-                gate: architecture
-                    .gated
-                    .then(|| taker.linear(&format!("{mlp}.gate_proj"), hidden, architecture.intermediate_size, architecture.mlp_bias)),
-                up: taker.linear(&format!("{mlp}.up_proj"), hidden, architecture.intermediate_size, architecture.mlp_bias),
-                down: taker.linear(&format!("{mlp}.down_proj"), architecture.intermediate_size, hidden, architecture.mlp_bias),
-                mlp_post: None,
-            }
-        })
-        .collect();
-    let final_norm = Some(taker.norm(architecture.norm, &format!("{prefix}norm"), hidden));
-    Layout {
-        embedding,
-        positions: None,
-        token_types: None,
-        embedding_norm: None,
-        blocks,
-        final_norm,
-        head: HeadKeys::default(),
-        used: Vec::new(),
-        unused: Vec::new(),
-    }
-}
-
-fn bert(architecture: &Architecture, taker: &mut Taker) -> Layout {
-    let prefix = if taker.manifest.get("bert.embeddings.word_embeddings.weight").is_some() { "bert." } else { "" };
-    let hidden = architecture.hidden_size;
-    let embeddings = format!("{prefix}embeddings");
-    let embedding = taker.tensor(format!("{embeddings}.word_embeddings.weight"), &[architecture.vocab_size, hidden]);
-    let positions =
-        architecture.learned_positions.map(|rows| taker.tensor(format!("{embeddings}.position_embeddings.weight"), &[rows, hidden]));
-    let token_types = Some(taker.tensor(format!("{embeddings}.token_type_embeddings.weight"), &[architecture.token_types, hidden]));
-    let embedding_norm =
-        (architecture.residual == Residual::PostNorm).then(|| taker.norm(architecture.norm, &format!("{embeddings}.LayerNorm"), hidden));
-    let blocks = (0..architecture.layers.len())
-        .map(|layer| {
-            let layer = format!("{prefix}encoder.layer.{layer}");
-            let own = format!("{layer}.attention.self");
-            BlockKeys {
-                attention_in: None,
-                query: taker.linear(&format!("{own}.query"), hidden, hidden, architecture.qkv_bias),
-                key: taker.linear(&format!("{own}.key"), hidden, hidden, architecture.qkv_bias),
-                value: taker.linear(&format!("{own}.value"), hidden, hidden, architecture.qkv_bias),
-                query_norm: None,
-                key_norm: None,
-                output: taker.linear(&format!("{layer}.attention.output.dense"), hidden, hidden, architecture.output_bias),
-                attention_post: Some(taker.norm(architecture.norm, &format!("{layer}.attention.output.LayerNorm"), hidden)),
-                mlp_in: None,
-                gate: None,
-                up: taker.linear(&format!("{layer}.intermediate.dense"), hidden, architecture.intermediate_size, architecture.mlp_bias),
-                down: taker.linear(&format!("{layer}.output.dense"), architecture.intermediate_size, hidden, architecture.mlp_bias),
-                mlp_post: Some(taker.norm(architecture.norm, &format!("{layer}.output.LayerNorm"), hidden)),
-            }
-        })
-        .collect();
-    Layout {
-        embedding,
-        positions,
-        token_types,
-        embedding_norm,
-        blocks,
-        final_norm: None,
-        head: HeadKeys::default(),
-        used: Vec::new(),
-        unused: Vec::new(),
-    }
+    // Masks of GPT-2 and GPT-NeoX, poolers of encoders whose classifier has a dense layer of its own, and positions of a
+    // DeBERTa that has none.
+    let buffers = ["attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias"];
+    let leftovers = ["pooler.dense.weight", "pooler.dense.bias", "embeddings.position_embeddings.weight"];
+    let ends = |part: &&str| name.strip_suffix(*part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    head::is_language_head(name) || last == "inv_freq" || last == "position_ids" || buffers.iter().chain(&leftovers).any(|part| ends(part))
 }
 
 /// Takes tensors out of a manifest by name and shape, and remembers what it took and what was wrong.
@@ -221,6 +194,10 @@ struct Taker<'a> {
 
 impl Taker<'_> {
     fn tensor(&mut self, name: String, shape: &[usize]) -> String {
+        // A tensor that several layers are views of is looked at once.
+        if !self.used.insert(name.clone()) {
+            return name;
+        }
         match self.manifest.get(&name) {
             None => self.problems.push(format!("tensor {name:?}: expected shape {shape:?}, found no such tensor")),
             Some(info) if !info.dtype.is_float() => {
@@ -231,23 +208,13 @@ impl Taker<'_> {
             }
             Some(_) => {}
         }
-        self.used.insert(name.clone());
         name
     }
 
     fn linear(&mut self, name: &str, inputs: usize, outputs: usize, bias: bool) -> LinearKeys {
-        LinearKeys {
-            weight: self.tensor(format!("{name}.weight"), &[outputs, inputs]),
-            bias: bias.then(|| self.tensor(format!("{name}.bias"), &[outputs])),
-            inputs,
-            outputs,
-        }
-    }
-
-    fn norm(&mut self, kind: Norm, name: &str, width: usize) -> NormKeys {
-        let weight = self.tensor(format!("{name}.weight"), &[width]);
-        let bias = matches!(kind, Norm::Layer { .. }).then(|| self.tensor(format!("{name}.bias"), &[width]));
-        NormKeys { weight, bias }
+        let weight = self.tensor(format!("{name}.weight"), &[outputs, inputs]);
+        let bias = bias.then(|| self.tensor(format!("{name}.bias"), &[outputs]));
+        LinearKeys::plain(weight, bias, inputs, outputs)
     }
 }
 

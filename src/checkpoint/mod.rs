@@ -16,12 +16,18 @@ mod readout;
 mod source;
 mod text_facts;
 
-pub use architecture::{Activation, Architecture, LayerKind, Naming, Norm, Residual, Rope, RopeScaling};
+pub use architecture::{
+    Activation, Architecture, Disentangled, EmbeddingProjection, Experts, LayerKind, Naming, Norm, Positions, ProjectionPlace, QkNorm,
+    Residual, Rope, RopeScaling,
+};
 pub use dtype::{Dtype, Elements};
 pub use error::CheckpointError;
 pub use head_config::{At, HeadChoice, HeadConfig, Link, Reduce, TokenName, TokenRows, Weights as OutputWeights};
 pub(crate) use layout::reads_steps;
-pub use layout::{BlockKeys, Gating, HeadForm, HeadKeys, HeadStage, Layout, LinearKeys, NormKeys, RowKeys};
+pub use layout::{
+    BlockKeys, DenseKeys, Gating, HeadForm, HeadKeys, HeadStage, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, RowKeys,
+    Rows,
+};
 pub use manifest::{Manifest, TensorInfo};
 pub use pooling::Pooling;
 pub use reader::{Checkpoint, Weights};

@@ -144,4 +144,6 @@ impl RewardModel for Model {
 }
 
 #[cfg(test)]
+mod invariance_tests;
+#[cfg(test)]
 mod parity_tests;

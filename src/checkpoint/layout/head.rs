@@ -96,7 +96,7 @@ const LANGUAGE: [&str; 3] = ["lm_head", "embed_out", "output"];
 
 /// The head of a checkpoint. What is missing, mis-shaped or left open becomes a problem of the taker.
 pub(super) fn find(architecture: &Architecture, embedding: &str, taker: &mut Taker) -> HeadKeys {
-    let (config, hidden) = (&architecture.head, architecture.hidden_size);
+    let (config, hidden) = (&architecture.head, architecture.output_size());
     let found = candidates(taker.manifest, config, &architecture.model_type);
     if let Some(tokens) = &config.choice.tokens {
         taker.spare.extend(found.into_iter().map(|candidate| candidate.name));
@@ -137,6 +137,7 @@ pub(super) fn find(architecture: &Architecture, embedding: &str, taker: &mut Tak
                 let keys = NormKeys {
                     weight: taker.tensor(format!("{norm}.weight"), &[hidden]),
                     bias: taker.has(&format!("{norm}.bias")).then(|| taker.tensor(format!("{norm}.bias"), &[hidden])),
+                    from_one: false,
                 };
                 (Norm::Layer { eps: config.norm_eps }, keys)
             });
@@ -214,7 +215,7 @@ fn gating(hidden: usize, taker: &mut Taker) -> Gating {
 
 /// The language-model head, tied to the embedding or not.
 fn rows(architecture: &Architecture, embedding: &str, outputs: usize, taker: &mut Taker) -> HeadKeys {
-    let (vocab, hidden) = (architecture.vocab_size, architecture.hidden_size);
+    let (vocab, hidden) = (architecture.vocab_size, architecture.output_size());
     let own = LANGUAGE.into_iter().find(|name| taker.has(&format!("{name}.weight")));
     let pooling = architecture.head.choice.pooling.or(Some(Pooling::LastToken));
     let (name, weight, bias) = match own {
@@ -265,7 +266,7 @@ impl Taker<'_> {
     fn outputs(&mut self, name: &str, inputs: usize, biased: bool) -> LinearKeys {
         let outputs = self.rows_of(name, inputs);
         let bias = (biased || self.has(&format!("{name}.bias"))).then(|| self.tensor(format!("{name}.bias"), &[outputs]));
-        LinearKeys { weight: format!("{name}.weight"), bias, inputs, outputs }
+        LinearKeys::plain(format!("{name}.weight"), bias, inputs, outputs)
     }
 
     /// Linear layers with ReLU between them.
