@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::json;
-use warm::checkpoint::{Architecture, Dtype, Elements, Layout, Manifest, SourceError, TensorInfo, TensorSource, TextFacts};
+use warm::checkpoint::{Architecture, Dtype, Elements, Layout, Manifest, Readout, SourceError, TensorInfo, TensorSource, TextFacts};
 use warm::domain::{Sample, Truncation};
 use warm::model::{self, Pack, RewardModel};
 use warm::text::{TextOptions, TextPipeline};
@@ -73,7 +73,8 @@ fn qwen3() -> Arc<dyn RewardModel> {
     }
     let manifest: Manifest = tensors.into_iter().map(|(name, shape)| (name, TensorInfo { dtype: Dtype::F32, shape })).collect();
     let layout = Layout::new(&architecture, &manifest).expect("complete");
-    model::load(&Random(manifest), &architecture, &layout, usize::MAX, &mut |_, _| {}).expect("loads")
+    model::load(&Random(manifest), &architecture, &layout, &Readout::unnamed(&architecture, &layout), usize::MAX, &mut |_, _| {})
+        .expect("loads")
 }
 
 fn pack(lengths: &[usize]) -> Pack {

@@ -10,6 +10,7 @@ use criterion::{Criterion, Throughput, criterion_group};
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use warm::app::{App, load_spec, loader};
+use warm::checkpoint::Readout;
 use warm::client::{Client, sample_to_wire};
 use warm::clock::Clock;
 use warm::config::{Config, Resolved, Sources};
@@ -45,7 +46,7 @@ impl Bench {
         let config = config();
         let clock = Clock::system();
         let spec = load_spec(&config).expect("the bundled family");
-        let (_, text) = open_text(&spec, &clock).expect("the bundled tokenizer");
+        let (_, text, _) = open_text(&spec, &clock).expect("the bundled tokenizer");
         let model = forward_alone(&spec.recipe);
         let app = App::new(&config, clock.clone(), "bench".to_owned()).expect("app");
         app.load(loader(spec, clock), &mut |_| {}).expect("loaded");
@@ -90,7 +91,8 @@ impl Bench {
 fn forward_alone(recipe: &Recipe) -> Arc<dyn RewardModel> {
     let plan = Arc::new(MergePlan::open(recipe).expect("mergeable"));
     let (merged, reward) = (Merged::new(plan.clone()).expect("coefficients"), plan.reward().expect("a reward model"));
-    model::load(&merged, reward.architecture, reward.layout, usize::MAX, &mut |_, _| {}).expect("loads")
+    let readout = Readout::unnamed(reward.architecture, reward.layout);
+    model::load(&merged, reward.architecture, reward.layout, &readout, usize::MAX, &mut |_, _| {}).expect("loads")
 }
 
 /// Conversations of about 20 to 300 tokens, no two alike.

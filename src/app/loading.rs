@@ -5,10 +5,10 @@ use std::path::Path;
 use super::{AppError, Loader};
 use crate::checkpoint::Dtype;
 use crate::clock::Clock;
-use crate::config::{Config, EnsembleMode, ModelChoice};
+use crate::config::{CalibrationConfig, Config, EnsembleMode, ModelChoice};
 use crate::merge::Recipe;
-use crate::registry::{Calibration, Ensemble, LoadSpec, TextOverrides, load_generation};
-use crate::text::{BosPolicy, EosPolicy, TemplateChoice};
+use crate::registry::{Calibration, CalibrationChoice, Ensemble, LoadSpec, TextOverrides, load_generation};
+use crate::text::{BosPolicy, EosPolicy, ReasoningPolicy, TemplateChoice};
 
 fn wrong(place: &str, problem: impl ToString) -> AppError {
     AppError::Config { place: place.to_owned(), problem: problem.to_string() }
@@ -26,14 +26,22 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
     if config.dtype.is_some() {
         recipe = recipe.with_dtype(Dtype::F32).ok_or_else(|| wrong("dtype", "no model runs in it"))?;
     }
-    let calibration = config.calibration.as_ref().map(|given| {
-        Calibration::new(given.mean, given.std, given.samples, given.source.clone()).map_err(|error| wrong("calibration", error))
-    });
+    recipe = recipe.with_head(config.head.clone(), config.pooling.clone());
+    let calibration = match &config.calibration {
+        None => CalibrationChoice::None,
+        Some(CalibrationConfig::FromConfig) => CalibrationChoice::FromConfig,
+        Some(CalibrationConfig::File(path)) => CalibrationChoice::Given(calibration_file(path)?),
+        Some(CalibrationConfig::Given { mean, std, samples, source }) => {
+            let calibration = Calibration::new(*mean, *std, *samples, source.clone());
+            CalibrationChoice::Given(calibration.map_err(|error| wrong("calibration", error))?)
+        }
+    };
     let bos = [BosPolicy::Auto, BosPolicy::Always, BosPolicy::Never, BosPolicy::AsIs];
     let eos = [EosPolicy::AsIs, EosPolicy::Ensure];
     let text = TextOverrides {
         bos: bos.into_iter().find(|policy| policy.name() == config.text.bos).ok_or_else(|| wrong("text.bos", "unknown policy"))?,
         eos: eos.into_iter().find(|policy| policy.name() == config.text.eos).ok_or_else(|| wrong("text.eos", "unknown policy"))?,
+        reasoning: if config.text.reasoning == ReasoningPolicy::Strip.name() { ReasoningPolicy::Strip } else { ReasoningPolicy::Keep },
         template: template(config.text.template.as_deref())?,
         template_time: config.text.template_date.map(|date| date.to_datetime(jiff::civil::Time::midnight())),
     };
@@ -45,9 +53,23 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         text,
         max_tokens: config.max_tokens,
         max_pack_tokens: config.max_pack_tokens,
-        calibration: calibration.transpose()?,
+        calibration,
         ..LoadSpec::new(recipe)
     })
+}
+
+/// `{"mean", "std"}`, with what they were measured on.
+fn calibration_file(path: &Path) -> Result<Calibration, AppError> {
+    let refused = |problem: String| wrong("calibration.file", format!("{}: {problem}", path.display()));
+    let text = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
+    let fields: serde_json::Value = serde_json::from_slice(&text).map_err(|error| refused(error.to_string()))?;
+    let number = |name: &str| {
+        let value = fields.get(name).and_then(serde_json::Value::as_f64);
+        value.ok_or_else(|| refused(format!("expected a number `{name}`")))
+    };
+    let samples = fields.get("samples").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    let source = fields.get("source").and_then(serde_json::Value::as_str).map_or_else(|| path.display().to_string(), str::to_owned);
+    Calibration::new(number("mean")?, number("std")?, samples, source).map_err(|error| refused(error.to_string()))
 }
 
 fn template(given: Option<&str>) -> Result<TemplateChoice, AppError> {

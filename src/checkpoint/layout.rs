@@ -1,10 +1,16 @@
 //! Which tensors of a checkpoint the model reads, and where each of them stands in it. Strict: a tensor that is missing,
 //! has another shape, or that nobody would read is a problem, never a guess.
 
+mod backbone;
+mod head;
+mod names;
+
 use std::collections::BTreeSet;
 
-use super::architecture::{Activation, Architecture, Naming, Norm, Residual};
+use super::architecture::Architecture;
 use super::manifest::{Manifest, TensorInfo};
+pub(crate) use head::reads_steps;
+pub use head::{Gating, HeadForm, HeadKeys, HeadStage, RowKeys};
 
 /// How many problems of one kind are listed before the rest is counted.
 const LISTED: usize = 20;
@@ -16,11 +22,16 @@ pub struct Layout {
     pub embedding: String,
     pub positions: Option<String>,
     pub token_types: Option<String>,
+    /// From the width of the token table to that of the model.
+    pub embedding_projection: Option<LinearKeys>,
     pub embedding_norm: Option<NormKeys>,
+    pub relative: Option<RelativeKeys>,
     pub blocks: Vec<BlockKeys>,
     pub final_norm: Option<NormKeys>,
-    /// From the pooled hidden state to the outputs.
-    pub head: Vec<HeadStage>,
+    /// From the width of the model to that of the head.
+    pub output_projection: Option<LinearKeys>,
+    /// From hidden states to outputs.
+    pub head: HeadKeys,
     used: Vec<String>,
     unused: Vec<String>,
 }
@@ -29,66 +40,103 @@ pub struct Layout {
 pub struct NormKeys {
     pub weight: String,
     pub bias: Option<String>,
+    /// What is stored is the difference of the weight from one.
+    pub from_one: bool,
 }
 
-/// `y = x W^T + b` with `W: [outputs, inputs]`.
+/// `y = x W^T + b` with `W: [outputs, inputs]`, as a view of what is stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearKeys {
     pub weight: String,
     pub bias: Option<String>,
     pub inputs: usize,
     pub outputs: usize,
+    /// Which rows of the stored matrix, and elements of the stored bias, these are.
+    pub rows: Rows,
+    /// The matrix is stored with inputs in rows, and this many columns.
+    pub transposed: Option<usize>,
 }
 
-/// One transformer layer. The norms are optional, so that their places tell pre-norm from post-norm families.
+impl LinearKeys {
+    /// A layer that is stored as it is.
+    fn plain(weight: String, bias: Option<String>, inputs: usize, outputs: usize) -> Self {
+        Self { weight, bias, inputs, outputs, rows: Rows::all(outputs), transposed: None }
+    }
+}
+
+/// Rows of a stored matrix: runs of `run` rows, the first of them at `first`, and `stride` from one to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    pub first: usize,
+    pub run: usize,
+    pub stride: usize,
+}
+
+impl Rows {
+    /// All of so many rows.
+    pub fn all(outputs: usize) -> Self {
+        Self { first: 0, run: outputs, stride: 0 }
+    }
+}
+
+/// DeBERTa's embeddings of distances, and the norm on them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RelativeKeys {
+    pub embeddings: String,
+    pub norm: Option<NormKeys>,
+}
+
+/// One transformer layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockKeys {
-    /// On the input of the attention, beside the residual stream.
-    pub attention_in: Option<NormKeys>,
+    pub attention_norms: PartNorms,
     pub query: LinearKeys,
     pub key: LinearKeys,
     pub value: LinearKeys,
     pub query_norm: Option<NormKeys>,
     pub key_norm: Option<NormKeys>,
+    /// Of the embeddings of distances, to keys and to queries, where they are not projected as contents are.
+    pub position_projections: [Option<LinearKeys>; 2],
     pub output: LinearKeys,
-    /// On the residual stream, after the attention was added.
-    pub attention_post: Option<NormKeys>,
-    /// On the input of the MLP, beside the residual stream.
-    pub mlp_in: Option<NormKeys>,
+    pub mlp_norms: PartNorms,
+    pub mlp: MlpKeys,
+}
+
+/// The norms around one of the two parts of a layer; which of them are there tells pre-norm from post-norm families.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PartNorms {
+    /// On the input of the part, beside the residual stream.
+    pub before: Option<NormKeys>,
+    /// On the output of the part, before it is added.
+    pub behind: Option<NormKeys>,
+    /// On the residual stream, after the part was added.
+    pub after: Option<NormKeys>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum MlpKeys {
+    Dense(DenseKeys),
+    Experts { router: LinearKeys, experts: Vec<DenseKeys> },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DenseKeys {
     pub gate: Option<LinearKeys>,
     pub up: LinearKeys,
     pub down: LinearKeys,
-    /// On the residual stream, after the MLP was added.
-    pub mlp_post: Option<NormKeys>,
-}
-
-/// One linear layer of the head, with the activation that follows it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HeadStage {
-    pub linear: LinearKeys,
-    pub activation: Option<Activation>,
 }
 
 impl Layout {
     /// Finds the place of every tensor. The error lists each missing, mis-shaped or unknown tensor as a sentence.
     pub fn new(architecture: &Architecture, manifest: &Manifest) -> Result<Self, Vec<String>> {
-        let mut taker = Taker { manifest, used: BTreeSet::new(), problems: Vec::new() };
-        let mut layout = match architecture.naming {
-            Naming::Llama => llama(architecture, &mut taker),
-            Naming::Bert => bert(architecture, &mut taker),
-        };
-        let outputs = layout.outputs();
-        if let Some(labels) = architecture.labels
-            && outputs != 0
-            && labels != outputs
-        {
-            taker
-                .problems
-                .push(format!("the configuration states {labels} outputs (num_labels or id2label), the reward head has {outputs}"));
-        }
+        let mut taker = Taker { manifest, used: BTreeSet::new(), spare: Vec::new(), problems: Vec::new() };
+        let mut layout = backbone::backbone(architecture, &mut taker);
+        layout.head = head::find(architecture, &layout.embedding, &mut taker);
         let mut unknown = 0;
         for (name, info) in manifest.iter().filter(|(name, _)| !taker.used.contains(*name)) {
-            if rides_along(name, info) {
+            if rides_along(name, info)
+                || taker.spare.iter().any(|head| name.strip_prefix(head.as_str()).is_some_and(|rest| rest.starts_with('.')))
+            {
                 layout.unused.push(name.to_owned());
                 continue;
             }
@@ -119,14 +167,17 @@ impl Layout {
 
     /// Outputs of the reward head.
     pub fn outputs(&self) -> usize {
-        self.head.last().map_or(0, |stage| stage.linear.outputs)
+        self.head.outputs()
     }
 }
 
 /// Tensors that checkpoints carry although no reward model reads them: the language-model head, and buffers that are
 /// computed from the configuration.
 fn rides_along(name: &str, info: &TensorInfo) -> bool {
-    name == "lm_head.weight" || is_recomputed(name, info)
+    // Poolers of encoders whose classifier has a dense layer of its own, and positions of a DeBERTa that has none.
+    let leftovers = ["pooler.dense.weight", "pooler.dense.bias", "embeddings.position_embeddings.weight"];
+    let ends = |part: &&str| name.strip_suffix(*part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    head::is_language_head(name) || is_recomputed(name, info) || leftovers.iter().any(|part| ends(part))
 }
 
 /// Buffers that every program computes from the configuration, and that older versions of transformers have stored:
@@ -142,99 +193,21 @@ pub fn is_recomputed(name: &str, info: &TensorInfo) -> bool {
     }
 }
 
-fn llama(architecture: &Architecture, taker: &mut Taker) -> Layout {
-    let prefix = if taker.manifest.get("model.embed_tokens.weight").is_some() { "model." } else { "" };
-    let hidden = architecture.hidden_size;
-    let (query_width, kv_width) = (architecture.heads * architecture.head_dim, architecture.kv_heads * architecture.head_dim);
-    let embedding = taker.tensor(format!("{prefix}embed_tokens.weight"), &[architecture.vocab_size, hidden]);
-    let blocks = (0..architecture.layers.len())
-        .map(|layer| {
-            let attention = format!("{prefix}layers.{layer}.self_attn");
-            let mlp = format!("{prefix}layers.{layer}.mlp");
-            let head_norm = |taker: &mut Taker, name: &str| {
-                architecture.qk_norm.then(|| taker.norm(Norm::Rms { eps: 0.0 }, &format!("{attention}.{name}"), architecture.head_dim))
-            };
-            BlockKeys {
-                attention_in: Some(taker.norm(architecture.norm, &format!("{prefix}layers.{layer}.input_layernorm"), hidden)),
-                query: taker.linear(&format!("{attention}.q_proj"), hidden, query_width, architecture.qkv_bias),
-                key: taker.linear(&format!("{attention}.k_proj"), hidden, kv_width, architecture.qkv_bias),
-                value: taker.linear(&format!("{attention}.v_proj"), hidden, kv_width, architecture.qkv_bias),
-                query_norm: head_norm(taker, "q_norm"),
-                key_norm: head_norm(taker, "k_norm"),
-                output: taker.linear(&format!("{attention}.o_proj"), query_width, hidden, architecture.output_bias),
-                attention_post: None,
-                mlp_in: Some(taker.norm(architecture.norm, &format!("{prefix}layers.{layer}.post_attention_layernorm"), hidden)),
-                gate: architecture
-                    .gated
-                    .then(|| taker.linear(&format!("{mlp}.gate_proj"), hidden, architecture.intermediate_size, architecture.mlp_bias)),
-                up: taker.linear(&format!("{mlp}.up_proj"), hidden, architecture.intermediate_size, architecture.mlp_bias),
-                down: taker.linear(&format!("{mlp}.down_proj"), architecture.intermediate_size, hidden, architecture.mlp_bias),
-                mlp_post: None,
-            }
-        })
-        .collect();
-    let final_norm = Some(taker.norm(architecture.norm, &format!("{prefix}norm"), hidden));
-    let head = vec![HeadStage { linear: taker.head("score", hidden), activation: None }];
-    Layout {
-        embedding,
-        positions: None,
-        token_types: None,
-        embedding_norm: None,
-        blocks,
-        final_norm,
-        head,
-        used: Vec::new(),
-        unused: Vec::new(),
-    }
-}
-
-fn bert(architecture: &Architecture, taker: &mut Taker) -> Layout {
-    let prefix = if taker.manifest.get("bert.embeddings.word_embeddings.weight").is_some() { "bert." } else { "" };
-    let hidden = architecture.hidden_size;
-    let embeddings = format!("{prefix}embeddings");
-    let embedding = taker.tensor(format!("{embeddings}.word_embeddings.weight"), &[architecture.vocab_size, hidden]);
-    let positions =
-        architecture.learned_positions.map(|rows| taker.tensor(format!("{embeddings}.position_embeddings.weight"), &[rows, hidden]));
-    let token_types = Some(taker.tensor(format!("{embeddings}.token_type_embeddings.weight"), &[architecture.token_types, hidden]));
-    let embedding_norm =
-        (architecture.residual == Residual::PostNorm).then(|| taker.norm(architecture.norm, &format!("{embeddings}.LayerNorm"), hidden));
-    let blocks = (0..architecture.layers.len())
-        .map(|layer| {
-            let layer = format!("{prefix}encoder.layer.{layer}");
-            let own = format!("{layer}.attention.self");
-            BlockKeys {
-                attention_in: None,
-                query: taker.linear(&format!("{own}.query"), hidden, hidden, architecture.qkv_bias),
-                key: taker.linear(&format!("{own}.key"), hidden, hidden, architecture.qkv_bias),
-                value: taker.linear(&format!("{own}.value"), hidden, hidden, architecture.qkv_bias),
-                query_norm: None,
-                key_norm: None,
-                output: taker.linear(&format!("{layer}.attention.output.dense"), hidden, hidden, architecture.output_bias),
-                attention_post: Some(taker.norm(architecture.norm, &format!("{layer}.attention.output.LayerNorm"), hidden)),
-                mlp_in: None,
-                gate: None,
-                up: taker.linear(&format!("{layer}.intermediate.dense"), hidden, architecture.intermediate_size, architecture.mlp_bias),
-                down: taker.linear(&format!("{layer}.output.dense"), architecture.intermediate_size, hidden, architecture.mlp_bias),
-                mlp_post: Some(taker.norm(architecture.norm, &format!("{layer}.output.LayerNorm"), hidden)),
-            }
-        })
-        .collect();
-    let pooler = taker.linear(&format!("{prefix}pooler.dense"), hidden, hidden, true);
-    let mut classifier = taker.head("classifier", hidden);
-    classifier.bias = Some(taker.tensor("classifier.bias".to_owned(), &[classifier.outputs]));
-    let head = vec![HeadStage { linear: pooler, activation: Some(Activation::Tanh) }, HeadStage { linear: classifier, activation: None }];
-    Layout { embedding, positions, token_types, embedding_norm, blocks, final_norm: None, head, used: Vec::new(), unused: Vec::new() }
-}
-
 /// Takes tensors out of a manifest by name and shape, and remembers what it took and what was wrong.
 struct Taker<'a> {
     manifest: &'a Manifest,
     used: BTreeSet<String>,
+    /// Heads that do not count; their tensors ride along.
+    spare: Vec<String>,
     problems: Vec<String>,
 }
 
 impl Taker<'_> {
     fn tensor(&mut self, name: String, shape: &[usize]) -> String {
+        // A tensor that several layers are views of is looked at once.
+        if !self.used.insert(name.clone()) {
+            return name;
+        }
         match self.manifest.get(&name) {
             None => self.problems.push(format!("tensor {name:?}: expected shape {shape:?}, found no such tensor")),
             Some(info) if !info.dtype.is_float() => {
@@ -245,52 +218,14 @@ impl Taker<'_> {
             }
             Some(_) => {}
         }
-        self.used.insert(name.clone());
         name
     }
 
     fn linear(&mut self, name: &str, inputs: usize, outputs: usize, bias: bool) -> LinearKeys {
-        LinearKeys {
-            weight: self.tensor(format!("{name}.weight"), &[outputs, inputs]),
-            bias: bias.then(|| self.tensor(format!("{name}.bias"), &[outputs])),
-            inputs,
-            outputs,
-        }
+        let weight = self.tensor(format!("{name}.weight"), &[outputs, inputs]);
+        let bias = bias.then(|| self.tensor(format!("{name}.bias"), &[outputs]));
+        LinearKeys::plain(weight, bias, inputs, outputs)
     }
-
-    fn norm(&mut self, kind: Norm, name: &str, width: usize) -> NormKeys {
-        let weight = self.tensor(format!("{name}.weight"), &[width]);
-        let bias = matches!(kind, Norm::Layer { .. }).then(|| self.tensor(format!("{name}.bias"), &[width]));
-        NormKeys { weight, bias }
-    }
-
-    /// The reward head: as many outputs as its tensor has rows. Without it there is no score, and never a random one.
-    fn head(&mut self, name: &str, hidden: usize) -> LinearKeys {
-        let weight = format!("{name}.weight");
-        let outputs = match self.manifest.get(&weight).map(|info| info.shape.as_slice()) {
-            Some(&[rows, columns]) if rows >= 1 && columns == hidden => rows,
-            Some(shape) => {
-                self.problems.push(format!("reward head {weight:?}: expected shape [outputs, {hidden}], found {shape:?}"));
-                0
-            }
-            None => {
-                let found: Vec<_> = self.manifest.names().filter(|name| looks_like_head(name)).take(LISTED).collect();
-                let hint = if found.is_empty() {
-                    String::new()
-                } else {
-                    format!("; tensors that look like a head of another kind: {}", found.join(", "))
-                };
-                self.problems.push(format!("reward head {weight:?}: expected shape [outputs, {hidden}], found no such tensor (a missing head is never initialised at random){hint}"));
-                0
-            }
-        };
-        self.used.insert(weight.clone());
-        LinearKeys { weight, bias: None, inputs: hidden, outputs }
-    }
-}
-
-fn looks_like_head(name: &str) -> bool {
-    ["score", "classifier", "v_head", "value_head", "regression", "reward", "lm_head"].iter().any(|part| name.starts_with(part))
 }
 
 #[cfg(test)]

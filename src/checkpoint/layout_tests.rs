@@ -56,10 +56,10 @@ fn a_backbone_without_a_prefix_is_the_same_backbone() {
 fn a_missing_head_is_refused_and_never_initialised() {
     let mut headless = tensors();
     headless.retain(|(name, _)| name != "score.weight");
-    headless.push(("v_head.summary.weight".to_owned(), vec![1, 8]));
+    headless.push(("reward_model_head.weight".to_owned(), vec![1, 8]));
     let problems = layout(headless).expect_err("no head").join("\n");
     assert!(problems.contains("reward head \"score.weight\": expected shape [outputs, 8], found no such tensor (a missing head is never initialised at random)"), "{problems}");
-    assert!(problems.contains("look like a head of another kind: v_head.summary.weight"), "{problems}");
+    assert!(problems.contains("look like a head of another kind: reward_model_head.weight"), "{problems}");
 }
 
 #[test]

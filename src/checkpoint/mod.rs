@@ -5,18 +5,32 @@ mod dtype;
 mod error;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod head_choice;
+mod head_config;
 mod hf_config;
 mod layout;
 mod manifest;
+mod pooling;
 mod reader;
+mod readout;
 mod source;
 mod text_facts;
 
-pub use architecture::{Activation, Architecture, LayerKind, Naming, Norm, Pooling, Residual, Rope, RopeScaling};
+pub use architecture::{
+    Activation, Architecture, Disentangled, EmbeddingProjection, Experts, LayerKind, Naming, Norm, Positions, ProjectionPlace, QkNorm,
+    Residual, Rope, RopeScaling,
+};
 pub use dtype::{Dtype, Elements};
 pub use error::CheckpointError;
-pub use layout::{BlockKeys, HeadStage, Layout, LinearKeys, NormKeys, is_recomputed};
+pub use head_config::{At, HeadChoice, HeadConfig, Link, Reduce, TokenName, TokenRows, Weights as OutputWeights};
+pub(crate) use layout::reads_steps;
+pub use layout::{
+    BlockKeys, DenseKeys, Gating, HeadForm, HeadKeys, HeadStage, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, RowKeys,
+    Rows, is_recomputed,
+};
 pub use manifest::{Manifest, TensorInfo};
+pub use pooling::Pooling;
 pub use reader::{Checkpoint, Folder, Weights};
+pub use readout::{Names, Places, Readout};
 pub use source::{CHUNK_ELEMENTS, SourceError, TensorSource, look_up};
 pub use text_facts::TextFacts;

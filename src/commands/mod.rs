@@ -8,6 +8,7 @@ mod health;
 mod progress;
 mod score;
 mod serve;
+mod verify;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -37,6 +38,8 @@ enum Command {
     Score(score::ScoreArgs),
     /// Show how one line of JSON is read: rendered text, tokens, decisions, and the token that the head reads.
     Explain(score::ExplainArgs),
+    /// Compare with reference scores (tools/golden.py): tokens, the token that is read, score, rank. Exits with 2 where they differ.
+    Verify(verify::VerifyArgs),
     /// Check the configuration and print it with the origin of each value.
     CheckConfig(ModelArgs),
     /// Merge the bundled family, serve it on this machine, and play the part of a trainer.
@@ -86,6 +89,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Serve(arguments) => serve::run(arguments, environment),
         Command::Score(arguments) => score::run(arguments, environment),
         Command::Explain(arguments) => score::explain(arguments, environment),
+        Command::Verify(arguments) => verify::run(arguments, environment),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),

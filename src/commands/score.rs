@@ -95,7 +95,7 @@ pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Resul
         Input::Group(group) => group.samples().collect(),
     };
     let (app, spec) = load(arguments.model, environment, false)?;
-    let (_, text) = open_text(&spec, &Clock::system()).map_err(|error| CommandError::Other(error.to_string()))?;
+    let (_, text, _) = open_text(&spec, &Clock::system()).map_err(|error| CommandError::Other(error.to_string()))?;
     let call = CallOptions { truncation, details: true, ..CallOptions::default() };
     let engine = app.engine();
     let reply = runtime()?.block_on(engine.score(samples.clone(), call, Permit::unlimited()));
@@ -108,7 +108,11 @@ pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Resul
 }
 
 /// The model of a command without a server, with progress on standard error.
-fn load(arguments: ModelArgs, environment: Environment, members: bool) -> Result<(App, crate::registry::LoadSpec), CommandError> {
+pub(super) fn load(
+    arguments: ModelArgs,
+    environment: Environment,
+    members: bool,
+) -> Result<(App, crate::registry::LoadSpec), CommandError> {
     let instance = instance(&environment);
     let more: &[(&str, &str)] = if members { &[("ensemble", "resident")] } else { &[] };
     let config = resolve(arguments, environment, more)?.config;

@@ -101,6 +101,11 @@ pub(super) fn file(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Fi
                     Err(error) => refuse(&key, error.to_string()),
                 },
                 Value::Mapping(inner) if prefix.is_empty() && is_section(&key) => pending.push((key, inner)),
+                // What a recipe may say in several values, a setting holds as JSON, which is YAML too.
+                Value::Mapping(_) if STRUCTURED.contains(&key.as_str()) => match serde_json::to_string(&value) {
+                    Ok(text) => _ = read.layer.0.insert(key_of(&key), Given { text, origin: Origin::File(path.to_owned()) }),
+                    Err(error) => refuse(&key, error.to_string()),
+                },
                 value => match (find(&key), scalar(&value)) {
                     (None, _) => refuse(&key, unknown(&key, SETTINGS.iter().map(|setting| setting.key.to_owned()))),
                     (Some(_), None) => refuse(&key, "expected a single value".to_owned()),
@@ -143,6 +148,13 @@ pub(super) fn flags(flags: &[(String, String)], errors: &mut Vec<ConfigError>) -
         }
     }
     layer
+}
+
+/// Settings that may hold more than one value.
+const STRUCTURED: [&str; 2] = ["head", "pooling"];
+
+fn key_of(key: &str) -> &'static str {
+    find(key).map_or("", |setting| setting.key)
 }
 
 fn is_section(name: &str) -> bool {

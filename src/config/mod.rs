@@ -15,6 +15,7 @@ pub use layers::{ConfigError, Given, Origin};
 pub use parse::duration as parse_duration;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
+use crate::checkpoint::HeadChoice;
 use crate::merge::Recipe;
 use crate::telemetry::LogFormat;
 use layers::Layer;
@@ -39,13 +40,19 @@ pub enum EnsembleMode {
     Resident,
 }
 
-/// The numbers that calibrated scores come from.
+/// Where calibrated scores come from.
 #[derive(Clone, Debug, PartialEq)]
-pub struct CalibrationConfig {
-    pub mean: f64,
-    pub std: f64,
-    pub samples: u64,
-    pub source: String,
+pub enum CalibrationConfig {
+    Given {
+        mean: f64,
+        std: f64,
+        samples: u64,
+        source: String,
+    },
+    /// A JSON file of the same four.
+    File(PathBuf),
+    /// The config of a single member.
+    FromConfig,
 }
 
 /// All settings, checked one by one. What depends on the model is checked when it is loaded.
@@ -56,6 +63,10 @@ pub struct Config {
     pub listen: SocketAddr,
     pub admin_listen: SocketAddr,
     pub ensemble: EnsembleMode,
+    /// Absent: as the recipe says.
+    pub head: Option<HeadChoice>,
+    /// Absent: as the recipe says.
+    pub pooling: Option<HeadChoice>,
     /// Absent: as the recipe says.
     pub dtype: Option<String>,
     pub device: String,
@@ -103,6 +114,7 @@ pub struct MessageConfig {
 pub struct TextConfig {
     pub bos: String,
     pub eos: String,
+    pub reasoning: String,
     pub template: Option<String>,
     pub template_date: Option<jiff::civil::Date>,
 }
@@ -236,7 +248,24 @@ impl Reader<'_> {
         }
     }
 
-    fn calibration(&mut self) -> Option<CalibrationConfig> {
+    fn calibration(&mut self, base: &Path) -> Option<CalibrationConfig> {
+        let from_file = matches!(self.values.get("calibration.file"), Some(Given { origin: Origin::File(_), .. }));
+        let file = self.get("calibration.file", parse::optional_text);
+        let from_config = self.get("calibration.from_config", parse::choice(&[("false", false), ("off", false), ("true", true)]));
+        let given = self.given_calibration();
+        if usize::from(file.is_some()) + usize::from(from_config) + usize::from(given.is_some()) > 1 {
+            let problem = "expected one of calibration.mean and std, calibration.file, calibration.from_config; found more".to_owned();
+            self.errors.push(ConfigError { place: "calibration".to_owned(), problem });
+        }
+        match file {
+            // A path in a file is relative to that file.
+            Some(path) => Some(CalibrationConfig::File(if from_file { base.join(path) } else { PathBuf::from(path) })),
+            None if from_config => Some(CalibrationConfig::FromConfig),
+            None => given,
+        }
+    }
+
+    fn given_calibration(&mut self) -> Option<CalibrationConfig> {
         let mean = self.get("calibration.mean", parse::optional_float);
         let std = self.get("calibration.std", parse::optional_float);
         let samples = self.get("calibration.samples", parse::number_from_zero);
@@ -250,7 +279,7 @@ impl Reader<'_> {
                 if std <= 0.0 {
                     refuse("calibration.std", "expected a number above 0");
                 }
-                Some(CalibrationConfig { mean, std, samples, source })
+                Some(CalibrationConfig::Given { mean, std, samples, source })
             }
             (Some(_), None) => {
                 refuse("calibration.std", "expected a number beside calibration.mean, found none");
@@ -277,6 +306,7 @@ impl Reader<'_> {
                 .get("text.bos", policies(&[("auto", "auto"), ("always", "always"), ("never", "never"), ("as_is", "as_is")]))
                 .to_owned(),
             eos: self.get("text.eos", policies(&[("as_is", "as_is"), ("ensure", "ensure")])).to_owned(),
+            reasoning: self.get("text.reasoning", policies(&[("keep", "keep"), ("strip", "strip")])).to_owned(),
             template: template.map(relative),
             template_date: self.get("text.template_date", parse::optional_date),
         }
@@ -288,6 +318,8 @@ impl Reader<'_> {
             listen: self.get("listen", parse::address),
             admin_listen: self.get("admin.listen", parse::address),
             ensemble: self.get("ensemble", parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident)])),
+            head: self.get("head", parse::head),
+            pooling: self.get("pooling", parse::pooling),
             dtype: self.get("dtype", parse::choice(&[("", None), ("float32", Some("float32"))])).map(str::to_owned),
             device: self.get("device", parse::choice(&[("cpu", "cpu")])).to_owned(),
             threads: self.get("threads", parse::auto_count),
@@ -312,7 +344,7 @@ impl Reader<'_> {
             drain_delay: self.get("drain.delay", parse::duration),
             drain_deadline: self.get("drain.deadline", parse::duration),
             text: self.text(base),
-            calibration: self.calibration(),
+            calibration: self.calibration(base),
             log_format: self.get("log.format", parse::choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)])),
             log_filter: self.get("log.filter", parse::text),
         }

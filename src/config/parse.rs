@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::checkpoint::HeadChoice;
+
 pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "expected an address such as 127.0.0.1:50051".to_owned())
 }
@@ -89,6 +91,24 @@ pub(super) fn choice<T: Copy>(choices: &'static [(&'static str, T)]) -> impl Fn(
     }
 }
 
+/// The `head:` of a recipe, or the name of one alone.
+pub(super) fn head(text: &str) -> Result<Option<HeadChoice>, String> {
+    let Some(value) = yaml(text)? else { return Ok(None) };
+    let value = if value.is_string() { serde_json::json!({"name": value}) } else { value };
+    HeadChoice::parse(Some(&value), None).map(Some).map_err(|problems| problems.join("; "))
+}
+
+/// The `pooling:` of a recipe.
+pub(super) fn pooling(text: &str) -> Result<Option<HeadChoice>, String> {
+    let Some(value) = yaml(text)? else { return Ok(None) };
+    HeadChoice::parse(None, Some(&value)).map(Some).map_err(|problems| problems.join("; "))
+}
+
+fn yaml(text: &str) -> Result<Option<serde_json::Value>, String> {
+    let value: serde_json::Value = serde_norway::from_str(text).map_err(|error| format!("expected YAML: {error}"))?;
+    Ok(Some(value).filter(|value| !value.is_null()))
+}
+
 fn split_unit(text: &str) -> (&str, &str) {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     (&text[..end], text[end..].trim_start())
@@ -123,7 +143,7 @@ mod tests {
         #[test]
         fn no_text_makes_a_parser_panic(input in ".{0,30}") {
             let _ = (address(&input), count(&input), auto_count(&input), optional_float(&input));
-            let _ = (size(&input), duration(&input), optional_date(&input));
+            let _ = (size(&input), duration(&input), optional_date(&input), head(&input), pooling(&input));
         }
     }
 }

@@ -110,6 +110,32 @@ fn names_of_settings_flags_and_variables_are_unique() {
     assert!(SETTINGS.iter().all(|setting| setting.variable() != FILE_VARIABLE));
 }
 
+#[test]
+fn head_and_pooling_are_settings_in_every_source() {
+    use crate::checkpoint::{At, Pooling, TokenName};
+    let file = "pooling: {token: <r>}\nhead:\n  tokens: {plus: [\"+\"], minus: [\"-\"]}\n  at: each \"<step>\"\n";
+    let resolved = resolve(file, &[], &[]).expect("valid");
+    let step = TokenName::Text("<step>".to_owned());
+    assert_eq!(resolved.config.head.as_ref().and_then(|head| head.at.clone()), Some(At::Each(step)));
+    assert_eq!(resolved.config.pooling.as_ref().and_then(|choice| choice.pooling), Some(Pooling::Token));
+    let flags = resolve(file, &[("WARM_POOLING", "cls")], &[("head", "score")]).expect("valid");
+    assert_eq!(flags.config.head.as_ref().and_then(|head| head.name.clone()).as_deref(), Some("score"));
+    assert_eq!(flags.config.pooling.and_then(|choice| choice.pooling), Some(Pooling::Cls));
+    let found = mistakes(resolve("pooling: first\nhead: {at: never}\n", &[], &[]));
+    assert!(found.len() == 2 && found[0].contains("each") && found[1].contains("last_non_pad"), "{found:#?}");
+}
+
+#[test]
+fn a_calibration_comes_from_one_place() {
+    let of = |file: &str| resolve(file, &[], &[]).map(|resolved| resolved.config.calibration);
+    assert_eq!(of("calibration: {file: c.json}\n"), Ok(Some(CalibrationConfig::File(PathBuf::from("conf/c.json")))));
+    assert_eq!(of("calibration: {from_config: true}\n"), Ok(Some(CalibrationConfig::FromConfig)));
+    assert_eq!(of("calibration: {from_config: false}\n"), Ok(None));
+    let given = CalibrationConfig::Given { mean: 1.0, std: 2.0, samples: 0, source: String::new() };
+    assert_eq!(of("calibration: {mean: 1, std: 2}\n"), Ok(Some(given)));
+    assert!(of("calibration: {mean: 1, std: 2, from_config: true}\n").is_err());
+}
+
 proptest! {
     #[test]
     fn no_file_makes_it_panic(text in "[a-z.:{}\\[\\]\\- \n0-9&*]{0,80}") {

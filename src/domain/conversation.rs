@@ -51,6 +51,11 @@ impl Turn {
         Ok(Self { role, content: content.into(), extra })
     }
 
+    /// The same role with another content.
+    pub fn with(&self, content: String, extra: Map<String, Value>) -> Self {
+        Self { role: self.role.clone(), content, extra }
+    }
+
     pub fn role(&self) -> &str {
         &self.role
     }
@@ -104,6 +109,12 @@ impl Conversation {
     /// This conversation with one assistant message at its end.
     pub fn answered(&self, content: impl Into<String>) -> Self {
         self.extended([Turn { role: "assistant".to_owned(), content: content.into(), extra: Map::new() }])
+    }
+
+    /// The same conversation with these messages in the place of its own, of which there must be as many.
+    pub fn with_turns(&self, turns: Vec<Turn>) -> Self {
+        debug_assert_eq!(turns.len(), self.turns.len());
+        Self { turns, ..self.clone() }
     }
 
     pub fn turns(&self) -> &[Turn] {

@@ -6,6 +6,6 @@ mod ids;
 mod score;
 
 pub use conversation::{Completion, Conversation, InvalidInput, Prompt, PromptGroup, Sample, Turn};
-pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, bradley_terry};
+pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, bradley_terry, kendall_tau_b};
 pub use ids::{Fingerprint, GenerationId, InvalidMemberName, MemberName, WeightsId};
-pub use score::{Failure, FailureKind, NonFinite, Score, ScoreDetails, Scored, Truncation};
+pub use score::{Failure, FailureKind, NonFinite, Score, ScoreDetails, Scored, Step, Truncation};

@@ -29,6 +29,8 @@ pub struct Scored {
     pub reward: Score,
     /// Every output of the head, in its order, if there are several; otherwise empty.
     pub outputs: Vec<f32>,
+    /// What a process reward model says of each step, in order; the reward is their reduction. Otherwise empty.
+    pub steps: Vec<Step>,
     /// Tokens scored, after truncation.
     pub tokens: usize,
     pub truncated: bool,
@@ -36,11 +38,23 @@ pub struct Scored {
     pub details: Option<ScoreDetails>,
 }
 
+/// One step of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Index of the token that ends the step.
+    pub position: usize,
+    /// The step's own score.
+    pub reward: Score,
+    /// Every output of the head at this token, in its order, raw.
+    pub outputs: Vec<f32>,
+}
+
 /// What anyone needs to check a score by hand.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ScoreDetails {
     pub token_ids: Vec<u32>,
-    /// Index into `token_ids` of the token whose hidden state the head reads.
+    /// Index into `token_ids` of the token whose hidden state the head reads: of the last step, where there are steps; 0
+    /// where it reads the mean of all.
     pub pooled_position: usize,
     /// Tokens of this sample that were computed for it and another sample at once.
     pub shared_tokens: usize,
@@ -65,6 +79,8 @@ pub enum FailureKind {
     UnfinishedReasoning,
     /// A token id that the model's embedding does not have.
     UnknownToken,
+    /// The head reads at a token (of a step, of the prompt's end) that the sample does not have.
+    NothingToRead,
 }
 
 impl FailureKind {
@@ -78,12 +94,21 @@ impl FailureKind {
             Self::Expired => "expired",
             Self::UnfinishedReasoning => "unfinished_reasoning",
             Self::UnknownToken => "unknown_token",
+            Self::NothingToRead => "nothing_to_read",
         }
     }
 
     /// All kinds, for metrics that show every series before the first failure.
-    pub const ALL: [Self; 7] =
-        [Self::TooLong, Self::TemplateRefused, Self::Empty, Self::NonFinite, Self::Expired, Self::UnfinishedReasoning, Self::UnknownToken];
+    pub const ALL: [Self; 8] = [
+        Self::TooLong,
+        Self::TemplateRefused,
+        Self::Empty,
+        Self::NonFinite,
+        Self::Expired,
+        Self::UnfinishedReasoning,
+        Self::UnknownToken,
+        Self::NothingToRead,
+    ];
 }
 
 /// The failure of one sample, with a message for people.

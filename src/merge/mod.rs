@@ -12,11 +12,13 @@ mod combine;
 mod compare;
 mod content;
 mod glob;
+mod heads;
 mod listing;
 mod merged;
 mod nested;
 mod plan;
 mod recipe;
+mod recipe_head;
 mod survey;
 mod weights_id;
 

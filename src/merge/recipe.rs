@@ -43,7 +43,7 @@ use serde_json::{Map, json};
 use serde_norway::Value;
 
 use super::glob::Glob;
-use crate::checkpoint::Dtype;
+use crate::checkpoint::{Dtype, HeadChoice};
 use crate::domain::MemberName;
 
 /// A recipe is written by hand; more is another file by mistake.
@@ -124,6 +124,7 @@ pub struct Recipe {
     members: Vec<Member>,
     rules: Vec<Rule>,
     dtype: Dtype,
+    pub(super) head: HeadChoice,
 }
 
 /// One checkpoint of a recipe.
@@ -350,6 +351,7 @@ impl Recipe {
             resolved.insert("rules".to_owned(), self.rules.iter().map(|rule| self.rule_to_json(rule)).collect());
         }
         resolved.insert("dtype".to_owned(), dtype_name(self.dtype).unwrap_or_default().into());
+        resolved.extend(self.head.to_json());
         serde_json::Value::Object(resolved)
     }
 

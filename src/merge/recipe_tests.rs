@@ -36,7 +36,7 @@ fn all_mistakes_are_told_at_once_with_their_places() {
         "method: ties\ndtype: int8\nmethods: linear\ninit: [x]\nmembers:\n  - {path: a, weight: 2}\n  - {coefficient: .nan}\n  - 7\n  - {path: b, name: 'b c', coefficient: one}\n  - x/a\n",
     );
     let expected = [
-        "methods: unknown key, expected one of kind, method, slerp, ema, normalize, liti, init, members, rules, dtype",
+        "methods: unknown key, expected one of kind, method, slerp, ema, normalize, liti, init, members, rules, dtype, head, pooling",
         "method: \"ties\" is unknown, expected one of linear, slerp, ema",
         "init: expected text, found a list",
         "dtype: \"int8\" is unknown, expected one of float32, bfloat16, float16",
@@ -54,8 +54,8 @@ fn all_mistakes_are_told_at_once_with_their_places() {
 #[test]
 fn every_other_mistake_has_its_sentence() {
     let cases = [
-        ("", "expected keys kind, method, slerp, ema, normalize, liti, init, members, rules, dtype; found nothing"),
-        ("[a]", "expected keys kind, method, slerp, ema, normalize, liti, init, members, rules, dtype; found a list"),
+        ("", "expected keys kind, method, slerp, ema, normalize, liti, init, members, rules, dtype, head, pooling; found nothing"),
+        ("[a]", "expected keys kind, method, slerp, ema, normalize, liti, init, members, rules, dtype, head, pooling; found a list"),
         ("method: linear", "members: missing, expected a list of checkpoints"),
         ("members: a", "members: expected a list, found \"a\""),
         ("members: []", "members: the list is empty, expected at least one checkpoint"),

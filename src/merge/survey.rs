@@ -8,11 +8,12 @@ use std::sync::Arc;
 use super::choice::{Treatment, treatments};
 use super::compare::{Differences, Facts};
 use super::content::Remembered;
+use super::heads;
 use super::listing::{Listing, listed};
 use super::nested::Nested;
 use super::plan::{Input, MergeError, MergePlan, PlannedMember, PlannedSource};
 use super::recipe::{Kind, Member, Recipe, Take};
-use crate::checkpoint::{Architecture, CheckpointError, Layout, Manifest, TensorInfo, TensorSource, is_recomputed};
+use crate::checkpoint::{Architecture, CheckpointError, HeadKeys, Layout, Manifest, TensorInfo, TensorSource, is_recomputed};
 
 /// What is known after some of the members.
 pub struct Survey<'r> {
@@ -79,6 +80,7 @@ impl<'r> Survey<'r> {
             }
         };
         let is_init = self.sources.len() == self.recipe.members().len();
+        let architecture = architecture.map(|architecture| self.chosen(architecture));
         let unknown = [architecture.as_ref().err(), text.as_ref().err().filter(|_| !is_init)];
         let told = unknown.into_iter().flatten().map(|error| format!("{label}: {error}"));
         if self.recipe.kind() == Kind::Reward {
@@ -94,6 +96,12 @@ impl<'r> Survey<'r> {
         }
         let sound = self.recipe.kind() == Kind::Policy || is_init;
         self.sources.push(Some(Source { label, weights, architecture: known, differences, nested, sound }));
+    }
+
+    /// With what the recipe says of the head, where a checkpoint leaves it open.
+    fn chosen(&self, mut architecture: Architecture) -> Architecture {
+        architecture.head.choice = self.recipe.head().clone();
+        architecture
     }
 
     pub fn finish(mut self) -> Result<MergePlan, MergeError> {
@@ -166,6 +174,7 @@ impl<'r> Survey<'r> {
     /// others.
     fn reward_layout(&mut self, all: &BTreeMap<String, Treatment>) -> Option<Layout> {
         let shared = self.first.as_ref().and_then(|(_, first)| first.architecture.as_ref().ok()).cloned();
+        let mut pooling: Option<(String, HeadKeys)> = None;
         for index in 0..self.recipe.members().len() {
             let Some(Some(source)) = self.sources.get(index) else { continue };
             // What rules take from others has the shape of the merged model's.
@@ -176,6 +185,14 @@ impl<'r> Survey<'r> {
                 Err(problems) => self.problems.extend(problems.into_iter().map(|problem| format!("{}: {problem}", source.label))),
                 Ok(layout) => {
                     self.unused.extend(layout.unused().iter().cloned());
+                    self.notes.extend(heads::note(&source.label, architecture));
+                    match &pooling {
+                        None => pooling = Some((source.label.clone(), layout.head.clone())),
+                        Some((first, head)) => {
+                            let found = heads::difference(head, &layout.head);
+                            self.problems.extend(found.map(|problem| format!("{} differs from {first}: {problem}", source.label)));
+                        }
+                    }
                     if let Some(Some(source)) = self.sources.get_mut(index) {
                         source.sound = true;
                     }
@@ -384,7 +401,7 @@ impl<'r> Survey<'r> {
 }
 
 fn head_tensors(layout: &Layout) -> BTreeSet<String> {
-    layout.head.iter().flat_map(|stage| [Some(&stage.linear.weight), stage.linear.bias.as_ref()]).flatten().cloned().collect()
+    layout.head.tensors().into_iter().map(str::to_owned).collect()
 }
 
 fn plan_source(recipe: &Recipe, index: usize, source: Source, decided: &BTreeMap<String, Treatment>) -> PlannedSource {

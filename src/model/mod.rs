@@ -13,9 +13,9 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use crate::checkpoint::{Architecture, Layout, SourceError, TensorSource};
+use crate::checkpoint::{Architecture, Layout, Places, Readout, SourceError, TensorSource};
 pub use cost::shared_prefix;
-use head::Head;
+use head::{Head, Verdict};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 use transformer::Transformer;
 use weights::Loader;
@@ -45,13 +45,28 @@ pub trait RewardModel: Send + Sync {
 /// What the head says of one sample.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Output {
-    /// One value per output of the head, in float32, raw (no activation); may be NaN, which the caller must turn into a
+    /// The outputs combined, and the steps reduced, as the read-out says; may be NaN, which the caller must turn into a
     /// failure of this sample.
+    pub reward: f32,
+    /// One value per output of the head, in float32, raw (no activation); empty where there are steps.
     pub values: Vec<f32>,
-    /// Index of the token that was pooled, within the sample.
+    /// One for each step of a process reward model, in order.
+    pub steps: Vec<StepOutput>,
+    /// Index of the token that was read, within the sample: the last one of several, 0 where the mean of all is.
     pub pooled_position: usize,
     /// Tokens of this sample that were computed for it and another sample at once.
     pub shared_tokens: usize,
+}
+
+/// What the head says at one step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepOutput {
+    /// Index of the step's token, within the sample.
+    pub position: usize,
+    /// The outputs combined.
+    pub reward: f32,
+    /// As [`Output::values`].
+    pub outputs: Vec<f32>,
 }
 
 /// Bounds of one model.
@@ -89,13 +104,14 @@ pub fn load(
     source: &dyn TensorSource,
     architecture: &Architecture,
     layout: &Layout,
+    readout: &Readout,
     max_tokens: usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
     let device = Device::Cpu;
     let mut loader = Loader::new(source, layout.used(), &device, progress);
     let transformer = Transformer::load(architecture, layout, &mut loader, &device)?;
-    let head = Head::load(layout, &mut loader)?;
+    let head = Head::load(layout, readout, &mut loader)?;
     let limits = Limits {
         max_tokens: max_tokens.min(architecture.max_positions),
         outputs: layout.outputs(),
@@ -114,15 +130,26 @@ struct Model {
 
 impl RewardModel for Model {
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        let pooled: Vec<usize> = (0..pack.len())
-            .map(|sample| self.architecture.pooling.position(pack.encoding(sample).ids(), self.architecture.pad_token_id))
-            .collect();
-        let rows: Vec<u32> = pooled.iter().enumerate().map(|(sample, position)| pack.row(sample, *position) as u32).collect();
+        let places: Vec<Option<Places>> =
+            (0..pack.len()).map(|sample| self.head.readout().places(pack.encoding(sample).ids()).ok()).collect();
+        let mut rows = Vec::with_capacity(pack.len());
+        for (sample, places) in places.iter().enumerate() {
+            let positions = places.iter().flat_map(|places| places.read.iter().chain(&places.gate));
+            rows.extend(positions.map(|position| pack.row(sample, *position) as u32));
+        }
         let hidden = self.transformer.hidden(pack, &rows).map_err(|error| ModelError(error.to_string()))?;
-        let outputs = hidden.iter().zip(pooled).enumerate().map(|(sample, (hidden, pooled_position))| Output {
-            values: self.head.forward(hidden),
-            pooled_position,
-            shared_tokens: pack.shared_tokens(sample),
+        let mut rest = hidden.as_slice();
+        let outputs = places.iter().enumerate().map(|(sample, places)| {
+            let shared_tokens = pack.shared_tokens(sample);
+            // The text layer refuses a sample that lacks what is read; one that comes here all the same has no score.
+            let Some(places) = places else {
+                return Output { reward: f32::NAN, values: Vec::new(), steps: Vec::new(), pooled_position: 0, shared_tokens };
+            };
+            let (own, others) = rest.split_at(places.read.len() + usize::from(places.gate.is_some()));
+            rest = others;
+            let Verdict { reward, outputs, steps } = self.head.forward(places, own);
+            let pooled_position = if self.head.reads_the_mean() { 0 } else { places.read.last().copied().unwrap_or(0) };
+            Output { reward, values: outputs, steps, pooled_position, shared_tokens }
         });
         Ok(outputs.collect())
     }
@@ -141,6 +168,8 @@ impl RewardModel for Model {
     }
 }
 
+#[cfg(test)]
+mod invariance_tests;
 #[cfg(test)]
 mod parity_tests;
 #[cfg(test)]

@@ -4,6 +4,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::kernels::attention::Shape as AttentionShape;
+use super::kernels::distances::Distances;
 use super::kernels::rope::HeadTransform;
 use super::kernels::{activation, attention, linear, norm, rope};
 use super::pack::Pack;
@@ -43,8 +44,13 @@ pub fn transform_heads(x: &Tensor, heads: Heads) -> Result<()> {
 }
 
 /// Attention of `[queries | keys | values]` over the forest of the pack.
-pub fn attend(x: &Tensor, shape: &AttentionShape, pack: &Pack) -> Result<Tensor> {
-    x.apply_op1_no_bwd(&Attend { shape, pack })
+pub fn attend(x: &Tensor, shape: &AttentionShape, distances: Option<Distances>, pack: &Pack) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&Attend { shape, distances, pack })
+}
+
+/// `x[rows[i]] += weights[i] * y[i]`, where the rows of `y` may be wider than those of `x`, and more.
+pub fn scatter_add(x: &Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
+    x.inplace_op2(y, &ScatterAdd { rows, weights })
 }
 
 /// What [`transform_heads`] needs beside the rows.
@@ -139,6 +145,24 @@ impl InplaceOp2 for AddRows {
     }
 }
 
+struct ScatterAdd<'a> {
+    rows: &'a [u32],
+    weights: &'a [f32],
+}
+
+impl InplaceOp2 for ScatterAdd<'_> {
+    fn name(&self) -> &'static str {
+        "scatter_add"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let (y, y_stride, _) = rows(s2, l2)?;
+        let (x, width) = rows_mut(s1, l1)?;
+        linear::scatter_add(x, width, y, y_stride, self.rows, self.weights);
+        Ok(())
+    }
+}
+
 struct AddBias;
 
 impl InplaceOp2 for AddBias {
@@ -199,6 +223,7 @@ impl InplaceOp1 for Heads<'_> {
 
 struct Attend<'a> {
     shape: &'a AttentionShape,
+    distances: Option<Distances<'a>>,
     pack: &'a Pack,
 }
 
@@ -209,7 +234,7 @@ impl CustomOp1 for Attend<'_> {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (values, stride, count) = rows(storage, layout)?;
-        let output = attention::attend(self.shape, self.pack, values, stride, count);
+        let output = attention::attend(self.shape, self.distances, self.pack, values, stride, count);
         Ok((CpuStorage::F32(output), (count, self.shape.heads * self.shape.head_dim).into()))
     }
 }

@@ -130,6 +130,11 @@ impl Pack {
         self.samples[sample].shared
     }
 
+    /// The node in which a sample ends.
+    pub fn leaf(&self, sample: usize) -> usize {
+        self.samples[sample].leaf
+    }
+
     /// The row ranges that a node's queries see, from the root to the node itself.
     pub fn path(&self, node: usize) -> Vec<Range<usize>> {
         let mut path = Vec::new();

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::*;
+use crate::checkpoint::RopeScaling;
 use crate::merge::{MergePlan, Merged, Recipe};
 use crate::text::Encoding;
 
-/// The families that are served so far.
-const SERVED: [&str; 9] =
-    ["llama", "llama-pad-is-eos", "mistral", "qwen2", "qwen2-pad-is-eos", "qwen3", "qwen3-bf16-sharded", "llama-fp16", "bert"];
+/// Families of adapters, which are not served yet; every other family must be.
+const NOT_YET: [&str; 2] = ["qwen3-lora", "llama-lora-rslora"];
 
 /// The merges of WARP (2406.16768) that the goldens have where there is an initialisation.
 const METHODS: [(&str, &str); 4] = [
@@ -20,18 +20,24 @@ const METHODS: [(&str, &str); 4] = [
     ("liti_0.5", "init: init\nmembers: [member-0, member-1, member-2]\nliti: {eta: 0.5}"),
 ];
 
+/// Every family folder (`ROOT/transformers-*/NAME` with a `golden.json`) of the committed fixtures, and of the folder that
+/// `WARM_CONFORMANCE` names.
 fn families() -> Vec<PathBuf> {
     let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance");
     let wider = std::env::var_os("WARM_CONFORMANCE").map(PathBuf::from);
     if wider.is_none() {
         println!("WARM_CONFORMANCE is not set: only the committed families are checked");
     }
-    let folder = |root: &Path, name: &str| ["transformers-4", "transformers-5"].map(|generation| root.join(generation).join(name));
-    SERVED
-        .iter()
-        .flat_map(|name| [Some(&committed), wider.as_ref()].into_iter().flatten().flat_map(move |root| folder(root, name)))
-        .filter(|folder| folder.join("golden.json").exists())
-        .collect()
+    let children = |folder: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten();
+        let mut paths: Vec<_> = entries.map(|entry| entry.expect("entry").path()).filter(|path| path.is_dir()).collect();
+        paths.sort();
+        paths
+    };
+    let named = |path: &PathBuf, prefix: &str| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix));
+    let roots = [Some(committed), wider].into_iter().flatten();
+    let generations = roots.flat_map(|root| children(&root)).filter(|path| named(path, "transformers-"));
+    generations.flat_map(|generation| children(&generation)).filter(|family| family.join("golden.json").exists()).collect()
 }
 
 fn numbers(value: &Value, name: &str) -> Option<Vec<u32>> {
@@ -39,15 +45,89 @@ fn numbers(value: &Value, name: &str) -> Option<Vec<u32>> {
     Some(list.iter().map(|id| id.as_u64().expect("an id") as u32).collect())
 }
 
-fn loaded(recipe: &Recipe) -> Arc<dyn RewardModel> {
-    let plan = Arc::new(MergePlan::open(recipe).expect("mergeable"));
-    let merged = Merged::new(Arc::clone(&plan)).expect("coefficients");
+fn loaded(plan: &Arc<MergePlan>) -> Arc<dyn RewardModel> {
+    let merged = Merged::new(Arc::clone(plan)).expect("coefficients");
     let reward = plan.reward().expect("a reward model");
-    load(&merged, reward.architecture, reward.layout, usize::MAX, &mut |_, _| {}).expect("loads")
+    let readout = Readout::unnamed(reward.architecture, reward.layout);
+    load(&merged, reward.architecture, reward.layout, &readout, usize::MAX, &mut |_, _| {}).expect("loads")
 }
 
-fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<f32> {
-    model.forward(&Pack::new(encodings)).expect("forward").iter().map(|output| output.values[0]).collect()
+fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<Vec<f32>> {
+    model.forward(&Pack::new(encodings)).expect("forward").into_iter().map(|output| output.values).collect()
+}
+
+/// One golden score for each output.
+fn expected(score: &Value) -> Vec<f64> {
+    match score {
+        Value::Array(outputs) => outputs.iter().map(|output| output.as_f64().expect("a number")).collect(),
+        one => vec![one.as_f64().expect("a number")],
+    }
+}
+
+/// The length that the rotary table in the reference was made for. With dynamic scaling, transformers keeps the table of the
+/// longest text so far, until one below the original length comes: a score then depends on what was scored before, also in
+/// the member before. Our reference is a text by itself, so cases that met another text's table do not count.
+#[derive(Default)]
+struct HeldTable(usize);
+
+impl HeldTable {
+    /// Whether the next text meets the table of its own length.
+    fn is_own(&mut self, architecture: &Architecture, length: usize) -> bool {
+        let original = architecture.ropes.iter().find_map(|rope| match rope.scaling {
+            RopeScaling::Dynamic { original_positions, .. } => Some(original_positions),
+            _ => None,
+        });
+        let Some(original) = original else { return true };
+        self.0 = if length < original { original } else { self.0.max(original).max(length) };
+        length < original || self.0 == length
+    }
+}
+
+/// Checks every member of a family, and their average where the golden has it: how many scores, and the largest deviation.
+fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
+    let list = golden["cases"].as_array().expect("cases");
+    let encodings: Vec<_> = list
+        .iter()
+        .map(|case| Arc::new(Encoding::for_test(numbers(case, "input_ids").expect("ids")).with_types(numbers(case, "token_type_ids"))))
+        .collect();
+    let folder = |member: usize| family.join(format!("member-{member}"));
+    let members: Vec<PathBuf> = (0..).map(folder).take_while(|path| path.exists()).collect();
+    let recipe = |members: &[PathBuf]| Recipe::uniform(members).expect("recipe");
+    let mut recipes: Vec<(String, Recipe)> =
+        members.iter().enumerate().map(|(i, path)| (format!("member-{i}"), recipe(std::slice::from_ref(path)))).collect();
+    if list[0]["scores"].get("warm").is_some() {
+        recipes.push(("warm".to_owned(), recipe(&members)));
+    }
+    if family.join("init").exists() {
+        let with_init = METHODS.iter().filter(|(name, _)| list[0]["scores"].get(name).is_some());
+        recipes.extend(with_init.map(|(name, yaml)| ((*name).to_owned(), Recipe::from_yaml(yaml, family).expect("recipe"))));
+    }
+    let (mut cases, mut largest, mut held) = (0, 0f64, HeldTable::default());
+    for (name, recipe) in recipes {
+        let plan = Arc::new(MergePlan::open(&recipe).map_err(|error| error.to_string())?);
+        let alone = golden.get("scores_by").is_some();
+        let architecture = plan.reward().expect("a reward model").architecture;
+        let own: Vec<_> = encodings.iter().map(|encoding| alone || held.is_own(architecture, encoding.tokens())).collect();
+        let model = loaded(&plan);
+        let packed = scores(&*model, &encodings);
+        for (((case, encoding), packed), own) in list.iter().zip(&encodings).zip(packed).zip(own) {
+            if !own {
+                continue;
+            }
+            let expected = expected(&case["scores"][&name]);
+            assert_eq!(packed.len(), expected.len(), "{} {name}: outputs", family.display());
+            for (packed, expected) in packed.iter().zip(&expected) {
+                let deviation = (f64::from(*packed) - expected).abs() / expected.abs().max(1.0);
+                assert!(deviation < 1e-4, "{} {name}: {packed} against {expected} over {} tokens", family.display(), encoding.tokens());
+                largest = largest.max(deviation);
+            }
+            let alone = &scores(&*model, std::slice::from_ref(encoding))[0];
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
+            cases += 1;
+        }
+    }
+    Ok((cases, largest))
 }
 
 #[test]
@@ -61,34 +141,15 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
             println!("{}: skipped, its scores were taken with rounded rotary frequencies", family.display());
             continue;
         }
-        let list = golden["cases"].as_array().expect("cases");
-        let encodings: Vec<_> = list
-            .iter()
-            .map(|case| Arc::new(Encoding::for_test(numbers(case, "input_ids").expect("ids")).with_types(numbers(case, "token_type_ids"))))
-            .collect();
-        let members: Vec<PathBuf> = (0..3).map(|member| family.join(format!("member-{member}"))).collect();
-        let mut recipes: Vec<(String, Recipe)> = members
-            .iter()
-            .enumerate()
-            .map(|(i, path)| (format!("member-{i}"), Recipe::uniform(std::slice::from_ref(path)).expect("recipe")))
-            .collect();
-        recipes.push(("warm".to_owned(), Recipe::uniform(&members).expect("recipe")));
-        if family.join("init").exists() {
-            let with_init = METHODS.iter().filter(|(name, _)| list[0]["scores"].get(name).is_some());
-            recipes.extend(with_init.map(|(name, yaml)| ((*name).to_owned(), Recipe::from_yaml(yaml, &family).expect("recipe"))));
-        }
-        for (name, recipe) in recipes {
-            let model = loaded(&recipe);
-            let packed = scores(&*model, &encodings);
-            for ((case, encoding), packed) in list.iter().zip(&encodings).zip(packed) {
-                let expected = case["scores"][&name].as_f64().expect("a score");
-                let deviation = (f64::from(packed) - expected).abs() / expected.abs().max(1.0);
-                assert!(deviation < 1e-4, "{} {name}: {packed} against {expected}", family.display());
-                let alone = scores(&*model, std::slice::from_ref(encoding))[0];
-                assert_eq!(alone.to_bits(), packed.to_bits(), "{} {name}: alone {alone}, packed {packed}", family.display());
+        let name = family.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        match check(&family, &golden) {
+            Ok((count, deviation)) => {
+                println!("{:60} {count:4} scores, largest deviation {deviation:.1e}", family.display());
+                cases += count;
                 largest = largest.max(deviation);
-                cases += 1;
             }
+            Err(problem) if NOT_YET.contains(&name.as_str()) => println!("{}: not served yet: {problem}", family.display()),
+            Err(problem) => panic!("{}: {problem}", family.display()),
         }
     }
     println!("{cases} scores, largest deviation {largest:.2e}");

@@ -65,7 +65,7 @@ fn model(family: &str, more: Value) -> Arc<dyn RewardModel> {
     }
     let manifest: Manifest = tensors.into_iter().map(|(name, shape)| (name, TensorInfo { dtype: Dtype::F32, shape })).collect();
     let layout = Layout::new(&architecture, &manifest).expect("complete");
-    load(&Random(manifest), &architecture, &layout, usize::MAX, &mut |_, _| {}).expect("loads")
+    load(&Random(manifest), &architecture, &layout, &Readout::unnamed(&architecture, &layout), usize::MAX, &mut |_, _| {}).expect("loads")
 }
 
 fn bits(model: &dyn RewardModel, pack: &Pack) -> Vec<u32> {

@@ -37,9 +37,14 @@ const FORMS: &str = "expected one of: text (with text_pair), messages, prompt wi
 /// `"raw": true` it is text that the completion follows without a separator.
 pub fn parse_line(line: &str) -> Result<Item, LineError> {
     let value: Value = serde_json::from_str(line).map_err(|error| LineError(format!("expected a JSON object: {error}")))?;
-    let Value::Object(mut fields) = value else {
-        return Err(LineError(format!("expected a JSON object, found {}", kind(&value))));
-    };
+    match value {
+        Value::Object(fields) => parse_fields(fields),
+        other => Err(LineError(format!("expected a JSON object, found {}", kind(&other)))),
+    }
+}
+
+/// The same of an object that has been read already.
+pub fn parse_fields(mut fields: Map<String, Value>) -> Result<Item, LineError> {
     let id = fields.shift_remove("id").filter(|id| !id.is_null());
     let input = if fields.contains_key("prompt") {
         prompted(&mut fields)?

@@ -2,9 +2,13 @@
 //! a running server.
 
 mod explain;
+mod golden;
 mod jsonl;
 mod score;
+mod verify;
 
 pub use explain::explain;
+pub use golden::{Case, Expected, Golden, GoldenError};
 pub use jsonl::{Input, Item, LineError, parse_line};
 pub use score::{OfflineError, ScoreOptions, Scorer, Summary, score_lines};
+pub use verify::{Table, Verified, VerifyOptions, key_of, verify};

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use super::jsonl::{Input, Item, parse_line};
 use crate::client::{Client, ClientError, sample_to_wire};
-use crate::domain::{Failure, Sample, Truncation};
+use crate::domain::{Failure, Sample, Scored, Truncation};
 use crate::registry::{CallOptions, CompareOptions, Engine, EngineError};
 use crate::scorer::Permit;
 use crate::wire;
@@ -202,7 +202,7 @@ async fn rows(scorer: &Scorer, samples: Vec<Sample>, options: ScoreOptions) -> R
                     .outcomes
                     .into_iter()
                     .map(|outcome| match outcome {
-                        Ok(scored) => row(scored.reward.get(), &scored.outputs, scored.tokens as u64, scored.truncated),
+                        Ok(scored) => scored_row(&scored),
                         Err(failure) => failed(&failure),
                     })
                     .collect());
@@ -210,11 +210,7 @@ async fn rows(scorer: &Scorer, samples: Vec<Sample>, options: ScoreOptions) -> R
             let reply = engine.compare(samples, call, CompareOptions::default(), Permit::unlimited()).await?;
             let names: Vec<String> = reply.members.iter().map(ToString::to_string).collect();
             let compared = reply.outcomes.into_iter().map(|outcome| match outcome {
-                Ok(compared) => {
-                    let merged = &compared.merged;
-                    let row = row(merged.reward.get(), &merged.outputs, merged.tokens as u64, merged.truncated);
-                    with_members(row, &names, compared.members.iter().map(|score| score.get()))
-                }
+                Ok(compared) => with_members(scored_row(&compared.merged), &names, compared.members.iter().map(|score| score.get())),
                 Err(failure) => failed(&failure),
             });
             Ok(compared.collect())
@@ -253,14 +249,30 @@ fn wire_row(score: wire::Score) -> Row {
             let kind = failure.kind().as_str_name().to_ascii_lowercase();
             failure_row(&kind, &failure.message)
         }
-        None => row(score.reward.unwrap_or(f32::NAN), &score.outputs, u64::from(score.tokens), score.truncated),
+        None => {
+            let steps = score.steps.iter().map(|step| (u64::from(step.position), step.reward, step.outputs.as_slice()));
+            row(score.reward.unwrap_or(f32::NAN), &score.outputs, steps, u64::from(score.tokens), score.truncated)
+        }
     }
 }
 
-fn row(reward: f32, outputs: &[f32], tokens: u64, truncated: bool) -> Row {
+fn scored_row(scored: &Scored) -> Row {
+    let steps = scored.steps.iter().map(|step| (step.position as u64, step.reward.get(), step.outputs.as_slice()));
+    row(scored.reward.get(), &scored.outputs, steps, scored.tokens as u64, scored.truncated)
+}
+
+/// Steps come as position, reward and outputs.
+fn row<'a>(reward: f32, outputs: &[f32], steps: impl Iterator<Item = (u64, f32, &'a [f32])>, tokens: u64, truncated: bool) -> Row {
+    let numbers = |values: &[f32]| -> Value { values.iter().copied().map(number).collect() };
     let mut row = Row::from_iter([("reward".to_owned(), number(reward))]);
     if !outputs.is_empty() {
-        row.insert("outputs".to_owned(), outputs.iter().copied().map(number).collect());
+        row.insert("outputs".to_owned(), numbers(outputs));
+    }
+    let steps: Vec<Value> = steps
+        .map(|(position, reward, outputs)| json!({"position": position, "reward": number(reward), "outputs": numbers(outputs)}))
+        .collect();
+    if !steps.is_empty() {
+        row.insert("steps".to_owned(), Value::Array(steps));
     }
     row.insert("tokens".to_owned(), json!(tokens));
     row.insert("truncated".to_owned(), json!(truncated));

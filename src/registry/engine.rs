@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 use super::generation::{Encode, Generation, Lane};
 use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing};
 use crate::clock::Clock;
-use crate::domain::{Failure, FailureKind, Sample, Score, ScoreDetails, Scored, Truncation};
-use crate::model::Output;
+use crate::domain::{Failure, FailureKind, Sample, Score, ScoreDetails, Scored, Step, Truncation};
+use crate::model::{Output, StepOutput};
 use crate::scorer::{Permit, Reply, SampleError, ScorerHandle, Submission, panic_message};
 use crate::text::Encoding;
 
@@ -165,6 +165,7 @@ impl Engine {
         let encoded = self.encode(&generation.text, samples, bytes, options.truncation).await?;
         let tokenize = clock.now().saturating_duration_since(started);
         self.registry().metrics().tokenized(tokenize);
+        self.registry().metrics().dropped_bos(encoded.iter().flatten().filter(|encoding| encoding.doubled_bos()).count() as u64);
         permit.correct(encoded.iter().flatten().map(|encoding| encoding.tokens() as u64).sum());
         if options.strict {
             first_failure(&encoded)?;
@@ -302,19 +303,25 @@ fn first(outputs: &[Output]) -> Result<&Output, Failure> {
     outputs.first().ok_or_else(|| Failure::new(FailureKind::NonFinite, "the model has no output"))
 }
 
-/// The reward is the first output of the head; every output must be finite.
+/// The reward; every number beside it must be finite too.
 pub(super) fn reward(output: &Output) -> Result<Score, Failure> {
-    if let Some(bad) = output.values.iter().find_map(|&value| Score::try_from(value).err()) {
+    let beside = output.values.iter().chain(output.steps.iter().flat_map(|step| step.outputs.iter()));
+    if let Some(bad) = beside.copied().find_map(|value| Score::try_from(value).err()) {
         return Err(non_finite(bad));
     }
-    let first = output.values.first().ok_or_else(|| Failure::new(FailureKind::NonFinite, "the model has no output"))?;
-    Score::try_from(*first).map_err(non_finite)
+    Score::try_from(output.reward).map_err(non_finite)
 }
 
 pub(super) fn scored(encoding: &Encoding, output: &Output, details: bool) -> Result<Scored, Failure> {
+    let reward = reward(output)?;
+    let step = |step: &StepOutput| {
+        let reward = Score::try_from(step.reward).map_err(non_finite)?;
+        Ok(Step { position: step.position, reward, outputs: step.outputs.clone() })
+    };
     Ok(Scored {
-        reward: reward(output)?,
+        reward,
         outputs: if output.values.len() > 1 { output.values.clone() } else { Vec::new() },
+        steps: output.steps.iter().map(step).collect::<Result<_, Failure>>()?,
         tokens: encoding.tokens(),
         truncated: encoding.truncated(),
         details: details.then(|| ScoreDetails {

@@ -101,6 +101,8 @@ pub struct GenerationInfo {
     pub text: TextInfo,
     /// Rows of the embedding: token ids are below this.
     pub vocabulary: usize,
+    /// What the head is and how its outputs become a reward.
+    pub head: String,
     /// One name per output of the head, if there are several.
     pub output_names: Vec<String>,
     /// What a score depends on, sentence by sentence: what the operator should know (nothing loaded, ignored, unusual).
@@ -197,8 +199,7 @@ pub struct FingerprintParts<'a> {
     pub weights_id: WeightsId,
     /// What the forward runs in.
     pub dtype: &'a str,
-    /// The architecture in its canonical form; it covers pooling and the head's shape (the head's weights are in
-    /// `weights_id`).
+    /// The architecture and the reading of the head in their canonical form; the head's weights are in `weights_id`.
     pub architecture: &'a str,
     /// Tokenizer, template and text policy.
     pub text: [u8; 32],

@@ -7,12 +7,12 @@ use jiff::civil::DateTime;
 
 use super::generation::{Encode, FingerprintParts};
 use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
-use crate::checkpoint::{Architecture, Dtype, Pooling, SourceError};
+use crate::checkpoint::{Architecture, Dtype, HeadForm, Layout, Pooling, Readout, SourceError, reads_steps};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
 use crate::merge::{MergeError, MergePlan, Merged, NotServed, Recipe, Reward};
 use crate::model::{self, Pack, RewardModel};
-use crate::text::{BosPolicy, Encoding, EosPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
+use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
 /// Whether the members stand on the device beside the merged model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,6 +27,7 @@ pub enum Ensemble {
 pub struct TextOverrides {
     pub bos: BosPolicy,
     pub eos: EosPolicy,
+    pub reasoning: ReasoningPolicy,
     pub template: TemplateChoice,
     /// The time that templates see; `None` for midnight (UTC) of the day of the load.
     pub template_time: Option<DateTime>,
@@ -42,14 +43,31 @@ pub struct LoadSpec {
     pub max_tokens: Option<usize>,
     /// The scorer's, which no sample may exceed.
     pub max_pack_tokens: usize,
-    pub calibration: Option<Calibration>,
+    pub calibration: CalibrationChoice,
+}
+
+/// Where calibrated rewards come from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum CalibrationChoice {
+    #[default]
+    None,
+    Given(Calibration),
+    /// The mean and std of training rewards in the config of the only member (OpenRLHF).
+    FromConfig,
 }
 
 impl LoadSpec {
     /// The defaults for a recipe.
     pub fn new(recipe: Recipe) -> Self {
         let max_pack_tokens = crate::scorer::ScorerOptions::default().max_pack_tokens;
-        Self { recipe, ensemble: Ensemble::Off, text: TextOverrides::default(), max_tokens: None, max_pack_tokens, calibration: None }
+        Self {
+            recipe,
+            ensemble: Ensemble::Off,
+            text: TextOverrides::default(),
+            max_tokens: None,
+            max_pack_tokens,
+            calibration: CalibrationChoice::None,
+        }
     }
 
     /// The uniform average of some folders, with the defaults.
@@ -83,6 +101,8 @@ pub enum LoadError {
     NotServed(#[from] NotServed),
     #[error("{field}: {problem}")]
     Options { field: &'static str, problem: String },
+    #[error("the head cannot be read: {}", .0.join("; "))]
+    Readout(Vec<String>),
     #[error("{what} does not answer: {problem}")]
     WarmUp { what: String, problem: String },
 }
@@ -93,13 +113,15 @@ impl Encode for TextPipeline {
     }
 }
 
-/// The plan of a recipe and its text layer alone, without weights: what explains how a sample is read.
-pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, TextPipeline), LoadError> {
+/// The plan of a recipe, its text layer and the reading of its head, without weights: what explains how a sample is read.
+pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, TextPipeline, Readout), LoadError> {
     let plan = Arc::new(MergePlan::open(&spec.recipe)?);
     let reward = plan.reward()?;
-    let max_tokens = max_tokens(spec, reward.architecture)?;
-    let text = TextPipeline::new(reward.text, text_options(spec, reward.architecture, max_tokens, clock))?;
-    Ok((plan, text))
+    let Reward { architecture, layout, text } = reward;
+    let max_tokens = max_tokens(spec, architecture)?;
+    let text = TextPipeline::new(text, text_options(spec, architecture, layout, max_tokens, clock))?;
+    let readout = Readout::resolve(architecture, layout, &output_names(&plan, layout), &text).map_err(LoadError::Readout)?;
+    Ok((plan, text.reading(readout.clone()), readout))
 }
 
 /// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
@@ -112,7 +134,7 @@ pub fn load_generation(
 ) -> Result<Generation, LoadError> {
     let mut report = |stage: &str, done: u64, total: u64| progress(Progress { stage: stage.to_owned(), done, total });
     report("plan", 0, 1);
-    let (plan, text) = open_text(spec, clock)?;
+    let (plan, text, readout) = open_text(spec, clock)?;
     let (Reward { architecture, layout, .. }, text) = (plan.reward()?, Arc::new(text));
     let max_tokens = max_tokens(spec, architecture)?;
     report("plan", 1, 1);
@@ -120,7 +142,7 @@ pub fn load_generation(
     let merged_source = Merged::new(plan.clone())?;
     let mut load = |stage: &str, what: &str, source: &Merged| {
         let mut tell = |done, total| report(stage, done, total);
-        model::load(source, architecture, layout, max_tokens, &mut tell)
+        model::load(source, architecture, layout, &readout, max_tokens, &mut tell)
             .map_err(|source| LoadError::Model { what: what.to_owned(), source })
     };
     let merged = load("merge", "the merged model", &merged_source)?;
@@ -144,7 +166,7 @@ pub fn load_generation(
     report("hash", 1, 1);
 
     let models = 1 + resident.len() as u64;
-    let probes = probes(text.as_ref())?;
+    let probes = probes(text.as_ref(), &readout)?;
     warm_up("the merged model", merged.as_ref(), &probes)?;
     report("warm-up", 1, models);
     for (done, member) in resident.iter().enumerate() {
@@ -153,13 +175,14 @@ pub fn load_generation(
     }
 
     let dtype = dtype_name(spec.recipe.dtype());
-    let canonical = serde_json::to_string(architecture)
+    // What is read and how is as much a part of a score as the body is.
+    let canonical = serde_json::to_string(&(architecture, &readout))
         .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
-    let calibration = spec.calibration.clone();
+    let calibration = calibration(spec, architecture)?;
     let parts =
         FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
     let fingerprint = parts.fingerprint();
-    let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), clock);
+    let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), &readout, clock);
     info.notes.extend(merged_source.notes());
     Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
 }
@@ -176,24 +199,50 @@ fn max_tokens(spec: &LoadSpec, architecture: &Architecture) -> Result<usize, Loa
     }
 }
 
-fn text_options(spec: &LoadSpec, architecture: &Architecture, max_tokens: usize, clock: &Clock) -> TextOptions {
+fn text_options(spec: &LoadSpec, architecture: &Architecture, layout: &Layout, max_tokens: usize, clock: &Clock) -> TextOptions {
     // A clock before the year -9999 or after 9999 has no civil time; then the day is as good as any.
     let today = || jiff::Timestamp::try_from(clock.wall()).unwrap_or(jiff::Timestamp::UNIX_EPOCH);
     let midnight = || today().to_zoned(jiff::tz::TimeZone::UTC).date().to_datetime(jiff::civil::Time::midnight());
+    let pooling = layout.head.pooling.unwrap_or(architecture.pooling);
     TextOptions {
         bos: spec.text.bos,
         eos: spec.text.eos,
         template: spec.text.template.clone(),
-        reads_last_token: architecture.pooling == Pooling::LastNonPad,
+        reasoning: spec.text.reasoning,
+        reads_last_token: reads_steps(&architecture.head) || pooling.reads_the_end(),
+        closing: architecture.head.reward_token,
         ..TextOptions::new(max_tokens, architecture.vocab_size, spec.text.template_time.unwrap_or_else(midnight))
     }
 }
 
-/// What a model must answer before it goes live: a conversation, where there is a template for it, and texts of a few lengths.
-fn probes(text: &TextPipeline) -> Result<Vec<Arc<Encoding>>, LoadError> {
+fn calibration(spec: &LoadSpec, architecture: &Architecture) -> Result<Option<Calibration>, LoadError> {
+    let wrong = |problem: String| LoadError::Options { field: "calibration", problem };
+    match &spec.calibration {
+        CalibrationChoice::None => Ok(None),
+        CalibrationChoice::Given(calibration) => Ok(Some(calibration.clone())),
+        CalibrationChoice::FromConfig if spec.recipe.members().len() != 1 => {
+            let count = spec.recipe.members().len();
+            Err(wrong(format!(
+                "a config's mean and std are those of one member, and a merge of {count} has others: measure them on the merged model"
+            )))
+        }
+        CalibrationChoice::FromConfig => {
+            let (mean, std) = architecture.head.normal.ok_or_else(|| wrong("the config holds no mean and std".to_owned()))?;
+            Calibration::new(mean, std, 0, "config.json (OpenRLHF)").map(Some).map_err(|error| wrong(error.to_string()))
+        }
+    }
+}
+
+/// What a model must answer before it goes live: a conversation, where there is a template for it, texts of a few lengths,
+/// and the tokens that its head looks for.
+fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<Encoding>>, LoadError> {
     let chat = Conversation::user("What is the capital of France?").answered("The capital of France is Paris.");
     let long = "A longer answer names its reasons one by one, and says what it does not know. ".repeat(8);
-    let samples = [Sample::Conversation(chat), Sample::Text("Hello.".to_owned()), Sample::Text(long)];
+    let mut samples = vec![Sample::Conversation(chat), Sample::Text("Hello.".to_owned()), Sample::Text(long)];
+    let looked_for = readout.probe();
+    if !looked_for.is_empty() {
+        samples.push(Sample::Tokens(looked_for));
+    }
     let encoded: Vec<Result<Encoding, Failure>> = samples.iter().map(|sample| text.encode(sample, Truncation::Left)).collect();
     let probes: Vec<_> = encoded.iter().flatten().cloned().map(Arc::new).collect();
     match encoded.into_iter().find_map(Result::err) {
@@ -213,32 +262,42 @@ fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Res
         return Err(wrong(format!("expected scores of {} probes, found {}", probes.len(), outputs.len())));
     }
     for (i, output) in outputs.iter().enumerate() {
-        if output.values.is_empty() {
+        if output.values.is_empty() && output.steps.is_empty() {
             return Err(wrong("the head has no output".to_owned()));
         }
-        if let Some(bad) = output.values.iter().find_map(|&value| Score::try_from(value).err()) {
+        if let Some(bad) = output.values.iter().chain([&output.reward]).find_map(|&value| Score::try_from(value).err()) {
             return Err(wrong(format!("probe {i}: {bad}")));
         }
     }
     Ok(())
 }
 
+/// The names of the head's outputs as the first member's config has them, where it says more than their numbers.
+fn output_names(plan: &MergePlan, layout: &Layout) -> Vec<String> {
+    let label = |i: usize| plan.config().pointer(&format!("/id2label/{i}")).and_then(|label| label.as_str()).map(str::to_owned);
+    let names = (0..layout.outputs()).map(|i| label(i).unwrap_or_else(|| format!("LABEL_{i}")));
+    match layout.head.form {
+        HeadForm::Rows(_) => ["plus", "minus"].map(str::to_owned).into_iter().take(layout.outputs()).collect(),
+        HeadForm::Stages(_) | HeadForm::Gated(_) => names.collect(),
+    }
+}
+
 fn info(
     spec: &LoadSpec,
     plan: &MergePlan,
-    Reward { architecture, layout, .. }: Reward<'_>,
+    reward: Reward<'_>,
     hashes: &[[u8; 32]],
     policy: &TextPolicy,
+    readout: &Readout,
     clock: &Clock,
 ) -> GenerationInfo {
+    let Reward { architecture, layout, .. } = reward;
     let members = plan.members().iter().zip(hashes).map(|(member, hash)| MemberInfo {
         name: member.name().clone(),
         coefficient: member.coefficient(),
         content_hash: blake3::Hash::from(*hash).to_hex().to_string(),
     });
-    let outputs = layout.outputs();
-    let label = |i: usize| plan.config().pointer(&format!("/id2label/{i}")).and_then(|label| label.as_str()).map(str::to_owned);
-    let names = (0..outputs).map(|i| label(i).unwrap_or_else(|| format!("LABEL_{i}")));
+    let outputs = output_names(plan, layout);
     GenerationInfo {
         method: spec.recipe.method().name().to_owned(),
         members: members.collect(),
@@ -249,15 +308,72 @@ fn info(
         loaded: clock.wall(),
         text: TextInfo {
             bos: policy.bos.name().to_owned(),
-            eos: policy.eos.name().to_owned(),
-            pooling: architecture.pooling.name().to_owned(),
-            reasoning: policy.reasoning.to_owned(),
+            eos: policy.closing.map_or_else(|| policy.eos.name().to_owned(), |id| format!("ensure token {id}")),
+            pooling: place(readout),
+            reasoning: policy.reasoning.name().to_owned(),
             pad_token_id: architecture.pad_token_id,
             template_hash: policy.template_hash.clone().unwrap_or_default(),
         },
         vocabulary: architecture.vocab_size,
-        output_names: if outputs > 1 { names.collect() } else { Vec::new() },
-        notes: plan.notes().to_vec(),
+        head: describe(layout, readout),
+        notes: plan.notes().iter().cloned().chain(remarks(plan, reward, readout)).collect(),
+        output_names: if outputs.len() > 1 { outputs } else { Vec::new() },
+    }
+}
+
+/// What the head is and how its outputs become a reward.
+fn describe(layout: &Layout, readout: &Readout) -> String {
+    let head = &layout.head;
+    let at = match readout.step {
+        Some(_) => format!("at {}, reduced by {}", place(readout), readout.reduce.name()),
+        None => format!("at {}", place(readout)),
+    };
+    let reward = match (&head.form, readout.weights.as_slice()) {
+        (HeadForm::Gated(_), _) => "weighted by the gate".to_owned(),
+        (_, []) => "the first is the reward".to_owned(),
+        (_, weights) => format!("weighted {}", weights.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")),
+    };
+    let outputs = layout.outputs();
+    let count = if outputs == 1 { "1 output".to_owned() } else { format!("{outputs} outputs, {reward}") };
+    format!("{}: {count}, as {}, {at}", head.name, readout.link.name())
+}
+
+/// Which tokens are read.
+fn place(readout: &Readout) -> String {
+    match (readout.step, readout.token) {
+        (Some(step), _) => format!("each token {step}"),
+        (None, Some(token)) => format!("token {token}"),
+        (None, None) => readout.pooling.name().to_owned(),
+    }
+}
+
+/// What an operator should know of the reading, because it is easily meant otherwise.
+fn remarks(plan: &MergePlan, Reward { architecture, layout, .. }: Reward<'_>, readout: &Readout) -> Vec<String> {
+    let mut remarks = Vec::new();
+    if layout.outputs() > 1 && readout.weights.is_empty() && !matches!(layout.head.form, HeadForm::Gated(_)) {
+        let outputs = layout.outputs();
+        remarks.push(format!(
+            "the head has {outputs} outputs and the reward is the first of them: `head: {{weights: ...}}` in the recipe combines them"
+        ));
+    }
+    let chosen = architecture.head.choice.pooling.is_some();
+    let pad_ends = architecture.pad_token_id.is_some_and(|pad| architecture.eos_token_ids.contains(&pad));
+    let version = plan.config().get("transformers_version").and_then(|version| version.as_str()).unwrap_or_default();
+    if !chosen && pad_ends && readout.pooling == Pooling::LastNonPad && is_before_2025(version) {
+        remarks.push(format!(
+            "the pad token ends sequences, and the config was written by transformers {version}, which read the token before the first pad token: \
+             a model that was trained that way needs `pooling: first_pad_minus_one`"
+        ));
+    }
+    remarks
+}
+
+/// Whether this version of transformers pools before the first pad token: below 4.49.
+fn is_before_2025(version: &str) -> bool {
+    let mut parts = version.split('.').map(|part| part.parse::<u32>());
+    match (parts.next(), parts.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (4, 49),
+        _ => false,
     }
 }
 

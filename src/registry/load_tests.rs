@@ -104,3 +104,128 @@ fn a_model_that_does_not_answer_with_finite_scores_never_goes_live() {
     assert!(warm_up("it", infinite.as_ref(), &probe(2)).is_err());
     assert_eq!(model.forwards.load(Ordering::Relaxed), 2);
 }
+
+/// A folder whose config has more fields.
+fn configured(dir: &Path, name: &str, more: serde_json::Value, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {
+    let path = member(dir, name, change, seed);
+    let mut config = fixture::config(TINY);
+    config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    std::fs::write(path.join("config.json"), config.to_string()).expect("writable");
+    path
+}
+
+fn recipe(text: &str) -> LoadSpec {
+    LoadSpec::new(Recipe::from_yaml(text, Path::new("")).expect("a recipe"))
+}
+
+#[test]
+fn where_a_head_reads_is_the_recipes_to_say_and_names_another_model() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = member(dir.path(), "rm", |_| {}, 1);
+    let of = |pooling: &str| load(&recipe(&format!("members: [{}]\n{pooling}", path.display()))).expect("loads").0;
+    let generations = ["", "pooling: last_token", "pooling: cls", "pooling: mean", "pooling: {token: e}"].map(of);
+    let poolings = ["last_non_pad", "last_token", "cls", "mean", "token 8"];
+    for (generation, pooling) in generations.iter().zip(poolings) {
+        assert_eq!(generation.info.text.pooling, pooling);
+        assert!(generation.info.head.contains(pooling), "{}", generation.info.head);
+    }
+    let names: std::collections::BTreeSet<String> = generations.iter().map(|generation| generation.fingerprint.to_string()).collect();
+    assert_eq!(names.len(), 5, "each reading is a model of its own");
+    assert!(generations.iter().all(|generation| generation.weights_id == generations[0].weights_id));
+    // What is looked for and not there costs that sample alone.
+    let missing = generations[4].text.encode(&Sample::Text("abc".to_owned()), Truncation::Refuse).expect_err("no e");
+    assert_eq!(missing.kind, crate::domain::FailureKind::NothingToRead);
+    let recipe_again = generations[4].info.recipe.clone();
+    assert_eq!(load(&recipe(&recipe_again)).expect("resolved").0.fingerprint, generations[4].fingerprint);
+}
+
+#[test]
+fn members_that_read_at_other_places_are_not_averaged() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let openrlhf = serde_json::json!({"architectures": ["RewardModel"], "value_head_prefix": "score"});
+    let paths = [member(dir.path(), "a", |_| {}, 1), configured(dir.path(), "b", openrlhf, |_| {}, 2)];
+    let error = load(&LoadSpec::uniform(&paths).expect("two folders")).expect_err("other poolings").to_string();
+    assert!(error.contains("pooling: expected last_non_pad, found last_token"), "{error}");
+    let yaml = format!("members: [{}, {}]\npooling: last_token", paths[0].display(), paths[1].display());
+    assert!(load(&recipe(&yaml)).is_ok(), "unless the recipe says how");
+}
+
+#[test]
+fn a_configs_own_mean_and_std_are_told_and_used_only_by_choice_and_alone() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = |mean: f64| serde_json::json!({"value_head_prefix": "score", "architectures": ["RewardModel"], "mean": mean, "std": 2.0});
+    let paths = [configured(dir.path(), "a", config(0.25), |_| {}, 1), configured(dir.path(), "b", config(0.75), |_| {}, 2)];
+    let both = LoadSpec::uniform(&paths).expect("two folders");
+    let (raw, _) = load(&both).expect("loads");
+    let told = |mean: &str| raw.info.notes.iter().any(|note| note.contains(mean) && note.contains("neither averaged nor used"));
+    assert!(told("mean 0.25") && told("mean 0.75"), "{:?}", raw.info.notes);
+    assert_eq!(raw.calibration, None);
+    let chosen = |spec: LoadSpec| load(&LoadSpec { calibration: CalibrationChoice::FromConfig, ..spec });
+    let error = chosen(both).expect_err("two members").to_string();
+    assert!(error.contains("those of one member"), "{error}");
+    let alone = LoadSpec::uniform(&paths[..1]).expect("one folder");
+    let (plain, _) = load(&alone).expect("loads");
+    let (calibrated, _) = chosen(alone).expect("one member");
+    let calibration = calibrated.calibration.as_ref().expect("chosen");
+    assert_eq!((calibration.mean(), calibration.std()), (0.25, 2.0));
+    assert_ne!(calibrated.fingerprint, plain.fingerprint);
+    let without = LoadSpec::uniform(&[member(dir.path(), "c", |_| {}, 3)]).expect("one folder");
+    assert!(chosen(without).expect_err("none").to_string().contains("holds no mean and std"));
+}
+
+#[test]
+fn what_is_easily_meant_otherwise_is_said() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let old = serde_json::json!({"transformers_version": "4.41.2", "pad_token_id": 1});
+    let (generation, _) = load(&LoadSpec::uniform(&[configured(dir.path(), "old", old, |_| {}, 1)]).expect("one")).expect("loads");
+    assert!(generation.info.notes.iter().any(|note| note.contains("first_pad_minus_one")), "{:?}", generation.info.notes);
+    let several = |tensors: &mut Tensors| {
+        let score = fixture::tensor("F32", &[2, TINY.hidden], fixture::noise(9).take(2 * TINY.hidden));
+        tensors.insert("score.weight".to_owned(), score);
+    };
+    let labels = serde_json::json!({"id2label": {"0": "helpful", "1": "safe"}});
+    let path = configured(dir.path(), "two", labels, several, 1);
+    let (generation, _) = load(&LoadSpec::uniform(std::slice::from_ref(&path)).expect("one")).expect("loads");
+    assert_eq!(generation.info.output_names, ["helpful", "safe"]);
+    assert!(generation.info.notes.iter().any(|note| note.contains("the reward is the first of them")), "{:?}", generation.info.notes);
+    let weighted = format!("members: [{}]\nhead: {{weights: {{safe: 2}}}}", path.display());
+    let (weighted, _) = load(&recipe(&weighted)).expect("loads");
+    assert!(
+        weighted.info.notes.is_empty() && weighted.info.head.contains("weighted 0, 2"),
+        "{:?} {}",
+        weighted.info.notes,
+        weighted.info.head
+    );
+}
+
+#[test]
+fn a_constant_of_a_head_is_never_averaged() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let gated = |transform: f32| {
+        move |tensors: &mut Tensors| {
+            tensors.remove("score.weight");
+            let mut put = |name: &str, shape: &[usize], seed| {
+                let count = shape.iter().product();
+                tensors.insert(name.to_owned(), fixture::tensor("F32", shape, fixture::noise(seed).take(count)));
+            };
+            put("regression_layer.weight", &[2, TINY.hidden], 11);
+            put("gating.layers.0.weight", &[2, TINY.hidden], 12);
+            put("gating.logit_scale", &[1], 13);
+            let values = [1.0, 0.0, transform, 1.0];
+            tensors.insert("reward_transform_matrix".to_owned(), fixture::tensor("F32", &[2, 2], values.into_iter()));
+        }
+    };
+    let null = || serde_json::json!({"id2label": null});
+    let paths = [
+        configured(dir.path(), "a", null(), gated(0.0), 1),
+        configured(dir.path(), "b", null(), gated(0.0), 2),
+        configured(dir.path(), "c", null(), gated(0.5), 3),
+    ];
+    let of = |paths: &[PathBuf]| {
+        let members: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+        load(&recipe(&format!("members: [{}]\nhead: {{gate_at: ab}}", members.join(", "))))
+    };
+    assert!(of(&paths[..2]).is_ok());
+    let error = of(&paths).expect_err("another constant").to_string();
+    assert!(error.contains("member \"c\"") && error.contains("reward_transform_matrix") && error.contains("not averaged"), "{error}");
+}

@@ -1,6 +1,6 @@
 //! What the registry shows of itself. Every series exists before the first request.
 
-use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::Generation;
 use crate::domain::{Failure, FailureKind, Score};
@@ -41,6 +41,7 @@ pub struct RegistryMetrics {
     failures: IntCounterVec,
     reward: Histogram,
     tokenize_seconds: Histogram,
+    doubled_bos: IntCounter,
 }
 
 impl RegistryMetrics {
@@ -87,6 +88,14 @@ impl RegistryMetrics {
                 "kind",
                 &FailureKind::ALL.map(FailureKind::name),
             )?,
+            doubled_bos: {
+                let counter = IntCounter::new(
+                    "warm_registry_doubled_bos_total",
+                    "Texts that came with a BOS of their own, of which one was dropped.",
+                )?;
+                registry.register(Box::new(counter.clone()))?;
+                counter
+            },
             reward: histogram("warm_registry_reward", "Raw rewards that were handed out.", &reward_buckets())?,
             tokenize_seconds: histogram("warm_registry_tokenize_seconds", "Encoding of all samples of one request.", &SECONDS_BUCKETS)?,
         })
@@ -128,6 +137,10 @@ impl RegistryMetrics {
 
     pub(super) fn rewarded(&self, raw: Score) {
         self.reward.observe(f64::from(raw.get()));
+    }
+
+    pub(super) fn dropped_bos(&self, count: u64) {
+        self.doubled_bos.inc_by(count);
     }
 
     pub(super) fn tokenized(&self, took: std::time::Duration) {

@@ -19,7 +19,7 @@ pub use generation::{
     Calibration, Encode, FingerprintParts, Generation, GenerationInfo, GenerationParts, InvalidCalibration, LoadedMember, MemberInfo,
     SCORE_SEMANTICS, TextInfo,
 };
-pub use load::{Ensemble, LoadError, LoadSpec, Progress, TextOverrides, load_generation, open_text};
+pub use load::{CalibrationChoice, Ensemble, LoadError, LoadSpec, Progress, TextOverrides, load_generation, open_text};
 pub use metrics::{RegistryMetrics, ReloadOutcome};
 
 #[cfg(test)]

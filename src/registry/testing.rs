@@ -54,8 +54,11 @@ impl RewardModel for FakeModel {
             return Err(ModelError("asked to fail".to_owned()));
         }
         assert!(!samples.iter().any(|ids| ids[0] == PANIC), "asked to panic");
+        let value = |ids: &Vec<u32>| if ids[0] == NAN { f32::NAN } else { self.score(ids) };
         let output = |ids: &Vec<u32>| Output {
-            values: vec![if ids[0] == NAN { f32::NAN } else { self.score(ids) }; self.outputs],
+            reward: value(ids),
+            values: vec![value(ids); self.outputs],
+            steps: Vec::new(),
             pooled_position: ids.len() - 1,
             shared_tokens: 0,
         };
@@ -123,6 +126,7 @@ pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<
             loaded: std::time::SystemTime::UNIX_EPOCH,
             text: TextInfo::default(),
             vocabulary: 256,
+            head: String::new(),
             output_names: Vec::new(),
             notes: Vec::new(),
         },

@@ -35,7 +35,9 @@ impl RewardModel for Sum {
             return Err(ModelError("asked to fail".to_owned()));
         }
         let outputs = samples.iter().map(|ids| Output {
+            reward: ids.iter().sum::<u32>() as f32,
             values: vec![ids.iter().sum::<u32>() as f32],
+            steps: Vec::new(),
             pooled_position: ids.len() - 1,
             shared_tokens: 0,
         });

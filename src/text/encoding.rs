@@ -8,12 +8,17 @@ pub struct Encoding {
     type_ids: Option<Vec<u32>>,
     truncated: bool,
     rendered: Option<String>,
+    doubled_bos: bool,
 }
 
 impl Encoding {
     pub(super) fn new(ids: Vec<u32>, type_ids: Option<Vec<u32>>, truncated: bool, rendered: Option<String>) -> Self {
         debug_assert!(!ids.is_empty() && type_ids.as_ref().is_none_or(|types| types.len() == ids.len()));
-        Self { ids, type_ids, truncated, rendered }
+        Self { ids, type_ids, truncated, rendered, doubled_bos: false }
+    }
+
+    pub(super) fn with_doubled_bos(self, doubled_bos: bool) -> Self {
+        Self { doubled_bos, ..self }
     }
 
     pub fn ids(&self) -> &[u32] {
@@ -31,6 +36,11 @@ impl Encoding {
 
     pub fn truncated(&self) -> bool {
         self.truncated
+    }
+
+    /// Whether a BOS was dropped because there were two.
+    pub fn doubled_bos(&self) -> bool {
+        self.doubled_bos
     }
 
     /// The text that the chat template gave; `None` where there was no template to apply.

@@ -3,10 +3,11 @@
 mod encoding;
 mod options;
 mod pipeline;
+mod reasoning;
 mod template;
 mod tokenizer;
 
 pub use encoding::Encoding;
-pub use options::{BosPolicy, EosPolicy, TemplateChoice, TextError, TextOptions, TextPolicy};
+pub use options::{BosPolicy, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPolicy};
 pub use pipeline::{Explanation, TextPipeline};
 pub use template::TEMPLATE_ARGS;

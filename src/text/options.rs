@@ -49,6 +49,26 @@ impl EosPolicy {
     }
 }
 
+/// What becomes of the reasoning of thinking policies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ReasoningPolicy {
+    /// The model reads what the caller sent.
+    #[default]
+    Keep,
+    /// Thinking blocks are taken out of what assistants say, and one that never closes is a failure of the sample.
+    Strip,
+}
+
+impl ReasoningPolicy {
+    /// The name in settings and in `GetModel`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Strip => "strip",
+        }
+    }
+}
+
 /// Which chat template renders conversations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum TemplateChoice {
@@ -76,6 +96,10 @@ pub struct TextOptions {
     /// Whether the head reads the last token, so that cutting the right end may cut what it reads. False for models that
     /// read the first token or the mean.
     pub reads_last_token: bool,
+    pub reasoning: ReasoningPolicy,
+    /// A token that must end every sequence beside those that come as ids, because the head was trained to read there; it
+    /// takes the place of EOS in [`EosPolicy::Ensure`].
+    pub closing: Option<u32>,
 }
 
 impl TextOptions {
@@ -89,6 +113,8 @@ impl TextOptions {
             template: TemplateChoice::default(),
             template_time,
             reads_last_token: true,
+            reasoning: ReasoningPolicy::default(),
+            closing: None,
         }
     }
 }
@@ -113,7 +139,8 @@ pub struct TextPolicy {
     pub template_hash: Option<String>,
     /// The time that templates see, where one asks for it.
     pub template_time: Option<DateTime>,
-    /// What becomes of reasoning: it is always kept.
-    pub reasoning: &'static str,
+    pub reasoning: ReasoningPolicy,
+    /// The id of the token that ends every sequence, where the head asks for one.
+    pub closing: Option<u32>,
     pub max_tokens: usize,
 }

@@ -1,20 +1,21 @@
 //! From a sample to the ids that the model reads.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::borrow::Cow;
 
 use super::{
     encoding::Encoding,
-    options::{BosPolicy, EosPolicy, TextError, TextOptions, TextPolicy},
+    options::{BosPolicy, EosPolicy, ReasoningPolicy, TextError, TextOptions, TextPolicy},
+    reasoning::{self, Unfinished},
     template::Templates,
     tokenizer::{Piece, Tokenizer},
 };
 use crate::{
-    checkpoint::TextFacts,
+    checkpoint::{Names, Readout, TextFacts, TokenName},
     domain::{Failure, FailureKind, Sample, Truncation},
 };
 
-/// Everything that turns a sample into tokens for one model. Immutable but for a counter, so any number of threads may
-/// use it; it starts none itself.
+/// Everything that turns a sample into tokens for one model. Immutable, so any number of threads may use it; it starts
+/// none itself.
 #[derive(Debug)]
 pub struct TextPipeline {
     tokenizer: Tokenizer,
@@ -23,9 +24,14 @@ pub struct TextPipeline {
     policy: TextPolicy,
     uses_type_ids: bool,
     bos: Option<u32>,
-    eos: Option<u32>,
+    unk: Option<u32>,
+    /// The token that ends every sequence but those that come as ids.
+    end: Option<u32>,
+    /// Whether the template itself opens a thinking block before an answer.
+    opens_reasoning: bool,
+    /// Where the head reads; a sample that lacks such a token fails.
+    readout: Option<Readout>,
     hash: [u8; 32],
-    doubled_bos: AtomicU64,
 }
 
 /// What one sample becomes, step by step: what `warm explain` prints.
@@ -46,6 +52,7 @@ struct Draft {
     first: Vec<u32>,
     second: Vec<u32>,
     rendered: Option<String>,
+    doubled_bos: bool,
     notes: Vec<String>,
 }
 
@@ -96,15 +103,25 @@ impl TextPipeline {
             template: templates.name().map(str::to_owned),
             template_hash: templates.hash().map(|hash| blake3::Hash::from(hash).to_hex().to_string()),
             template_time: templates.tells_the_time().then_some(options.template_time),
-            reasoning: "keep",
+            reasoning: options.reasoning,
+            closing: options.closing,
             max_tokens: options.max_tokens,
             bos_token: bos.as_ref().map(|(token, _)| token.clone()),
             eos_token: eos.as_ref().map(|(token, _)| token.clone()),
         };
         let hash = policy_hash(facts, &options, &templates);
-        let (bos, eos) = (bos.map(|(_, id)| id), eos.map(|(_, id)| id));
+        let bos = bos.map(|(_, id)| id);
+        let unk = special("unk_token").map(|(_, id)| id);
+        let end = options.closing.or(eos.map(|(_, id)| id).filter(|_| options.eos == EosPolicy::Ensure));
+        let opens_reasoning =
+            options.reasoning == ReasoningPolicy::Strip && templates.opening().is_some_and(|text| reasoning::is_open(&text));
         let uses_type_ids = facts.uses_type_ids();
-        Ok(Self { tokenizer, templates, options, policy, uses_type_ids, bos, eos, hash, doubled_bos: AtomicU64::new(0) })
+        Ok(Self { tokenizer, templates, options, policy, uses_type_ids, bos, unk, end, opens_reasoning, readout: None, hash })
+    }
+
+    /// The same pipeline for a head that reads as this: a sample that it finds nothing to read in fails.
+    pub fn reading(self, readout: Readout) -> Self {
+        Self { readout: Some(readout), ..self }
     }
 
     /// The tokens of a sample.
@@ -141,12 +158,9 @@ impl TextPipeline {
         &self.policy
     }
 
-    /// How many texts came with a BOS of their own, so that the tokenizer's was not doubled.
-    pub fn doubled_bos(&self) -> u64 {
-        self.doubled_bos.load(Ordering::Relaxed)
-    }
-
     fn finish(&self, sample: &Sample, truncation: Truncation) -> Result<(Encoding, Vec<String>), Failure> {
+        let stripped = self.without_reasoning(sample)?;
+        let sample = stripped.as_ref();
         let mut draft = self.draft(sample)?;
         if !matches!(sample, Sample::Tokens(_)) {
             self.apply_bos(&mut draft, matches!(sample, Sample::Text(_) | Sample::Pair { .. }));
@@ -171,7 +185,32 @@ impl TextPipeline {
                 type_ids.resize(ids.len(), piece.type_id());
             }
         }
-        Ok((Encoding::new(ids, self.uses_type_ids.then_some(type_ids), truncated, draft.rendered), draft.notes))
+        if let Some(Err(problem)) = self.readout.as_ref().map(|readout| readout.places(&ids)) {
+            let cut = if truncated { "; the sample was cut" } else { "" };
+            return Err(Failure::new(FailureKind::NothingToRead, format!("{problem}{cut}")));
+        }
+        let encoding = Encoding::new(ids, self.uses_type_ids.then_some(type_ids), truncated, draft.rendered);
+        Ok((encoding.with_doubled_bos(draft.doubled_bos), draft.notes))
+    }
+
+    /// The sample without thinking blocks, where the policy strips them. Token ids are taken as they are.
+    fn without_reasoning<'a>(&self, sample: &'a Sample) -> Result<Cow<'a, Sample>, Failure> {
+        if self.options.reasoning == ReasoningPolicy::Keep {
+            return Ok(Cow::Borrowed(sample));
+        }
+        let unfinished = |unfinished: Unfinished| Failure::new(FailureKind::UnfinishedReasoning, unfinished.to_string());
+        Ok(match sample {
+            Sample::Conversation(conversation) => {
+                let stripped = reasoning::strip_conversation(conversation, self.opens_reasoning).map_err(unfinished)?;
+                Cow::Owned(Sample::Conversation(stripped))
+            }
+            Sample::Text(text) => Cow::Owned(Sample::Text(reasoning::strip(text, false).map_err(unfinished)?)),
+            Sample::Pair { first, second } => {
+                let second = reasoning::strip(second, reasoning::is_open(first)).map_err(unfinished)?;
+                Cow::Owned(Sample::Pair { first: reasoning::without_opening(first).to_owned(), second })
+            }
+            Sample::Tokens(_) => Cow::Borrowed(sample),
+        })
     }
 
     fn draft(&self, sample: &Sample) -> Result<Draft, Failure> {
@@ -184,7 +223,8 @@ impl TextPipeline {
             Ok(ids)
         };
         let bare = || vec![Piece::First { type_id: 0 }];
-        let draft = |pieces: Vec<Piece>, first, second| Draft { pieces, first, second, rendered: None, notes: Vec::new() };
+        let draft =
+            |pieces: Vec<Piece>, first, second| Draft { pieces, first, second, rendered: None, doubled_bos: false, notes: Vec::new() };
         Ok(match sample {
             Sample::Conversation(conversation) => {
                 let rendered = self.templates.render(conversation)?;
@@ -221,7 +261,7 @@ impl TextPipeline {
         match self.options.bos {
             BosPolicy::AsIs => {}
             BosPolicy::Auto if is_text && framed && leading > 0 => {
-                self.doubled_bos.fetch_add(1, Ordering::Relaxed);
+                draft.doubled_bos = true;
                 draft.first.remove(0);
                 draft.notes.push("the text begins with BOS and the tokenizer puts one before it: one was dropped (bos: auto)".to_owned());
             }
@@ -235,7 +275,7 @@ impl TextPipeline {
                 match (framed, leading) {
                     (false, 0) => draft.notes.push("BOS was put at the beginning (bos: always)".to_owned()),
                     (true, 1..) => {
-                        self.doubled_bos.fetch_add(1, Ordering::Relaxed);
+                        draft.doubled_bos = true;
                         draft.notes.push("a doubled BOS was dropped (bos: always)".to_owned());
                     }
                     _ => {}
@@ -254,19 +294,24 @@ impl TextPipeline {
     }
 
     fn apply_eos(&self, draft: &mut Draft, is_ids: bool) {
-        let (Some(eos), EosPolicy::Ensure) = (self.eos, self.options.eos) else { return };
-        if draft.special_at(draft.pieces.last(), eos) {
+        let Some(end) = self.end else { return };
+        if draft.special_at(draft.pieces.last(), end) {
             return;
         }
         let type_id = draft.pieces.last().map_or(0, |piece| piece.type_id());
         // An EOS of the body's own becomes a fixed one, so that truncation keeps it.
-        let own = draft.last_body().filter(|body| body.last() == Some(&eos)).map(Vec::pop).is_some();
+        let own = draft.last_body().filter(|body| body.last() == Some(&end)).map(Vec::pop).is_some();
         if !own && is_ids {
             return;
         }
-        draft.pieces.push(Piece::Special { id: eos, type_id });
+        draft.pieces.push(Piece::Special { id: end, type_id });
         if !own {
-            draft.notes.push("EOS was put at the end (eos: ensure)".to_owned());
+            let note = if self.options.closing.is_some() {
+                "the token that the head reads was put at the end"
+            } else {
+                "EOS was put at the end (eos: ensure)"
+            };
+            draft.notes.push(note.to_owned());
         }
     }
 
@@ -280,7 +325,7 @@ impl TextPipeline {
         let Some(room) = limit.checked_sub(draft.specials()).filter(|&room| room > 0) else {
             return too_long("; the special tokens alone fill that");
         };
-        if truncation == Truncation::Right && self.options.reads_last_token && self.options.eos != EosPolicy::Ensure {
+        if truncation == Truncation::Right && self.options.reads_last_token && self.end.is_none() {
             if is_conversation {
                 return too_long(
                     "; cutting the right would cut the template's closing tokens, which the head reads: truncate left, or set `eos: ensure`",
@@ -306,6 +351,28 @@ impl TextPipeline {
     }
 }
 
+impl Names for TextPipeline {
+    /// A text that becomes one token, or else the name that the vocabulary has for one.
+    fn token(&self, name: &TokenName) -> Result<u32, String> {
+        match name {
+            TokenName::Id(id) => Ok(*id),
+            TokenName::Text(text) => match self.tokenizer.ids(text)?.as_slice() {
+                // What the tokenizer does not know is one token too, and not the one that was meant.
+                [one] if Some(*one) != self.unk || self.tokenizer.id_of(text) == Some(*one) => Ok(*one),
+                [_] => Err("is unknown to the tokenizer".to_owned()),
+                several => self.tokenizer.id_of(text).ok_or_else(|| {
+                    let pieces: Vec<_> = several.iter().take(8).map(|&id| self.tokenizer.token_of(id).unwrap_or_default()).collect();
+                    format!("is not one token: it becomes {} ({})", several.len(), pieces.join(", "))
+                }),
+            },
+        }
+    }
+
+    fn tokens(&self, text: &str) -> Result<Vec<u32>, String> {
+        self.tokenizer.ids(text)
+    }
+}
+
 /// The lengths of two bodies that share `room`: the longer one gives first; where both must give, they become equal, and
 /// an odd token goes to the longer one.
 fn longest_first(first: usize, second: usize, room: usize) -> (usize, usize) {
@@ -323,7 +390,8 @@ fn policy_hash(facts: &TextFacts, options: &TextOptions, templates: &Templates) 
     for number in [options.max_tokens, options.vocab_rows] {
         hasher.update(&(number as u64).to_le_bytes());
     }
-    hasher.update(&[options.bos as u8, options.eos as u8, u8::from(options.reads_last_token)]);
+    hasher.update(&[options.bos as u8, options.eos as u8, u8::from(options.reads_last_token), options.reasoning as u8]);
+    hasher.update(&options.closing.map_or([0xff; 8], |id| u64::from(id).to_le_bytes()));
     hasher.update(&templates.fingerprint());
     *hasher.finalize().as_bytes()
 }

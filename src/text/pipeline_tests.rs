@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::*;
 use crate::domain::{Conversation, Turn};
+use crate::text::TemplateChoice;
 
 /// Folders of conformance families: those committed with the tests, and those that `WARM_CONFORMANCE` names.
 fn conformance_roots() -> Vec<PathBuf> {
@@ -139,10 +140,8 @@ fn bos_is_doubled_only_where_it_is_asked_for() {
     assert_eq!(encode(BosPolicy::Always, "<s>a"), [0, 3]);
     assert_eq!(encode(BosPolicy::Never, "<s>a"), [3]);
     let counted = pipeline(9, |_| {});
-    for input in ["<s>a", "a", "<s>b"] {
-        counted.encode(&text(input), Truncation::Refuse).expect("encodes");
-    }
-    assert_eq!(counted.doubled_bos(), 2);
+    let doubled = |input: &str| counted.encode(&text(input), Truncation::Refuse).expect("encodes").doubled_bos();
+    assert_eq!(["<s>a", "a", "<s>b"].map(doubled), [true, false, true]);
 }
 
 #[test]
@@ -220,6 +219,79 @@ fn the_hash_names_every_choice() {
     assert_ne!(plain, hash(|options| options.eos = EosPolicy::Ensure));
     assert_ne!(plain, hash(|options| options.max_tokens = 8));
     assert_ne!(plain, hash(|options| options.template = crate::text::TemplateChoice::Source("x".to_owned())));
+}
+
+/// A pipeline that strips reasoning, with this template.
+fn stripping(template: &str) -> TextPipeline {
+    let mut options = TextOptions::new(32, 9, date(2026, 1, 2).at(0, 0, 0, 0));
+    options.reasoning = ReasoningPolicy::Strip;
+    options.template = TemplateChoice::Source(template.to_owned());
+    TextPipeline::new(&facts("null", TOKENS), options).expect("loads")
+}
+
+const BARE: &str = "{% for m in messages %}{{ m.content }} {{ m.reasoning_content }}{% endfor %}";
+/// A template that opens a thinking block before the answer.
+const OPENING: &str = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}";
+
+#[test]
+fn reasoning_is_taken_out_of_what_is_judged() {
+    let plain = stripping(BARE);
+    let chat = |answer: &str| Sample::Conversation(Conversation::user("a <think> b").answered(answer));
+    // The user's own words stay as they are: `<think>` in them is text (two unknown words here).
+    let rendered = |pipeline: &TextPipeline, sample: &Sample| {
+        pipeline.encode(sample, Truncation::Refuse).map(|encoding| encoding.rendered().expect("a conversation").to_owned())
+    };
+    assert_eq!(rendered(&plain, &chat("<think>c d</think>\n\ne")).expect("closed"), "a <think> b e ");
+    assert_eq!(rendered(&plain, &chat("c d</think>e")).expect("closed"), "a <think> b e ");
+    assert_eq!(rendered(&plain, &chat("<think>c d")).expect_err("open").kind, FailureKind::UnfinishedReasoning);
+    assert_eq!(rendered(&plain, &chat("e")).expect("none"), "a <think> b e ");
+    // Where the template opens the block, an answer without an end is all reasoning.
+    let opening = stripping(OPENING);
+    assert_eq!(rendered(&opening, &chat("c d")).expect_err("open").kind, FailureKind::UnfinishedReasoning);
+    assert_eq!(rendered(&opening, &chat("c</think>d")).expect("closed"), "a <think> b d ");
+    // A field of its own goes too, and tells that the content has none.
+    let extra = serde_json::json!({"reasoning_content": "c"}).as_object().expect("an object").clone();
+    let beside = Conversation::user("a").extended([Turn::new("assistant", "d", extra).expect("a turn")]);
+    assert_eq!(rendered(&opening, &Sample::Conversation(beside.clone())).expect("closed"), "a d ");
+    assert_eq!(rendered(&plain, &Sample::Conversation(beside)).expect("closed"), "a d ");
+}
+
+#[test]
+fn reasoning_goes_from_texts_and_pairs_and_never_from_ids() {
+    let plain = stripping(BARE);
+    assert_eq!(ids(&plain, &text("a <think> b </think> c"), Truncation::Refuse), Ok(vec![3, 5]));
+    assert_eq!(ids(&plain, &text("a <think>\nb"), Truncation::Refuse), Err(FailureKind::UnfinishedReasoning));
+    let pair = |first: &str, second: &str| Sample::Pair { first: first.to_owned(), second: second.to_owned() };
+    assert_eq!(ids(&plain, &pair("a <think>", "b</think>c"), Truncation::Refuse), Ok(vec![3, 5]));
+    assert_eq!(ids(&plain, &pair("a <think>", "b"), Truncation::Refuse), Err(FailureKind::UnfinishedReasoning));
+    assert_eq!(ids(&plain, &Sample::Tokens(vec![3, 4]), Truncation::Refuse), Ok(vec![3, 4]));
+    let kept = pipeline(9, |_| {});
+    assert_eq!(ids(&kept, &text("<think>a"), Truncation::Refuse).map(|ids| ids.len() > 1), Ok(true), "kept by default");
+    assert_ne!(kept.hash(), pipeline(9, |options| options.reasoning = ReasoningPolicy::Strip).hash());
+}
+
+#[test]
+fn the_token_that_a_head_reads_ends_every_text_and_survives_every_cut() {
+    let closing = pipeline(4, |options| options.closing = Some(8));
+    assert_eq!(ids(&closing, &text("a b"), Truncation::Refuse), Ok(vec![0, 3, 4, 8]));
+    assert_eq!(ids(&closing, &text("a b f"), Truncation::Refuse), Ok(vec![0, 3, 4, 8]), "not twice");
+    assert_eq!(ids(&closing, &text("a b c d"), Truncation::Right), Ok(vec![0, 3, 4, 8]));
+    assert_eq!(ids(&closing, &Sample::Tokens(vec![3, 4]), Truncation::Refuse), Ok(vec![3, 4]), "ids are taken as they are");
+    assert_eq!(closing.policy().closing, Some(8));
+}
+
+#[test]
+fn a_name_is_a_token_only_if_it_is_one() {
+    let plain = pipeline(9, |_| {});
+    let token = |name: &str| plain.token(&TokenName::Text(name.to_owned()));
+    assert_eq!((token("a"), token("</s>"), plain.token(&TokenName::Id(7))), (Ok(3), Ok(1), Ok(7)));
+    assert_eq!(token("zzz"), Ok(2), "no unknown token is named in this folder, so it is a token like others");
+    let named = facts(WITH_BOS, r#"{"bos_token":"<s>","eos_token":"</s>","unk_token":"<unk>"}"#);
+    let named = TextPipeline::new(&named, TextOptions::new(9, 9, date(2026, 1, 2).at(0, 0, 0, 0))).expect("loads");
+    let token_of = |name: &str| named.token(&TokenName::Text(name.to_owned()));
+    assert_eq!((token_of("zzz").is_err(), token_of("<unk>"), token_of("b")), (true, Ok(2), Ok(4)));
+    let refused = token("a b").expect_err("two");
+    assert!(refused.contains("is not one token: it becomes 2 (a, b)"), "{refused}");
 }
 
 proptest::proptest! {

@@ -184,6 +184,11 @@ impl Templates {
             })?,
         };
         let (context, size) = self.context(conversation)?;
+        self.write(source, context, size)
+    }
+
+    fn write(&self, source: &Source, context: BTreeMap<String, Value>, size: usize) -> Result<String, Failure> {
+        let refused = |message: String| Failure::new(FailureKind::TemplateRefused, message);
         let template = self.environment.get_template(&source.name).map_err(|error| refused(error.to_string()))?;
         let limit = MIN_OUTPUT_BYTES + OUTPUT_FACTOR.saturating_mul(size);
         let mut output = Capped { bytes: Vec::new(), limit, full: false };
@@ -193,6 +198,15 @@ impl Templates {
         }
         rendered.map_err(|error| refused(explain(&error)))?;
         String::from_utf8(output.bytes).map_err(|_| refused("the chat template writes broken UTF-8".to_owned()))
+    }
+
+    /// What the template puts before an answer, at the end of a short prompt: with the generation prompt, which scoring
+    /// never has. `None` where there is no template or where it refuses.
+    pub(super) fn opening(&self) -> Option<String> {
+        let source = self.plain.as_ref()?;
+        let (mut context, size) = self.context(&Conversation::user("x")).ok()?;
+        context.insert("add_generation_prompt".to_owned(), Value::from(true));
+        self.write(source, context, size).ok()
     }
 
     /// The template's variables, and the bytes of what came from the caller.

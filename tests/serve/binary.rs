@@ -74,6 +74,39 @@ fn sigterm_drains_and_exits_with_zero_and_health_says_so_before() {
     assert!(rest.contains("stopped"), "{rest}");
 }
 
+#[test]
+fn verify_says_by_its_exit_code_whether_a_model_scores_as_its_reference() {
+    let golden = super::family().join("golden.json");
+    let verify = |more: &[&std::ffi::OsStr]| {
+        let output = warm().arg("verify").arg("--golden").arg(&golden).args(more).output().expect("ran");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&said).into_owned())
+    };
+    let members = super::members();
+    let member = |i: usize| members[i].as_os_str();
+    let (code, said) = verify(&[member(0), member(1), member(2), "--members".as_ref()]);
+    assert_eq!(code, Some(0), "{said}");
+    for name in ["warm", "member-0", "member-1", "member-2", "largest deviation"] {
+        assert!(said.contains(name), "{name}\n{said}");
+    }
+    // The scores of another member are not its own.
+    let (code, said) = verify(&[member(0), "--key".as_ref(), "member-1".as_ref()]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("case 0: expected"), "{said}");
+    // The same through a server.
+    let mut server = serve(&members);
+    let mut log = BufReader::new(server.stderr.take().expect("piped"));
+    let address = wait_for(&mut log, "listening", "grpc").expect("address");
+    wait_for(&mut log, "ready", "");
+    let (code, said) = verify(&["--connect".as_ref(), address.as_ref()]);
+    assert_eq!(code, Some(0), "{said}");
+    terminate(&server);
+    server.wait().expect("ended");
+    // What is no golden is a mistake, not a difference.
+    let no_golden = warm().args(["verify", "--golden", "Cargo.toml"]).arg(member(0)).output().expect("ran");
+    assert_eq!(no_golden.status.code(), Some(1));
+}
+
 /// Long enough that a signal comes while it is being scored.
 fn long_request() -> wire::ScoreRequest {
     let ids = |i: u32| (0..200).map(|k| 10 + (i * 31 + k * 7) % 4000).collect();

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use serde_norway::{Mapping, Value};
 
 use super::{Coefficients, DTYPES, Granularity, Kind, Member, Method, Recipe, Rule, Take};
-use crate::checkpoint::Dtype;
+use crate::checkpoint::{Dtype, HeadChoice};
 use crate::domain::MemberName;
 use crate::merge::glob::Glob;
+use crate::merge::recipe_head;
 
-const KEYS: [&str; 10] = ["kind", "method", "slerp", "ema", "normalize", "liti", "init", "members", "rules", "dtype"];
+const KEYS: [&str; 12] = ["kind", "method", "slerp", "ema", "normalize", "liti", "init", "members", "rules", "dtype", "head", "pooling"];
 const METHODS: [&str; 3] = ["linear", "slerp", "ema"];
 
 /// The share of the newest member in WARP's moving average (WARP §3.1 and appendix D.2).
@@ -33,6 +34,7 @@ struct Frame {
     liti: Option<f64>,
     init: Option<PathBuf>,
     dtype: Dtype,
+    head: HeadChoice,
 }
 
 pub fn resolve(value: &Value, base: &Path) -> Result<Recipe, Vec<String>> {
@@ -75,7 +77,15 @@ pub fn uniform(paths: &[PathBuf]) -> Result<Recipe, Vec<String>> {
     if paths.is_empty() {
         problems.push("members: the list is empty, expected at least one checkpoint".to_owned());
     }
-    let frame = Frame { kind: Kind::Reward, method: Method::Linear, normalize: true, liti: None, init: None, dtype: Dtype::F32 };
+    let frame = Frame {
+        kind: Kind::Reward,
+        method: Method::Linear,
+        normalize: true,
+        liti: None,
+        init: None,
+        dtype: Dtype::F32,
+        head: HeadChoice::default(),
+    };
     finish(frame, drafts, None, problems)
 }
 
@@ -87,6 +97,7 @@ fn frame(recipe: &Mapping, members: usize, base: &Path, problems: &mut Vec<Strin
         liti: section(recipe, "liti", &["eta"], problems).and_then(|liti| required(liti, "liti", "eta", problems)),
         init: path(recipe, "", "init", base, problems),
         dtype: choice(recipe, "", "dtype", &DTYPES, problems).unwrap_or(Dtype::F32),
+        head: recipe_head::read(recipe, problems),
     };
     if !recipe.contains_key("init") {
         if matches!(frame.method, Method::Slerp { .. }) {
@@ -181,8 +192,8 @@ fn finish(frame: Frame, drafts: Vec<Draft>, rules: Option<&Value>, mut problems:
         Ok(Member { name, path: draft.path, base: draft.base, coefficient })
     };
     let members = drafts.into_iter().zip(shares).map(member).collect::<Result<_, Vec<String>>>()?;
-    let Frame { kind, method, normalize, liti, init, dtype } = frame;
-    Ok(Recipe { kind, method, normalize, liti, init, members, rules, dtype })
+    let Frame { kind, method, normalize, liti, init, dtype, head } = frame;
+    Ok(Recipe { kind, method, normalize, liti, init, members, rules, dtype, head })
 }
 
 /// The share of each member in the merge.

@@ -1,6 +1,6 @@
 //! Activations, alone and fused with the gate's product.
 
-use super::math::exp;
+use super::math::{erf, exp, tanh};
 use super::{RowKernel, for_rows};
 use crate::checkpoint::Activation;
 
@@ -51,7 +51,7 @@ fn apply(kind: Activation, values: &mut [f32]) {
         Activation::Gelu => values.iter_mut().for_each(|x| *x = gelu(*x)),
         Activation::GeluTanh => values.iter_mut().for_each(|x| *x = gelu_tanh(*x)),
         Activation::Relu => values.iter_mut().for_each(|x| *x = relu(*x)),
-        Activation::Tanh => values.iter_mut().for_each(|x| *x = libm::tanhf(*x)),
+        Activation::Tanh => values.iter_mut().for_each(|x| *x = tanh(*x)),
     }
 }
 
@@ -64,7 +64,7 @@ pub fn silu(x: f32) -> f32 {
 /// `x * Phi(x)`, with the error function.
 #[inline(always)]
 fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2))
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
 /// The hyperbolic-tangent form: `0.5 x (1 + tanh(u)) = x * sigmoid(2u)`.

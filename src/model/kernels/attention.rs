@@ -8,13 +8,15 @@
 use pulp::Simd;
 use rayon::prelude::*;
 
+use super::distances::{Distances, HeadBias};
+use super::math::tanh;
 use super::tile::{self, ROWS, Rows, Running, multiply_add};
 use crate::model::pack::Pack;
 
 /// Products of queries and keys below which a hand-over to another thread costs more than the work.
 const ALONE: usize = 1 << 18;
 /// Keys in a block.
-const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 /// Queries of one task, at most: long nodes are spread over threads, and keys are gathered once for all of a task.
 const QUERIES: usize = 512;
 
@@ -25,19 +27,24 @@ pub struct Shape {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub scale: f32,
+    /// Products beyond this are bent back: `cap * tanh(product / cap)`.
+    pub softcap: Option<f32>,
     pub causal: bool,
-    /// A query sees the keys at most `window - 1` positions before it.
+    /// A query sees only keys that are less than this many positions away.
     pub window: Option<usize>,
 }
 
-/// `softmax(q k^T * scale) v` for every node of the pack. `data` has one row a token, `stride` apart, that begins with
+/// `softmax(bend(q k^T * scale)) v` for every node of the pack. `data` has one row a token, `stride` apart, that begins with
 /// `[queries | keys | values]`; the output has `heads * head_dim` columns, and zeros in rows that belong to no node.
-pub fn attend(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, rows: usize) -> Vec<f32> {
+/// `distances` are DeBERTa's, whose every query head has a key head of its own.
+pub fn attend(shape: &Shape, distances: Option<Distances>, pack: &Pack, data: &[f32], stride: usize, rows: usize) -> Vec<f32> {
     let width = shape.heads * shape.head_dim;
     let group = shape.heads / shape.kv_heads;
     let tasks: Vec<Task> = (0..pack.nodes().len())
         .flat_map(|node| (0..pack.nodes()[node].rows.len()).step_by(QUERIES).map(move |first| (node, first)))
-        .flat_map(|(node, first)| (0..shape.kv_heads).map(move |kv_head| Task { shape, pack, data, stride, node, first, kv_head }))
+        .flat_map(|(node, first)| {
+            (0..shape.kv_heads).map(move |kv_head| Task { shape, distances, pack, data, stride, node, first, kv_head })
+        })
         .collect();
     let run = |task: &Task| pulp::Arch::new().dispatch(*task);
     let products: usize = pack.nodes().iter().map(|node| node.rows.len() * (node.start + node.rows.len())).sum();
@@ -58,6 +65,7 @@ pub fn attend(shape: &Shape, pack: &Pack, data: &[f32], stride: usize, rows: usi
 #[derive(Clone, Copy)]
 struct Task<'a> {
     shape: &'a Shape,
+    distances: Option<Distances<'a>>,
     pack: &'a Pack,
     data: &'a [f32],
     stride: usize,
@@ -81,12 +89,13 @@ impl pulp::WithSimd for Task<'_> {
     /// `[queries, group, head_dim]`.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
-        let Self { shape, pack, data, stride, node, first, kv_head } = self;
+        let Self { shape, distances, pack, data, stride, node, first, kv_head } = self;
         let (dim, group, rows) = (shape.head_dim, shape.heads / shape.kv_heads, self.rows());
         // The position of the task's first query.
         let start = pack.nodes()[node].start + first;
         let (_, end) = visible(shape, start + rows.len() - 1, usize::MAX);
         let keys = Keys::gather(&self, end);
+        let mut bias = distances.map(|distances| distances.of_head(simd, kv_head, keys.count, |key, into| keys.copy(key, into)));
         let mut output = vec![0.0f32; rows.len() * group * dim];
         let mut tile = Tile::new(dim, keys.columns);
         // One list of (query, head) rows: the heads of a group read the same keys, so they fill tiles together.
@@ -103,8 +112,11 @@ impl pulp::WithSimd for Task<'_> {
             }
             let from = seen[..members].iter().map(|range| range.0).min().unwrap_or(0) / BLOCK;
             let to = seen[..members].iter().map(|range| range.1).max().unwrap_or(0).div_ceil(BLOCK);
+            if let Some(bias) = &mut bias {
+                bias.turn(simd, &tile.query, start + first..start + first + members);
+            }
             for block in from..to {
-                tile.absorb(simd, &keys, block, &seen, shape.scale);
+                tile.absorb(simd, &keys, block, &seen, shape, bias.as_ref());
             }
             for slot in 0..members {
                 tile.finish(slot, &mut output[(first + slot) * dim..(first + slot + 1) * dim]);
@@ -116,7 +128,11 @@ impl pulp::WithSimd for Task<'_> {
 
 /// The keys that the query at `position` sees, as a half-open range.
 fn visible(shape: &Shape, position: usize, keys: usize) -> (usize, usize) {
-    let end = if shape.causal { position + 1 } else { keys };
+    let end = match shape.window {
+        _ if shape.causal => position + 1,
+        Some(window) => keys.min(position + window),
+        None => keys,
+    };
     let start = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
     (start, end)
 }
@@ -153,6 +169,14 @@ impl Keys {
         }
         Self { count, columns, keys, values }
     }
+
+    /// The key of one position.
+    fn copy(&self, position: usize, into: &mut [f32]) {
+        let block = &self.keys[position / BLOCK * BLOCK * into.len()..];
+        for (d, into) in into.iter_mut().enumerate() {
+            *into = block[d * BLOCK + position % BLOCK];
+        }
+    }
 }
 
 /// A few query rows, and what they have gathered so far.
@@ -183,15 +207,31 @@ impl Tile {
 
     /// Adds one block of keys to what every row has gathered.
     #[inline(always)]
-    fn absorb<S: Simd>(&mut self, simd: S, keys: &Keys, block: usize, seen: &[(usize, usize); ROWS], scale: f32) {
+    fn absorb<S: Simd>(
+        &mut self,
+        simd: S,
+        keys: &Keys,
+        block: usize,
+        seen: &[(usize, usize); ROWS],
+        shape: &Shape,
+        bias: Option<&HeadBias>,
+    ) {
         let (dim, columns) = (self.dim, self.columns);
         self.scores = [[0.0; BLOCK]; ROWS];
         let queries = Rows { values: &self.query, stride: dim };
         let block_keys = Rows { values: &keys.keys[block * BLOCK * dim..], stride: BLOCK };
         multiply_add(simd, queries, block_keys, dim, self.scores.as_flattened_mut(), BLOCK);
         for (slot, scores) in self.scores.iter_mut().enumerate() {
+            if let Some(bias) = bias {
+                bias.add(slot, block, scores);
+            }
             for score in scores.iter_mut() {
-                *score *= scale;
+                *score *= shape.scale;
+            }
+            if let Some(cap) = shape.softcap {
+                for score in scores.iter_mut() {
+                    *score = cap * tanh(*score / cap);
+                }
             }
             let from = seen[slot].0.saturating_sub(block * BLOCK).min(BLOCK);
             let to = seen[slot].1.saturating_sub(block * BLOCK).min(BLOCK);

@@ -17,10 +17,12 @@ fn reference(shape: &Shape, lengths: &[usize], data: &[f32], stride: usize) -> V
             for head in 0..shape.heads {
                 let at = |row: usize, column: usize| f64::from(data[(offset + row) * stride + column]);
                 let kv = head / group;
-                let sees = |j: usize| (!shape.causal || j <= i) && shape.window.is_none_or(|window| i < j + window);
+                let sees = |j: usize| (!shape.causal || j <= i) && shape.window.is_none_or(|window| i.abs_diff(j) < window);
+                let bent = |product: f64| shape.softcap.map_or(product, |cap| f64::from(cap) * (product / f64::from(cap)).tanh());
                 let scores: Vec<f64> = (0..length)
                     .map(|j| {
-                        (0..dim).map(|d| at(i, head * dim + d) * at(j, (shape.heads + kv) * dim + d)).sum::<f64>() * f64::from(shape.scale)
+                        let products = (0..dim).map(|d| at(i, head * dim + d) * at(j, (shape.heads + kv) * dim + d));
+                        bent(products.sum::<f64>() * f64::from(shape.scale))
                     })
                     .collect();
                 let top = (0..length).filter(|&j| sees(j)).map(|j| scores[j]).fold(f64::MIN, f64::max);
@@ -56,9 +58,17 @@ fn noise(count: usize, seed: u32) -> Vec<f32> {
 }
 
 fn shapes() -> impl Strategy<Value = Shape> {
-    (1usize..3, 1usize..3, 1usize..42, any::<bool>(), prop::option::of(1usize..90)).prop_map(|(kv_heads, group, half, causal, window)| {
-        Shape { heads: kv_heads * group, kv_heads, head_dim: half * 2, scale: 1.5, causal, window: if causal { window } else { None } }
-    })
+    (1usize..3, 1usize..3, 1usize..42, any::<bool>(), prop::option::of(1usize..90), prop::option::of(0.5f32..30.0)).prop_map(
+        |(kv_heads, group, half, causal, window, softcap)| Shape {
+            heads: kv_heads * group,
+            kv_heads,
+            head_dim: half * 2,
+            scale: 1.5,
+            softcap,
+            causal,
+            window,
+        },
+    )
 }
 
 proptest! {
@@ -71,7 +81,7 @@ proptest! {
         let rows = pack.ids().len();
         let data = noise(rows * stride, seed);
         let width = shape.heads * shape.head_dim;
-        let found = attend(&shape, &pack, &data, stride, rows);
+        let found = attend(&shape, None, &pack, &data, stride, rows);
         for (row, exact) in reference(&shape, &lengths, &data, stride).iter().enumerate() {
             for (found, exact) in found[row * width..].iter().zip(exact) {
                 prop_assert!((f64::from(*found) - exact).abs() < 2e-5, "row {row}: {found} against {exact}");
@@ -87,13 +97,13 @@ proptest! {
         let data = noise(rows * stride, seed);
         let width = shape.heads * shape.head_dim;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("pool");
-        let found = pool.install(|| attend(&shape, &together, &data, stride, rows));
+        let found = pool.install(|| attend(&shape, None, &together, &data, stride, rows));
         let mut offset = 0;
         for &length in &lengths {
             let alone = pack(&[length]);
             let mut own = data[offset * stride..(offset + length) * stride].to_vec();
             own.resize(alone.ids().len() * stride, 0.0);
-            let single = attend(&shape, &alone, &own, stride, alone.ids().len());
+            let single = attend(&shape, None, &alone, &own, stride, alone.ids().len());
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&single[..length * width]), bits(&found[offset * width..(offset + length) * width]));
             offset += length;
@@ -103,11 +113,11 @@ proptest! {
 
 #[test]
 fn a_nan_of_one_sample_stays_with_it() {
-    let shape = Shape { heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0, causal: true, window: None };
+    let shape = Shape { heads: 1, kv_heads: 1, head_dim: 4, scale: 1.0, softcap: None, causal: true, window: None };
     let pack = pack(&[3, 70]);
     let mut data = noise(73 * 12, 5);
     data[..36].fill(f32::NAN);
-    let output = attend(&shape, &pack, &data, 12, 73);
+    let output = attend(&shape, None, &pack, &data, 12, 73);
     assert!(output[..12].iter().all(|value| value.is_nan()));
     assert!(output[12..].iter().all(|value| value.is_finite()));
 }

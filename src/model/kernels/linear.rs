@@ -13,6 +13,11 @@ pub fn add_bias(x: &mut [f32], stride: usize, bias: &[f32]) {
     for_rows(x, stride, &AddBias { stride, bias });
 }
 
+/// `x[rows[i]] += weights[i] * y[i]`, rows of `x` contiguous and `width` wide, rows of `y` `stride` apart.
+pub fn scatter_add(x: &mut [f32], width: usize, y: &[f32], stride: usize, rows: &[u32], weights: &[f32]) {
+    vectorised(ScatterAdd { x, width, y, stride, rows, weights });
+}
+
 /// `y = x W^T + b` for one row, each output by one dot product in a fixed order: the head's product, whose single column
 /// would take another path through a matrix product at every batch size. `weight` is `[outputs, x.len()]`.
 pub fn project(x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
@@ -32,6 +37,29 @@ impl RowKernel for AddRows<'_> {
             let start = (first + row) * self.stride;
             for (x, y) in x.iter_mut().zip(&self.y[start..start + self.width]) {
                 *x += y;
+            }
+        }
+    }
+}
+
+struct ScatterAdd<'a> {
+    x: &'a mut [f32],
+    width: usize,
+    y: &'a [f32],
+    stride: usize,
+    rows: &'a [u32],
+    weights: &'a [f32],
+}
+
+impl Vectorised for ScatterAdd<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for ((row, weight), y) in self.rows.iter().zip(self.weights).zip(self.y.chunks(self.stride)) {
+            let x = &mut self.x[*row as usize * self.width..][..self.width];
+            for (x, y) in x.iter_mut().zip(y) {
+                *x = weight.mul_add(*y, *x);
             }
         }
     }
@@ -88,5 +116,7 @@ mod tests {
         assert_eq!(x, [2.0, 3.0, 4.0, 5.0]);
         add_bias(&mut x, 2, &[10.0]);
         assert_eq!(x, [12.0, 3.0, 14.0, 5.0]);
+        scatter_add(&mut x, 2, &[1.0, 2.0, 99.0, 3.0, 4.0, 99.0], 3, &[1, 1], &[1.0, 0.5]);
+        assert_eq!(x, [12.0, 3.0, 16.5, 9.0]);
     }
 }

@@ -31,6 +31,38 @@ pub fn exp(x: f32) -> f32 {
     p * scale
 }
 
+/// The hyperbolic tangent, within three units in the last place.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    // Near zero the odd series, whose next term is below 2e-9 of the sum; elsewhere nothing cancels in 1 - 2 / (e^2|x| + 1).
+    let square = x * x;
+    let mut p = -1382.0 / 155_925.0;
+    p = square.mul_add(p, 62.0 / 2835.0);
+    p = square.mul_add(p, -17.0 / 315.0);
+    p = square.mul_add(p, 2.0 / 15.0);
+    p = square.mul_add(p, -1.0 / 3.0);
+    let near = (square * p).mul_add(x, x);
+    let far = (1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0)).copysign(x);
+    if x.abs() < 0.3 { near } else { far }
+}
+
+/// The error function, within 2e-7.
+#[inline(always)]
+pub fn erf(x: f32) -> f32 {
+    // Interpolations at Chebyshev points: below 1 of `erf(x) / x` in x^2, above of `erfc(x) e^(x^2) / t` in `t = 1 / (1 + x/2)`.
+    const NEAR: [f32; 7] = [1.128_379_1, -0.376_126_26, 0.112_835_944, -0.026_854_211, 0.005_189_087, -0.000_801_686_43, 7.875_875e-5];
+    const FAR: [f32; 7] = [0.282_592_03, 0.274_488_18, 0.295_938_9, 0.004_239_372, 0.430_149_14, -0.380_875_6, 0.093_350_74];
+    // At 4.2 the function is 1 to the last bit. A NaN stays one.
+    let magnitude = x.abs();
+    let magnitude = if magnitude > 4.2 { 4.2 } else { magnitude };
+    let square = magnitude * magnitude;
+    let horner = |coefficients: &[f32; 7], x: f32| coefficients.iter().rev().fold(0.0, |sum: f32, c| sum.mul_add(x, *c));
+    let near = magnitude * horner(&NEAR, square);
+    let t = 1.0 / magnitude.mul_add(0.5, 1.0);
+    let far = 1.0 - exp(-square) * t * horner(&FAR, t);
+    (if magnitude < 1.0 { near } else { far }).copysign(x)
+}
+
 /// The sum of sixteen lanes, always in the same order.
 #[inline(always)]
 pub fn fold(lanes: [f32; LANES]) -> f32 {
@@ -85,6 +117,18 @@ mod tests {
             let exact = f64::from(x).exp();
             let unit = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
             prop_assert!((f64::from(exp(x)) - exact).abs() <= 2.0 * unit, "{x}: {} against {exact}", exp(x));
+        }
+
+        #[test]
+        fn tanh_is_within_three_units_in_the_last_place(x in prop_oneof![-0.4f32..0.4, -20.0f32..20.0]) {
+            let exact = f64::from(x).tanh();
+            let unit = f64::from((exact as f32).abs().next_up()) - f64::from((exact as f32).abs());
+            prop_assert!((f64::from(tanh(x)) - exact).abs() <= 3.0 * unit, "{x}: {} against {exact}", tanh(x));
+        }
+
+        #[test]
+        fn erf_is_within_two_ten_millionths(x in prop_oneof![-1.1f32..1.1, -6.0f32..6.0]) {
+            prop_assert!((f64::from(erf(x)) - libm::erf(f64::from(x))).abs() < 2e-7, "{x}: {}", erf(x));
         }
 
         #[test]

@@ -6,10 +6,12 @@
 
 pub mod activation;
 pub mod attention;
+pub mod distances;
 pub mod linear;
 pub mod math;
 pub mod norm;
 pub mod rope;
+pub mod route;
 mod tile;
 
 use rayon::prelude::*;

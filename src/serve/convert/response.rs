@@ -1,6 +1,6 @@
 //! Answers: domain to wire.
 
-use crate::domain::{Failure, FailureKind, Scored, bradley_terry};
+use crate::domain::{Failure, FailureKind, Scored, Step, bradley_terry};
 use crate::registry::{Compared, Generation, MemberInfo, ModelStamp, Timing, group_agreement};
 use crate::wire;
 
@@ -19,7 +19,12 @@ fn scored(scored: Scored) -> wire::Score {
         truncated: scored.truncated,
         details,
         failure: None,
+        steps: scored.steps.into_iter().map(step).collect(),
     }
+}
+
+fn step(step: Step) -> wire::Step {
+    wire::Step { position: saturating(step.position), outputs: step.outputs, reward: step.reward.get() }
 }
 
 /// A sample that cannot be scored.
@@ -33,6 +38,7 @@ fn failed(failure: Failure) -> wire::Score {
         FailureKind::Expired => Kind::Expired,
         FailureKind::UnfinishedReasoning => Kind::UnfinishedReasoning,
         FailureKind::UnknownToken => Kind::UnknownToken,
+        FailureKind::NothingToRead => Kind::NothingToRead,
     };
     wire::Score { failure: Some(wire::Failure { kind: kind.into(), message: failure.message }), ..Default::default() }
 }
@@ -153,6 +159,8 @@ pub fn generation(generation: &Generation, stamped: ModelStamp, max_pack_tokens:
         }),
         output_names: info.output_names.clone(),
         vocabulary: saturating(info.vocabulary),
+        head: info.head.clone(),
+        notes: info.notes.clone(),
     }
 }
 

@@ -6,7 +6,7 @@ fn score(value: f32) -> Score {
 }
 
 fn scored_as(reward: f32) -> Scored {
-    Scored { reward: score(reward), outputs: vec![], tokens: 3, truncated: false, details: None }
+    Scored { reward: score(reward), outputs: vec![], steps: vec![], tokens: 3, truncated: false, details: None }
 }
 
 fn compared(merged: f32, members: &[f32]) -> Result<Compared, Failure> {
@@ -26,6 +26,14 @@ fn a_reward_is_absent_exactly_where_there_is_a_failure() {
     let failed = outcome(Err(failure()));
     assert_eq!(failed.reward, None);
     assert_eq!(failed.failure.map(|failure| failure.kind()), Some(wire::failure::Kind::TooLong));
+}
+
+#[test]
+fn steps_travel_with_their_places_and_outputs() {
+    let steps = [(4, 0.5), (9, -1.0)].map(|(position, reward)| Step { position, reward: score(reward), outputs: vec![reward, 2.0] });
+    let wired = outcome(Ok(Scored { steps: steps.to_vec(), ..scored_as(-1.0) }));
+    let found: Vec<_> = wired.steps.iter().map(|step| (step.position, step.reward, step.outputs.clone())).collect();
+    assert_eq!(found, [(4, 0.5, vec![0.5, 2.0]), (9, -1.0, vec![-1.0, 2.0])]);
 }
 
 #[test]

@@ -44,6 +44,9 @@ pub(super) fn install(environment: &mut Environment<'static>, time: DateTime) {
     environment.add_filter("tojson", json::tojson);
     environment.add_filter("string", |state: &State, value: &Value| python::text(state, value));
     environment.add_filter("trim", |value: &Value, chars: Option<&str>| python::strip(&value.to_string(), chars, true, true).to_owned());
+    environment.add_filter("center", |state: &mut State, value: &Value, width: Option<i64>| {
+        python::method(state, &Value::from(value.to_string()), "center", &[Value::from(width.unwrap_or(80))])
+    });
     environment.add_filter("wordcount", |text: &str| {
         text.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|word| !word.is_empty()).count()
     });

@@ -1,0 +1,98 @@
+//! From tokens to the first hidden states.
+
+use candle_core::{Device, Result, Tensor};
+
+use super::super::LoadError;
+use super::super::ops;
+use super::super::pack::Pack;
+use super::super::weights::{Linear, Loader, NormWeights};
+use crate::checkpoint::{Architecture, Layout, Positions, ProjectionPlace};
+
+#[derive(Debug)]
+pub struct Embedding {
+    tokens: Tensor,
+    positions: Option<Tensor>,
+    token_types: Option<Tensor>,
+    projection: Option<Linear>,
+    norm: Option<NormWeights>,
+}
+
+impl Embedding {
+    pub fn load(architecture: &Architecture, layout: &Layout, loader: &mut Loader) -> std::result::Result<Self, LoadError> {
+        let optional = |loader: &mut Loader, name: Option<&String>| name.map(|name| loader.tensor(name)).transpose();
+        Ok(Self {
+            tokens: loader.scaled(&layout.embedding, architecture.embedding_scale)?,
+            positions: optional(loader, layout.positions.as_ref())?,
+            token_types: optional(loader, layout.token_types.as_ref())?,
+            projection: layout.embedding_projection.as_ref().map(|keys| loader.fused(&[keys])).transpose()?,
+            norm: loader.optional_norm(layout.embedding_norm.as_ref())?,
+        })
+    }
+
+    pub fn embed(&self, architecture: &Architecture, pack: &Pack, device: &Device) -> Result<Tensor> {
+        let rows = |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::new(ids, device)?, 0);
+        let project = |x: Tensor, place: ProjectionPlace| match &self.projection {
+            Some(projection) if architecture.embedding_projection.is_some_and(|known| known.place == place) => {
+                projection.forward_narrow(&x)
+            }
+            _ => Ok(x),
+        };
+        let mut x = project(rows(&self.tokens, pack.ids())?, ProjectionPlace::BeforePositions)?;
+        if let Some(table) = &self.token_types {
+            ops::add(&x, &rows(table, pack.type_ids())?)?;
+        }
+        if let (Some(table), Some(positions)) = (&self.positions, &architecture.positions) {
+            ops::add(&x, &rows(table, &position_rows(positions, pack))?)?;
+        }
+        x = project(x, ProjectionPlace::BeforeNorm)?;
+        if let Some(norm) = &self.norm {
+            x = norm.apply(architecture.norm, &x)?;
+        }
+        project(x, ProjectionPlace::AfterNorm)
+    }
+}
+
+/// The row of the position table for every row of the pack.
+fn position_rows(positions: &Positions, pack: &Pack) -> Vec<u32> {
+    let first = positions.first as u32;
+    let mut rows: Vec<u32> = pack.positions().iter().map(|position| position + first).collect();
+    let Some(skipped) = positions.skips else { return rows };
+    for sample in 0..pack.len() {
+        let mut next = first;
+        for row in pack.path(pack.leaf(sample)).into_iter().flatten() {
+            let counts = pack.ids()[row] != skipped;
+            rows[row] = if counts { next } else { skipped };
+            next += u32::from(counts);
+        }
+    }
+    rows
+}
+
+/// DeBERTa's embeddings of distances, normed: `[embeddings, width]`.
+pub fn relative(architecture: &Architecture, layout: &Layout, loader: &mut Loader) -> std::result::Result<Option<Tensor>, LoadError> {
+    let Some(keys) = &layout.relative else { return Ok(None) };
+    let embeddings = loader.tensor(&keys.embeddings)?;
+    let norm = loader.optional_norm(keys.norm.as_ref())?;
+    Ok(Some(match norm {
+        Some(norm) => norm.apply(architecture.norm, &embeddings)?,
+        None => embeddings,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::text::Encoding;
+
+    #[test]
+    fn positions_begin_where_the_table_says_and_skip_what_it_skips() {
+        let encodings = [vec![5, 1, 6], vec![7, 8]].map(|ids| Arc::new(Encoding::for_test(ids)));
+        let pack = Pack::new(&encodings);
+        let positions = |first, skips| position_rows(&Positions { rows: 16, first, skips }, &pack);
+        assert_eq!(positions(0, None), [0, 1, 2, 0, 1]);
+        assert_eq!(positions(2, None), [2, 3, 4, 2, 3]);
+        assert_eq!(positions(2, Some(1)), [2, 1, 3, 2, 3]);
+    }
+}

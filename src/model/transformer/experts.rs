@@ -1,0 +1,56 @@
+//! A mixture of experts: a router gives every token a few MLPs, and their outputs are added by its weights.
+//!
+//! Every expert sees only the rows that chose it, gathered into one product. A row's result does not depend on which other
+//! rows chose the same expert (a product's rows are independent of each other), and its experts are added in the order
+//! of their numbers, whatever stands beside it.
+
+use candle_core::{Result, Tensor};
+
+use super::super::LoadError;
+use super::super::kernels::route::{Routed, route};
+use super::super::ops;
+use super::super::pack::MIN_ROWS;
+use super::super::weights::{Linear, Loader};
+use super::block::Dense;
+use crate::checkpoint::{Architecture, DenseKeys, Experts, LinearKeys};
+
+#[derive(Debug)]
+pub struct Mixture {
+    router: Linear,
+    experts: Vec<Dense>,
+    shape: Experts,
+}
+
+impl Mixture {
+    pub fn load(
+        architecture: &Architecture,
+        router: &LinearKeys,
+        experts: &[DenseKeys],
+        loader: &mut Loader,
+    ) -> std::result::Result<Self, LoadError> {
+        let none = Experts { count: 0, per_token: 0, intermediate_size: 0, normalised: false };
+        Ok(Self {
+            router: loader.fused(&[router])?,
+            experts: experts.iter().map(|keys| Dense::load(keys, loader)).collect::<std::result::Result<_, _>>()?,
+            shape: architecture.experts.clone().unwrap_or(none),
+        })
+    }
+
+    pub fn forward(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
+        let logits = self.router.forward_narrow(x)?.flatten_all()?.to_vec1::<f32>()?;
+        let routed = route(&logits, self.shape.count, self.shape.per_token, self.shape.normalised);
+        let output = x.zeros_like()?;
+        for (expert, Routed { rows, weights }) in self.experts.iter().zip(routed) {
+            if rows.is_empty() {
+                continue;
+            }
+            // At least so many rows that the product takes its usual path; what is added behind is not read.
+            let mut gathered = rows.clone();
+            gathered.resize(rows.len().max(MIN_ROWS), rows[0]);
+            let own = x.index_select(&Tensor::new(gathered, x.device())?, 0)?;
+            let y = expert.forward(architecture, self.shape.intermediate_size, &own)?;
+            ops::scatter_add(&output, &y, &rows, &weights)?;
+        }
+        Ok(output)
+    }
+}
