@@ -177,7 +177,7 @@ fn rides_along(name: &str, info: &TensorInfo) -> bool {
     // Poolers of encoders whose classifier has a dense layer of its own, and positions of a DeBERTa that has none.
     let leftovers = ["pooler.dense.weight", "pooler.dense.bias", "embeddings.position_embeddings.weight"];
     let ends = |part: &&str| name.strip_suffix(*part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-    head::is_language_head(name) || is_recomputed(name, info) || leftovers.iter().any(|part| ends(part))
+    head::is_language_head(name) || is_recomputed(name, info) || leftovers.iter().any(ends)
 }
 
 /// Buffers that every program computes from the configuration, and that older versions of transformers have stored:
