@@ -51,7 +51,7 @@ pub fn tanh(x: f32) -> f32 {
 pub fn erf(x: f32) -> f32 {
     // Interpolations at Chebyshev points: below 1 of `erf(x) / x` in x^2, above of `erfc(x) e^(x^2) / t` in `t = 1 / (1 + x/2)`.
     const NEAR: [f32; 7] =
-        [std::f32::consts::FRAC_2_SQRT_PI, -0.376_126_26, 0.112_835_944, -0.026_854_21, 0.005_189_087, -0.000_801_686_4, 7.875_875e-5];
+        [std::f32::consts::FRAC_2_SQRT_PI, -0.376_126_26, 0.112_835_94, -0.026_854_21, 0.005_189_087, -0.000_801_686_4, 7.875_875e-5];
     const FAR: [f32; 7] = [0.282_592_03, 0.274_488_18, 0.295_938_9, 0.004_239_372, 0.430_149_14, -0.380_875_6, 0.093_350_74];
     // At 4.2 the function is 1 to the last bit. A NaN stays one.
     let magnitude = x.abs();
