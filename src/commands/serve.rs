@@ -27,7 +27,7 @@ pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<Exit
             problem: error.to_string(),
         };
         let admin = TcpListener::bind(config.admin_listen).map_err(|error| listen(config.admin_listen, error))?;
-        let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone()).map_err(AppError::from)?;
+        let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone(), app.engine().clone()).map_err(AppError::from)?;
         let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(|error| listen(config.listen, error))?;
         let address = listener.local_addr().map_err(|error| listen(config.listen, error))?;
         tracing::info!(grpc = %address, admin = %admin.address(), "listening, loading the model");

@@ -75,6 +75,11 @@ pub struct Config {
     pub calibration: Option<CalibrationConfig>,
     pub log_format: LogFormat,
     pub log_filter: String,
+    /// From 0 to 1.
+    pub log_successes: f64,
+    pub log_content: bool,
+    /// Empty: the first that call.
+    pub tenants: Vec<String>,
 }
 
 /// Bounds on what is in flight.
@@ -312,6 +317,9 @@ impl Reader<'_> {
             calibration: self.calibration(),
             log_format: self.get("log.format", parse::choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)])),
             log_filter: self.get("log.filter", parse::text),
+            log_successes: self.get("log.successes", parse::share),
+            log_content: self.get("log.content", parse::switch),
+            tenants: self.get("tenants", parse::tenants),
         }
     }
 }

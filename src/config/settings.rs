@@ -71,6 +71,14 @@ pub const SETTINGS: &[Setting] = &[
     setting("calibration.source", "", "TEXT", "what the reference set is"),
     setting("log.format", "text", "FORMAT", "text or json"),
     setting("log.filter", "info", "FILTER", "such as `info` or `warm=debug,info`"),
+    setting("log.successes", "0.01", "SHARE", "the share of calls without any failure that are logged (0 to 1); failures always are"),
+    setting("log.content", "off", "on|off", "whether the text of samples, and words of errors that may quote it, may be logged"),
+    setting(
+        "tenants",
+        "",
+        "NAMES",
+        "tenants counted by themselves, by commas, at most 32, others as `other`; empty: the first 32 that call",
+    ),
 ];
 
 /// The variable that names the configuration file, where no flag does.

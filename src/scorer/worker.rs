@@ -202,6 +202,7 @@ pub struct Worker {
 
 /// A handle and its worker, which does nothing by itself and runs forwards on the thread that steps it.
 pub fn pair(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Worker) {
+    metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
     let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
     let state = State { queue: Queue::new(bounds, options.ageing), jobs: HashMap::new(), gone: false, hung_up: false };
     let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
