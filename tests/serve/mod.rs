@@ -6,7 +6,7 @@ mod deadline;
 mod faults;
 mod inputs;
 mod parity;
-mod running;
+pub mod running;
 
 use std::path::{Path, PathBuf};
 
