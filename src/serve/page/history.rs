@@ -1,7 +1,7 @@
 //! The last minutes of a few series, for people without Prometheus: samples of the same registry that `/metrics` shows,
 //! taken at a steady pace. Pure: time and numbers are handed in.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use prometheus::Registry;
@@ -61,6 +61,27 @@ impl Totals {
             rewards: buckets(&families, "warm_registry_reward", &[]),
         }
     }
+}
+
+/// Counters by one label of theirs.
+pub(super) fn by_label(registry: &Registry, name: &str, label: &str) -> BTreeMap<String, f64> {
+    let families = registry.gather();
+    let named = metrics(&families, name, &[]).filter_map(|metric| {
+        let pair = metric.get_label().iter().find(|pair| pair.name() == label)?;
+        Some((pair.value().to_owned(), metric.get_counter().get_value()))
+    });
+    named.collect()
+}
+
+/// Requests, samples and tokens by tenant.
+pub(super) fn tenants(registry: &Registry) -> BTreeMap<String, [f64; 3]> {
+    let mut tenants: BTreeMap<String, [f64; 3]> = BTreeMap::new();
+    for (i, what) in ["requests", "samples", "tokens"].into_iter().enumerate() {
+        for (name, count) in by_label(registry, &format!("warm_serve_tenant_{what}_total"), "tenant") {
+            tenants.entry(name).or_default()[i] = count;
+        }
+    }
+    tenants
 }
 
 type Wanted<'a> = [(&'a str, &'a [&'a str])];
@@ -257,6 +278,8 @@ mod tests {
         let totals = Totals::gather(&registry);
         assert_eq!((totals.calls, totals.faults, totals.latency.count), (3.0, 1.0, 2.0));
         assert!((totals.latency.sum - 0.704).abs() < 1e-9, "{totals:?}");
+        serve.billed("team", 3, 500);
+        assert_eq!(tenants(&registry)["team"], [1.0, 3.0, 500.0]);
     }
 
     proptest! {

@@ -73,6 +73,16 @@ impl Page {
             "history": steps(&history.steps()),
             "rewards": rewards(&history.rewards(&totals)),
             "compared": compared(&recent.comparisons()),
+            "tenants": history::tenants(&self.registry).into_iter().map(|(name, [requests, samples, tokens])| json!({
+                "name": name,
+                "requests": requests,
+                "samples": samples,
+                "tokens": tokens,
+            })).collect::<Vec<_>>(),
+            "failures": history::by_label(&self.registry, "warm_registry_failures_total", "kind").into_iter().map(|(kind, count)| json!({
+                "kind": kind,
+                "count": count,
+            })).collect::<Vec<_>>(),
             "reloads": recent.reloads().iter().rev().map(|event| json!({
                 "at_unix_ms": unix_ms(event.at),
                 "outcome": event.outcome.name(),
