@@ -201,12 +201,17 @@ impl App {
 
 fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
     let registry = engine.registry();
+    // A load is a trace of its own.
+    let span = tracing::debug_span!("load", fingerprint = tracing::field::Empty, members = tracing::field::Empty);
+    let _load = span.enter();
     match load(registry.next_id(), progress) {
         Ok(generation) => {
             for note in &generation.info.notes {
                 tracing::warn!(note, "about the model");
             }
             let info = &generation.info;
+            span.record("fingerprint", tracing::field::display(generation.fingerprint));
+            span.record("members", info.members.len());
             tracing::info!(
                 fingerprint = %generation.fingerprint,
                 architecture = %info.architecture,

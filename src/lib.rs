@@ -35,12 +35,3 @@ pub mod shutdown;
 pub mod telemetry;
 pub mod text;
 pub mod wire;
-
-/// The version of this program.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-
-/// The commit that it was built from, where the build was told (`BUILD_COMMIT`); else `unknown`.
-pub const COMMIT: &str = match option_env!("BUILD_COMMIT") {
-    Some(commit) => commit,
-    None => "unknown",
-};

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{AppError, Loader};
 use crate::checkpoint::Dtype;
+use crate::checkpoint::remote::Hub;
 use crate::clock::Clock;
 use crate::config::{Config, EnsembleMode, ModelChoice};
 use crate::merge::Recipe;
@@ -46,6 +47,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         max_tokens: config.max_tokens,
         max_pack_tokens: config.max_pack_tokens,
         calibration: calibration.transpose()?,
+        hub: Some(Hub::from_environment(&config.hub.0, config.download_max_bytes as u64, Clock::system())),
         ..LoadSpec::new(recipe)
     })
 }

@@ -9,6 +9,7 @@ mod hf_config;
 mod layout;
 mod manifest;
 mod reader;
+pub mod remote;
 mod source;
 mod text_facts;
 

@@ -91,7 +91,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Bench(arguments) => bench::run(arguments),
         Command::Health(arguments) => health::run(&arguments),
         Command::Version => {
-            println!("warm {} ({})", crate::VERSION, crate::COMMIT);
+            println!("warm {} ({})", crate::domain::VERSION, crate::domain::COMMIT);
             Ok(ExitCode::SUCCESS)
         }
     };

@@ -52,6 +52,15 @@ pub(super) fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
+/// An address of a server that speaks HTTP/2 without TLS.
+pub(super) fn optional_url(text: &str) -> Result<Option<String>, String> {
+    match text.strip_prefix("http://") {
+        _ if text.is_empty() => Ok(None),
+        Some(host) if !host.is_empty() && !host.contains(char::is_whitespace) => Ok(Some(text.to_owned())),
+        _ => Err("expected an address such as http://127.0.0.1:4317".to_owned()),
+    }
+}
+
 /// Names of tenants, by commas.
 pub(super) fn tenants(text: &str) -> Result<Vec<String>, String> {
     let most = crate::serve::tenants::MAX_TENANTS;

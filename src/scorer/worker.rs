@@ -314,7 +314,8 @@ impl Worker {
             // The models of a lane are of one architecture, so what may be shared is the same for all of them.
             let pack = Pack::forest(&next.encodings, |tokens| next.models.first()?.prefix_key(tokens));
             let mut samples = vec![Vec::with_capacity(next.models.len()); next.encodings.len()];
-            for model in next.models.iter() {
+            for (i, model) in next.models.iter().enumerate() {
+                let _forward = tracing::debug_span!("forward", model = i).entered();
                 let outputs = model.forward(&pack).map_err(|error| error.to_string())?;
                 if outputs.len() != samples.len() {
                     return Err(format!("expected {} outputs of the model, found {}", samples.len(), outputs.len()));

@@ -7,8 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use opentelemetry::propagation::{Extractor, TextMapPropagator};
+use opentelemetry::trace::TraceContextExt;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tonic::transport::server::TcpConnectInfo;
 use tonic::{Code, Status};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::metrics::ServeMetrics;
 use super::tenants::Tenants;
@@ -73,6 +77,12 @@ impl CallBook {
             samples = tracing::field::Empty,
             tokens = tracing::field::Empty,
         );
+        if !span.is_disabled()
+            && let Some(parent) = remote_parent(request.headers())
+        {
+            // Without a layer that exports there is nobody to tell.
+            let _ = span.set_parent(parent);
+        }
         Call {
             book: self.clone(),
             rpc,
@@ -125,13 +135,16 @@ impl CallFacts {
         self.facts().content = Some(words.chars().take(MAX_CONTENT).collect());
     }
 
-    pub(super) fn answered(&self, answered: Answered) {
+    /// Gives back how many samples failed.
+    pub(super) fn answered(&self, answered: Answered) -> usize {
         let span = tracing::Span::current();
         if !span.is_disabled() {
             span.record("fingerprint", tracing::field::display(answered.stamp.fingerprint));
             span.record("tokens", answered.tokens);
         }
+        let failed = answered.failed;
         self.facts().answered = Some(answered);
+        failed
     }
 
     fn facts(&self) -> std::sync::MutexGuard<'_, Facts> {
@@ -238,6 +251,21 @@ impl Drop for Call {
     }
 }
 
+/// The caller's span, by its `traceparent`.
+fn remote_parent(headers: &http::HeaderMap) -> Option<opentelemetry::Context> {
+    struct Headers<'a>(&'a http::HeaderMap);
+    impl Extractor for Headers<'_> {
+        fn get(&self, key: &str) -> Option<&str> {
+            self.0.get(key)?.to_str().ok()
+        }
+        fn keys(&self) -> Vec<&str> {
+            self.0.keys().map(http::HeaderName::as_str).collect()
+        }
+    }
+    let context = TraceContextPropagator::new().extract_with_context(&opentelemetry::Context::new(), &Headers(headers));
+    context.span().span_context().is_valid().then_some(context)
+}
+
 /// Whether a call ended like this by the server's doing.
 fn is_ours(code: Code) -> bool {
     use Code::{DataLoss, DeadlineExceeded, Internal, ResourceExhausted, Unavailable, Unimplemented, Unknown};
@@ -276,6 +304,19 @@ mod tests {
     fn of_a_mistake_only_the_field_is_told() {
         assert_eq!(field_of("samples[3].text: expected at most 5 bytes, found \"secret: words\""), "samples[3].text");
         assert_eq!(field_of("a secret without a field"), "");
+    }
+
+    #[test]
+    fn a_caller_is_the_parent_only_where_it_says_so_properly() {
+        let parent = |value: &'static str| {
+            let headers = [(http::HeaderName::from_static("traceparent"), http::HeaderValue::from_static(value))];
+            remote_parent(&headers.into_iter().collect()).map(|context| context.span().span_context().trace_id().to_string())
+        };
+        let id = "0af7651916cd43dd8448eb211c80319c";
+        assert_eq!(parent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01").as_deref(), Some(id));
+        for wrong in ["", "00-0-0-01", "00-00000000000000000000000000000000-b7ad6b7169203331-01", "nonsense"] {
+            assert_eq!(parent(wrong), None, "{wrong}");
+        }
     }
 
     proptest! {

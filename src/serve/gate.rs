@@ -92,7 +92,8 @@ where
         }
         if rpc.scores {
             let bytes = announced_bytes(&request).unwrap_or(options.assumed_bytes).min(options.max_bytes);
-            match options.admission.admit(bytes) {
+            let admission = call.span.in_scope(|| tracing::debug_span!("admission", bytes));
+            match admission.in_scope(|| options.admission.admit(bytes)) {
                 Ok(permit) => drop(request.extensions_mut().insert(permit)),
                 Err(refused) => {
                     let status = status::shed(refused);

@@ -152,7 +152,8 @@ impl RewardService for Handlers {
             batch.samples.iter().take(1).for_each(|sample| facts.content(sample));
         }
         let reply = self.edge.engine.score(batch.samples, call_options(parsed.asked, deadline), permit).await.map_err(status::status)?;
-        facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
+        let failed = facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
+        let _reply = tracing::debug_span!("reply", failed).entered();
         let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
         let folded = batch.shape.fold(scores);
         Ok(Response::new(wire::ScoreResponse {
@@ -183,7 +184,8 @@ impl RewardService for Handlers {
         };
         let options = call_options(parsed.asked, deadline);
         let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
-        facts.answered(answered(&reply.outcomes, |compared| compared.merged.tokens, reply.stamp.clone(), reply.timing));
+        let failed = facts.answered(answered(&reply.outcomes, |compared| compared.merged.tokens, reply.stamp.clone(), reply.timing));
+        let _reply = tracing::debug_span!("reply", failed).entered();
         let folded = batch.shape.fold(reply.outcomes);
         Ok(Response::new(wire::CompareResponse {
             request_id,

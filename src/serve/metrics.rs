@@ -44,7 +44,7 @@ impl ServeMetrics {
         registry.register(Box::new(seconds.clone()))?;
         registry.register(Box::new(in_flight.clone()))?;
         registry.register(Box::new(build.clone()))?;
-        build.with_label_values(&[crate::VERSION, crate::COMMIT]).set(1);
+        build.with_label_values(&[crate::domain::VERSION, crate::domain::COMMIT]).set(1);
         for rpc in RPCS {
             seconds.with_label_values(&[rpc]);
             in_flight.with_label_values(&[rpc]);

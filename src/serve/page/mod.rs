@@ -62,8 +62,8 @@ impl Page {
         let recent = self.engine.registry().recent();
         json!({
             "instance": self.engine.instance(),
-            "version": crate::VERSION,
-            "commit": crate::COMMIT,
+            "version": crate::domain::VERSION,
+            "commit": crate::domain::COMMIT,
             "phase": self.readiness.phase().name(),
             "alive": self.is_alive(),
             "now_unix_ms": unix_ms(clock.wall()),
