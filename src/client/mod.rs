@@ -1,5 +1,6 @@
 //! A thin client of the wire contract, for the command line, the demo, benchmarks and tests.
 
+mod fleet;
 mod from_domain;
 
 use std::time::Duration;
@@ -14,6 +15,7 @@ use crate::wire;
 use crate::wire::model_service_client::ModelServiceClient;
 use crate::wire::reward_service_client::RewardServiceClient;
 
+pub use fleet::Fleet;
 pub use from_domain::{group_to_wire, sample_to_wire};
 
 /// The largest message either side takes by default: 64 MiB.
