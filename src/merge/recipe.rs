@@ -309,11 +309,10 @@ impl Recipe {
 
     /// All places, and where those of members were fetched from, for those who fetch them.
     pub fn places_mut(&mut self) -> impl Iterator<Item = (&mut PathBuf, Option<&mut Option<String>>)> {
-        let of_member = |member| {
-            let Member { path, base, origin, .. } = member;
+        let members = self.members.iter_mut().flat_map(|Member { path, base, origin, .. }| {
             std::iter::once((path, Some(origin))).chain(base.iter_mut().map(|base| (base, None)))
-        };
-        self.members.iter_mut().flat_map(of_member).chain(self.init.iter_mut().map(|init| (init, None)))
+        });
+        members.chain(self.init.iter_mut().map(|init| (init, None)))
     }
 
     /// The recipe with nothing left to default: JSON (which is YAML, too) that reads as this same recipe.

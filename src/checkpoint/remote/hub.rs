@@ -216,7 +216,9 @@ fn link(blobs: &Path, folder: &Path, path: &HubPath, file: &RemoteFile) -> std::
 /// Writes a small file so that nobody sees half of it.
 fn write_whole(folder: &Path, name: &str, text: &str) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    let temporary = folder.join(format!("{name}.{}.tmp", std::process::id()));
+    // Whoever else writes the same, in this process or another, has another name for it meanwhile.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    let temporary = folder.join(format!("{name}.{}.{}.tmp", std::process::id(), WRITES.fetch_add(1, Ordering::Relaxed)));
     std::fs::write(&temporary, text)?;
     std::fs::rename(temporary, folder.join(name))
 }
