@@ -2,20 +2,23 @@
 //! tests use port 0 and no signals.
 
 mod loading;
+mod memory;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus::IntGauge;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::clock::Clock;
 use crate::config::{Config, ConfigError};
 use crate::domain::GenerationId;
-use crate::registry::{Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadOutcome};
+use crate::registry::{Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadEvent, ReloadOutcome};
 use crate::scorer::{Admission, AdmissionOptions, ScorerMetrics, ScorerOptions};
 use crate::serve::convert::ConvertLimits;
-use crate::serve::{AdminError, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics};
+use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics, Tenants};
 use crate::shutdown::Stop;
 
 pub use loading::{load_spec, loader, with_causes};
@@ -54,7 +57,7 @@ pub struct App {
     admission: Admission,
     readiness: Readiness,
     metrics: prometheus::Registry,
-    serve_metrics: ServeMetrics,
+    calls: CallBook,
     grpc: GrpcOptions,
     drain_delay: Duration,
     drain_deadline: Duration,
@@ -88,7 +91,13 @@ impl App {
         let (scorer, _worker) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
         let engine_options = EngineOptions { instance, tokenizer_threads: config.threads.unwrap_or(0), ..EngineOptions::default() };
         let engine = Engine::new(EngineParts { registry, scorer, clock }, engine_options)?;
+        let memory_limit = IntGauge::new("warm_app_memory_limit_bytes", "Bytes of memory that this process may use; 0 where nobody says.")?;
+        metrics.register(Box::new(memory_limit.clone()))?;
+        memory_limit.set(i64::try_from(memory::limit()).unwrap_or(i64::MAX));
         let serve_metrics = ServeMetrics::register(&metrics)?;
+        let log = CallLogOptions { successes: config.log_successes, content: config.log_content };
+        let tenants = Arc::new(Tenants::new(&config.tenants));
+        let calls = CallBook::new(engine.clock().clone(), serve_metrics, engine.registry().recent().clone(), tenants, log);
         let grpc = GrpcOptions {
             max_decode: config.message.max_decode,
             max_encode: config.message.max_encode,
@@ -100,7 +109,7 @@ impl App {
         };
         let readiness = Readiness::default();
         let (drain_delay, drain_deadline) = (config.drain_delay, config.drain_deadline);
-        Ok(Self { engine, admission, readiness, metrics, serve_metrics, grpc, drain_delay, drain_deadline })
+        Ok(Self { engine, admission, readiness, metrics, calls, grpc, drain_delay, drain_deadline })
     }
 
     pub fn engine(&self) -> &Engine {
@@ -149,7 +158,7 @@ impl App {
             engine: self.engine.clone(),
             admission: self.admission.clone(),
             readiness: self.readiness.clone(),
-            metrics: self.serve_metrics.clone(),
+            calls: self.calls.clone(),
             options: self.grpc.clone(),
         };
         let mut server = tokio::spawn(crate::serve::serve(edge, listener, async move { drop(closed.await) }));
@@ -193,12 +202,17 @@ impl App {
 
 fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
     let registry = engine.registry();
+    // A load is a trace of its own.
+    let span = tracing::debug_span!("load", fingerprint = tracing::field::Empty, members = tracing::field::Empty);
+    let _load = span.enter();
     match load(registry.next_id(), progress) {
         Ok(generation) => {
             for note in &generation.info.notes {
                 tracing::warn!(note, "about the model");
             }
             let info = &generation.info;
+            span.record("fingerprint", tracing::field::display(generation.fingerprint));
+            span.record("members", info.members.len());
             tracing::info!(
                 fingerprint = %generation.fingerprint,
                 architecture = %info.architecture,
@@ -207,11 +221,15 @@ fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) ->
                 "loaded"
             );
             registry.metrics().reloaded(ReloadOutcome::Loaded);
+            let (at, fingerprint) = (engine.clock().wall(), Some(generation.fingerprint));
+            registry.recent().reloaded(ReloadEvent { at, outcome: ReloadOutcome::Loaded, fingerprint, problem: None });
             drop(registry.install(generation));
             Ok(())
         }
         Err(problem) => {
             registry.metrics().reloaded(ReloadOutcome::Failed);
+            let (at, words) = (engine.clock().wall(), Some(problem.clone()));
+            registry.recent().reloaded(ReloadEvent { at, outcome: ReloadOutcome::Failed, fingerprint: None, problem: words });
             Err(AppError::Load(problem))
         }
     }

@@ -60,6 +60,21 @@ impl Clock {
         }
     }
 
+    /// Blocks this thread for a while; a manual clock moves on by itself, so that whoever waits on one is not held up.
+    pub fn pause(&self, time: Duration) {
+        if self.0.is_some() {
+            return self.advance(time);
+        }
+        let end = Instant::now() + time;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::park_timeout(left);
+        }
+    }
+
     /// Completes when the time is `deadline` or later: by tokio's timer, or when the hand of a manual clock gets there.
     pub async fn sleep_until(&self, deadline: Instant) {
         let Some(hand) = &self.0 else { return tokio::time::sleep_until(deadline.into()).await };

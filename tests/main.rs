@@ -2,7 +2,9 @@
 //!
 //! - `serve`: a real server of real checkpoints, over a socket: parity with the golden scores through the wire, and the
 //!   binary itself, from its arguments to its exit code after SIGTERM; mistakes of callers and broken checkpoints.
+//! - `deploy`: manifests, image, rules and dashboard of `deploy/` name only what the program has.
 //! - `readme`: the tables of the README are what the code says.
 
+mod deploy;
 mod readme;
 mod serve;

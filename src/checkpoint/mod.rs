@@ -13,6 +13,7 @@ mod manifest;
 mod pooling;
 mod reader;
 mod readout;
+pub mod remote;
 mod source;
 mod text_facts;
 

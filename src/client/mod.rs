@@ -1,5 +1,6 @@
 //! A thin client of the wire contract, for the command line, the demo, benchmarks and tests.
 
+mod fleet;
 mod from_domain;
 mod stream;
 
@@ -15,6 +16,7 @@ use crate::wire;
 use crate::wire::model_service_client::ModelServiceClient;
 use crate::wire::reward_service_client::RewardServiceClient;
 
+pub use fleet::Fleet;
 pub use from_domain::{group_to_wire, sample_to_wire};
 pub use stream::{StreamAnswers, StreamRequests};
 

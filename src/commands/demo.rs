@@ -62,7 +62,7 @@ pub(super) fn run(arguments: DemoArgs, environment: Environment) -> Result<ExitC
         let app = App::new(&config, clock.clone(), instance)?;
         let mut signals = Some(Signals::listen().map_err(AppError::Thread)?);
         let admin = std::net::TcpListener::bind(config.admin_listen).map_err(AppError::Thread)?;
-        let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone()).map_err(AppError::from)?;
+        let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone(), app.engine().clone()).map_err(AppError::from)?;
         let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(AppError::Thread)?;
         let address = listener.local_addr().map_err(AppError::Thread)?;
         println!("merging {} reward models from {} ...", members.len(), family.display());
@@ -83,7 +83,7 @@ pub(super) fn run(arguments: DemoArgs, environment: Environment) -> Result<ExitC
             let client = Client::connect(&address.to_string()).await?;
             play(&client, &prompts, &clock).await?;
             let admin = admin.address();
-            println!("gRPC      {address}    (health, reflection)\nmetrics   http://{admin}/metrics\nprobes    http://{admin}/livez  http://{admin}/readyz");
+            println!("gRPC      {address}    (health, reflection)\nstatus    http://{admin}/\nmetrics   http://{admin}/metrics\nprobes    http://{admin}/livez  http://{admin}/readyz");
             if let Some(signals) = keep {
                 println!("\nserving until Ctrl-C");
                 signals.first().await;

@@ -95,7 +95,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Bench(arguments) => bench::run(arguments),
         Command::Health(arguments) => health::run(&arguments),
         Command::Version => {
-            println!("warm {}", env!("CARGO_PKG_VERSION"));
+            println!("warm {} ({})", crate::domain::VERSION, crate::domain::COMMIT);
             Ok(ExitCode::SUCCESS)
         }
     };

@@ -10,15 +10,23 @@ use crate::app::{App, AppError, load_spec, loader};
 use crate::clock::Clock;
 use crate::serve::Admin;
 use crate::shutdown::Signals;
-use crate::telemetry;
+use crate::telemetry::{self, TraceOptions};
 
 pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<ExitCode, CommandError> {
     let instance = instance(&environment);
     let config = resolve(arguments, environment, &[])?.config;
-    telemetry::start(config.log_format, &config.log_filter)?;
+    let runtime = runtime()?;
+    let traces = config.traces_endpoint.clone().map(|endpoint| {
+        let (share, instance) = (config.traces_share, instance.clone());
+        TraceOptions { endpoint, share, instance }
+    });
+    let telemetry = {
+        // What is exported is sent by the runtime.
+        let _inside = runtime.enter();
+        telemetry::start_with(config.log_format, &config.log_filter, traces.as_ref())?
+    };
     let spec = load_spec(&config)?;
     let clock = Clock::system();
-    let runtime = runtime()?;
     let result = runtime.block_on(async {
         let signals = Signals::listen().map_err(AppError::Thread)?;
         let app = App::new(&config, clock.clone(), instance)?;
@@ -27,7 +35,7 @@ pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<Exit
             problem: error.to_string(),
         };
         let admin = TcpListener::bind(config.admin_listen).map_err(|error| listen(config.admin_listen, error))?;
-        let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone()).map_err(AppError::from)?;
+        let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone(), app.engine().clone()).map_err(AppError::from)?;
         let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(|error| listen(config.listen, error))?;
         let address = listener.local_addr().map_err(|error| listen(config.listen, error))?;
         tracing::info!(grpc = %address, admin = %admin.address(), "listening, loading the model");
@@ -43,6 +51,7 @@ pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<Exit
         drop(admin);
         Ok::<_, CommandError>(())
     });
+    telemetry.stop();
     // What was cut at the deadline is not waited for again.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)

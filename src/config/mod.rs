@@ -88,6 +88,29 @@ pub struct Config {
     pub calibration: Option<CalibrationConfig>,
     pub log_format: LogFormat,
     pub log_filter: String,
+    /// From 0 to 1.
+    pub log_successes: f64,
+    pub log_content: bool,
+    /// Variables of other tools that say where models are downloaded from, and kept.
+    pub hub: HubVariables,
+    /// Of one checkpoint.
+    pub download_max_bytes: usize,
+    /// Absent: no traces.
+    pub traces_endpoint: Option<String>,
+    /// From 0 to 1.
+    pub traces_share: f64,
+    /// Empty: the first that call.
+    pub tenants: Vec<String>,
+}
+
+/// Names and values; one of them is a secret, so they are not shown.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct HubVariables(pub Vec<(String, String)>);
+
+impl fmt::Debug for HubVariables {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.iter().map(|(name, _)| name)).finish()
+    }
 }
 
 /// Bounds on what is in flight.
@@ -172,7 +195,9 @@ impl Resolved {
         }
         let mut reader = Reader { values: &values.0, errors: &mut errors };
         let model = reader.model(&sources.folders, file.recipe, &base);
-        let config = reader.config(model, &base);
+        let mut config = reader.config(model, &base);
+        let names_hub = |name: &str| name.starts_with("HF_") || name == "HOME" || name == "XDG_CACHE_HOME";
+        config.hub = HubVariables(sources.environment.iter().filter(|(name, _)| names_hub(name)).cloned().collect());
         if errors.is_empty() { Ok(Self { config, values: values.0 }) } else { Err(ConfigErrors(errors)) }
     }
 
@@ -347,6 +372,13 @@ impl Reader<'_> {
             calibration: self.calibration(base),
             log_format: self.get("log.format", parse::choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)])),
             log_filter: self.get("log.filter", parse::text),
+            log_successes: self.get("log.successes", parse::share),
+            log_content: self.get("log.content", parse::switch),
+            hub: HubVariables::default(),
+            download_max_bytes: self.get("download.max_bytes", parse::size),
+            traces_endpoint: self.get("traces.endpoint", parse::optional_url),
+            traces_share: self.get("traces.share", parse::share),
+            tenants: self.get("tenants", parse::tenants),
         }
     }
 }

@@ -39,6 +39,43 @@ pub(super) fn optional_float(text: &str) -> Result<Option<f64>, String> {
     value.filter(|value| value.is_finite()).map(Some).ok_or_else(|| "expected a finite number".to_owned())
 }
 
+/// A number from 0 to 1.
+pub(super) fn share(text: &str) -> Result<f64, String> {
+    let value: Option<f64> = text.parse().ok();
+    value.filter(|value| (0.0..=1.0).contains(value)).ok_or_else(|| "expected a number from 0 to 1".to_owned())
+}
+
+/// `on` or `off`; YAML's booleans mean the same.
+pub(super) fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => Err("expected on or off".to_owned()),
+    }
+}
+
+/// An address of a server that speaks HTTP/2 without TLS.
+pub(super) fn optional_url(text: &str) -> Result<Option<String>, String> {
+    match text.strip_prefix("http://") {
+        _ if text.is_empty() => Ok(None),
+        Some(host) if !host.is_empty() && !host.contains(char::is_whitespace) => Ok(Some(text.to_owned())),
+        _ => Err("expected an address such as http://127.0.0.1:4317".to_owned()),
+    }
+}
+
+/// Names of tenants, by commas.
+pub(super) fn tenants(text: &str) -> Result<Vec<String>, String> {
+    let most = crate::serve::tenants::MAX_TENANTS;
+    let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    match names.iter().find(|name| !crate::serve::tenants::is_name(name)) {
+        Some(name) => {
+            Err(format!("expected names of printable ASCII without blanks, of at most 64 bytes, not none or other; `{name}` is none"))
+        }
+        None if names.len() > most => Err(format!("expected at most {most} names")),
+        None => Ok(names),
+    }
+}
+
 /// `512`, `64KiB`, `64 MiB`, `1GiB`; also `kB`, `MB`, `GB` in powers of ten.
 pub(super) fn size(text: &str) -> Result<usize, String> {
     let expected = || "expected a size such as 64MiB, of at least 1 byte".to_owned();

@@ -92,6 +92,17 @@ pub const SETTINGS: &[Setting] = &[
     setting("calibration.from_config", "false", "BOOL", "the mean and std in the config of a single member (OpenRLHF)"),
     setting("log.format", "text", "FORMAT", "text or json"),
     setting("log.filter", "info", "FILTER", "such as `info` or `warm=debug,info`"),
+    setting("log.successes", "0.01", "SHARE", "the share of calls without any failure that are logged (0 to 1); failures always are"),
+    setting("log.content", "off", "on|off", "whether the text of samples, and words of errors that may quote it, may be logged"),
+    setting("download.max_bytes", "500GB", "SIZE", "bytes of one checkpoint that may be downloaded (member paths `hf:org/name@revision`)"),
+    setting("traces.endpoint", "", "URL", "a collector of traces (OTLP over gRPC), such as http://127.0.0.1:4317; empty: no traces"),
+    setting("traces.share", "0.01", "SHARE", "the share of traces that begin here and are kept; a caller's own decision is kept to"),
+    setting(
+        "tenants",
+        "",
+        "NAMES",
+        "tenants counted by themselves, by commas, at most 32, others as `other`; empty: the first 32 that call",
+    ),
 ];
 
 /// The variable that names the configuration file, where no flag does.

@@ -1,10 +1,12 @@
 //! Facts of the problem, without I/O and without async: what is judged, what a score is, what an ensemble says.
 
+mod build;
 mod conversation;
 mod ensemble;
 mod ids;
 mod score;
 
+pub use build::{COMMIT, VERSION};
 pub use conversation::{Completion, Conversation, InvalidInput, Prompt, PromptGroup, Sample, Turn};
 pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, bradley_terry, kendall_tau_b};
 pub use ids::{Fingerprint, GenerationId, InvalidMemberName, MemberName, WeightsId};

@@ -137,6 +137,8 @@ pub struct Member {
     /// Its share in the merge. Those of all members sum to 1, unless the recipe says `normalize: false`. What SLERP
     /// multiplies with follows from angles; the shares of its members are those at an angle of zero.
     pub coefficient: f64,
+    /// Where it was fetched from, where `path` is a copy.
+    pub origin: Option<String>,
 }
 
 /// What is taken where a tensor's name matches, whatever the method.
@@ -306,6 +308,14 @@ impl Recipe {
         dtype_name(dtype).map(|_| Self { dtype, ..self })
     }
 
+    /// All places, and where those of members were fetched from, for those who fetch them.
+    pub fn places_mut(&mut self) -> impl Iterator<Item = (&mut PathBuf, Option<&mut Option<String>>)> {
+        let members = self.members.iter_mut().flat_map(|Member { path, base, origin, .. }| {
+            std::iter::once((path, Some(origin))).chain(base.iter_mut().map(|base| (base, None)))
+        });
+        members.chain(self.init.iter_mut().map(|init| (init, None)))
+    }
+
     /// The recipe with nothing left to default: JSON (which is YAML, too) that reads as this same recipe.
     pub fn to_resolved_string(&self) -> String {
         self.to_json().to_string()
@@ -337,7 +347,8 @@ impl Recipe {
             resolved.insert("init".to_owned(), init.to_string_lossy().into());
         }
         let member = |member: &Member| {
-            let mut resolved = json!({"path": member.path.to_string_lossy(), "name": member.name.as_str()});
+            let path = member.origin.as_deref().map_or_else(|| member.path.to_string_lossy(), Into::into);
+            let mut resolved = json!({"path": path, "name": member.name.as_str()});
             if let Some(base) = &member.base {
                 resolved["base"] = base.to_string_lossy().into();
             }

@@ -2,7 +2,7 @@
 
 use super::engine::{Row, member, reward, scored};
 use super::generation::{Generation, Lane};
-use super::{CallOptions, Engine, EngineError, ModelStamp, Timing};
+use super::{CallOptions, ComparedPoint, Engine, EngineError, ModelStamp, Timing};
 use crate::domain::{DEFAULT_UWO_LAMBDA, EnsembleStats, Failure, FailureKind, GroupAgreement, MemberName, Sample, Score, Scored};
 use crate::scorer::Permit;
 
@@ -61,6 +61,12 @@ pub(super) async fn run(
         Ok(compared)
     };
     let outcomes = engine.close(run.rows.into_iter().map(fold).collect(), options)?;
+    let point = |compared: &Compared| ComparedPoint {
+        merged: compared.merged.reward.get(),
+        mean: compared.stats.mean as f32,
+        std: compared.stats.std as f32,
+    };
+    engine.registry().recent().compared(outcomes.iter().flatten().map(point));
     Ok(CompareReply { outcomes, members, stamp: run.stamp, timing: run.timing, uwo_lambda })
 }
 

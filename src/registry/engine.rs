@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use tokio::sync::oneshot;
+use tracing::Instrument;
 
 use super::generation::{Encode, Generation, Lane};
 use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing};
@@ -162,7 +163,8 @@ impl Engine {
         let bytes: usize = samples.iter().map(Sample::size_bytes).sum();
         // Half the bytes: more than any usual text has tokens, and the samples' own special tokens.
         permit.charge((bytes / 2).max(samples.len()) as u64)?;
-        let encoded = self.encode(&generation.text, samples, bytes, options.truncation).await?;
+        let tokenizing = tracing::debug_span!("tokenize", samples = samples.len(), bytes);
+        let encoded = self.encode(&generation.text, samples, bytes, options.truncation).instrument(tokenizing).await?;
         let tokenize = clock.now().saturating_duration_since(started);
         self.registry().metrics().tokenized(tokenize);
         self.registry().metrics().dropped_bos(encoded.iter().flatten().filter(|encoding| encoding.doubled_bos()).count() as u64);
@@ -174,6 +176,14 @@ impl Engine {
         let reply = if encodings.is_empty() {
             Reply { outcomes: Vec::new(), queue: Duration::ZERO, forward: Duration::ZERO }
         } else {
+            // From the queue to the reply; the packs that it rides in refer to it.
+            let span = tracing::debug_span!(
+                "device",
+                samples = encodings.len(),
+                tokens = encodings.iter().map(|encoding| encoding.tokens()).sum::<usize>(),
+                queue_us = tracing::field::Empty,
+                forward_us = tracing::field::Empty
+            );
             let submission = Submission {
                 models: lane.models,
                 lane: lane.number,
@@ -182,9 +192,12 @@ impl Engine {
                 tenant: options.tenant.clone().unwrap_or_default(),
                 priority: options.priority,
                 permit,
-                span: tracing::Span::current(),
+                span: span.clone(),
             };
-            self.scorer().submit(submission)?.await?
+            let reply = self.scorer().submit(submission)?.await?;
+            span.record("queue_us", reply.queue.as_micros() as u64);
+            span.record("forward_us", reply.forward.as_micros() as u64);
+            reply
         };
         let expired = |outcome: &Result<_, SampleError>| matches!(outcome, Err(SampleError::Expired));
         if reply.outcomes.iter().any(expired) && (options.strict || reply.outcomes.iter().all(expired)) {

@@ -1,13 +1,14 @@
 //! From a recipe to a generation that has answered: plan, merge while loading, members, warm-up.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::civil::DateTime;
 
 use super::generation::{Encode, FingerprintParts};
 use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
-use crate::checkpoint::{Architecture, Dtype, HeadForm, Layout, Pooling, Readout, SourceError, reads_steps};
+use crate::checkpoint::remote::{Hub, HubPath, InvalidHubPath, is_remote};
+use crate::checkpoint::{Architecture, CheckpointError, Dtype, HeadForm, Layout, Pooling, Readout, SourceError, reads_steps};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
 use crate::merge::{MergeError, MergePlan, Merged, NotServed, Recipe, Reward};
@@ -44,6 +45,8 @@ pub struct LoadSpec {
     /// The scorer's, which no sample may exceed.
     pub max_pack_tokens: usize,
     pub calibration: CalibrationChoice,
+    /// Where members that are not folders come from.
+    pub hub: Option<Hub>,
 }
 
 /// Where calibrated rewards come from.
@@ -67,6 +70,7 @@ impl LoadSpec {
             max_tokens: None,
             max_pack_tokens,
             calibration: CalibrationChoice::None,
+            hub: None,
         }
     }
 
@@ -74,12 +78,33 @@ impl LoadSpec {
     pub fn uniform(paths: &[PathBuf]) -> Result<Self, crate::merge::RecipeError> {
         Recipe::uniform(paths).map(Self::new)
     }
+
+    /// The same with every member in a folder: what lies on a hub is fetched. `progress` gets the place, and bytes that are
+    /// there and in all.
+    pub fn localized(&self, progress: &mut dyn FnMut(&str, u64, u64)) -> Result<Self, CheckpointError> {
+        let mut fetch = |path: &Path| {
+            let place = path.display().to_string();
+            let wrong = |problem: String| CheckpointError::new(&place, problem);
+            let hub = self.hub.as_ref().ok_or_else(|| wrong("this command fetches nothing; expected a folder".to_owned()))?;
+            let parsed: HubPath = place.parse().map_err(|invalid: InvalidHubPath| wrong(invalid.problem().to_owned()))?;
+            let fetched = hub.fetch(&parsed, &mut |done, total| progress(&place, done, total))?;
+            Ok::<_, CheckpointError>((fetched.folder, fetched.origin.to_string()))
+        };
+        let mut local = self.clone();
+        for (path, origin) in local.recipe.places_mut().filter(|(path, _)| is_remote(path)) {
+            let (folder, place) = fetch(path)?;
+            *path = folder;
+            // The resolved recipe goes on to name the place, by its commit.
+            origin.into_iter().for_each(|origin| *origin = Some(place.clone()));
+        }
+        Ok(local)
+    }
 }
 
 /// How far a load has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// `plan`, `merge`, `member NAME`, `hash` or `warm-up`.
+    /// `download PLACE`, `plan`, `merge`, `member NAME`, `hash` or `warm-up`.
     pub stage: String,
     /// Bytes where `total` is a number of bytes, else steps.
     pub done: u64,
@@ -91,6 +116,8 @@ pub struct Progress {
 pub enum LoadError {
     #[error(transparent)]
     Merge(#[from] MergeError),
+    #[error(transparent)]
+    Fetch(#[from] CheckpointError),
     #[error(transparent)]
     Text(#[from] TextError),
     #[error("cannot read the weights: {0}")]
@@ -115,6 +142,7 @@ impl Encode for TextPipeline {
 
 /// The plan of a recipe, its text layer and the reading of its head, without weights: what explains how a sample is read.
 pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, TextPipeline, Readout), LoadError> {
+    let spec = &spec.localized(&mut |_, _, _| {})?;
     let plan = Arc::new(MergePlan::open(&spec.recipe)?);
     let reward = plan.reward()?;
     let Reward { architecture, layout, text } = reward;
@@ -133,6 +161,7 @@ pub fn load_generation(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Generation, LoadError> {
     let mut report = |stage: &str, done: u64, total: u64| progress(Progress { stage: stage.to_owned(), done, total });
+    let spec = &spec.localized(&mut |place, done, total| report(&format!("download {place}"), done, total))?;
     report("plan", 0, 1);
     let (plan, text, readout) = open_text(spec, clock)?;
     let (Reward { architecture, layout, .. }, text) = (plan.reward()?, Arc::new(text));

@@ -6,6 +6,7 @@ mod engine;
 mod generation;
 mod load;
 mod metrics;
+mod recent;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +22,7 @@ pub use generation::{
 };
 pub use load::{CalibrationChoice, Ensemble, LoadError, LoadSpec, Progress, TextOverrides, load_generation, open_text};
 pub use metrics::{RegistryMetrics, ReloadOutcome};
+pub use recent::{ComparedPoint, Problem, Recent, ReloadEvent};
 
 #[cfg(test)]
 pub(crate) mod testing;
@@ -36,12 +38,13 @@ struct Inner {
     live: watch::Sender<Option<Arc<Generation>>>,
     last_id: AtomicU64,
     metrics: RegistryMetrics,
+    recent: Recent,
 }
 
 impl Registry {
     /// Nothing is live yet.
     pub fn new(metrics: RegistryMetrics) -> Self {
-        Self(Arc::new(Inner { live: watch::Sender::new(None), last_id: AtomicU64::new(0), metrics }))
+        Self(Arc::new(Inner { live: watch::Sender::new(None), last_id: AtomicU64::new(0), metrics, recent: Recent::default() }))
     }
 
     /// The live generation; `None` before the first one.
@@ -68,5 +71,10 @@ impl Registry {
 
     pub fn metrics(&self) -> &RegistryMetrics {
         &self.0.metrics
+    }
+
+    /// What happened lately.
+    pub fn recent(&self) -> &Recent {
+        &self.0.recent
     }
 }

@@ -26,6 +26,7 @@ pub struct Worker {
 
 /// A handle and its worker, which does nothing by itself and runs forwards on the thread that steps it.
 pub fn pair(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Worker) {
+    metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
     let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
     let state = State { queue: Queue::new(bounds, options.ageing), jobs: HashMap::new(), gone: false, hung_up: false };
     let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
@@ -200,7 +201,8 @@ fn forward(next: &Next, metrics: &ScorerMetrics) -> Result<Vec<Vec<Output>>, Str
     let run = || -> Result<(Vec<Vec<Output>>, usize), String> {
         let pack = next.pack.as_ref().map_err(String::clone)?;
         let mut samples = vec![Vec::with_capacity(next.models.len()); next.encodings.len()];
-        for model in next.models.iter() {
+        for (i, model) in next.models.iter().enumerate() {
+            let _forward = tracing::debug_span!("forward", model = i).entered();
             let outputs = model.forward(pack).map_err(|error| error.to_string())?;
             if outputs.len() != samples.len() {
                 return Err(format!("expected {} outputs of the model, found {}", samples.len(), outputs.len()));

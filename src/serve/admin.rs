@@ -1,5 +1,5 @@
-//! Probes and metrics on a thread and runtime of their own, so that they answer while the data path is full and while a
-//! model loads for minutes.
+//! Probes, metrics and the status page on a thread and runtime of their own, so that they answer while the data path is full
+//! and while a model loads for minutes.
 
 use std::net::{SocketAddr, TcpListener};
 use std::thread::JoinHandle;
@@ -12,7 +12,9 @@ use axum::routing::get;
 use prometheus::{Registry, TextEncoder};
 use tokio::sync::oneshot;
 
+use super::page::{HTML, Page, SECURITY_POLICY, STEP};
 use super::readiness::{Phase, Readiness};
+use crate::registry::Engine;
 
 /// The admin port could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -34,26 +36,38 @@ pub struct Admin {
 struct Shown {
     readiness: Readiness,
     registry: Registry,
+    page: Page,
 }
 
 impl Admin {
-    /// Answers `/livez`, `/readyz` and `/metrics` on a listener that is bound already.
-    pub fn start(listener: TcpListener, readiness: Readiness, registry: Registry) -> Result<Self, AdminError> {
+    /// Answers `/livez`, `/readyz`, `/metrics` and the status page at `/` on a listener that is bound already.
+    pub fn start(listener: TcpListener, readiness: Readiness, registry: Registry, engine: Engine) -> Result<Self, AdminError> {
         let failed = |error: std::io::Error| AdminError { address: "listener".to_owned(), problem: error.to_string() };
         let address = listener.local_addr().map_err(failed)?;
         let failed = |error: std::io::Error| AdminError { address: address.to_string(), problem: error.to_string() };
         listener.set_nonblocking(true).map_err(failed)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(failed)?;
         let (stop, stopped) = oneshot::channel::<()>();
+        let page = Page::new(readiness.clone(), registry.clone(), engine);
+        let shown = Shown { readiness, registry, page: page.clone() };
         let run = move || {
             runtime.block_on(async move {
                 let listener = match tokio::net::TcpListener::from_std(listener) {
                     Ok(listener) => listener,
                     Err(error) => return tracing::error!(%error, "the admin port cannot be served"),
                 };
+                let sampling = async move {
+                    let mut steps = tokio::time::interval(STEP);
+                    steps.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                    loop {
+                        steps.tick().await;
+                        page.sample();
+                    }
+                };
                 // Open connections are cut when the process is done with it, so nothing is waited for here.
                 tokio::select! {
-                    result = axum::serve(listener, router(Shown { readiness, registry })) => {
+                    () = sampling => {}
+                    result = axum::serve(listener, router(shown)) => {
                         if let Err(error) = result {
                             tracing::error!(%error, "the admin port has failed");
                         }
@@ -83,7 +97,38 @@ impl Drop for Admin {
 }
 
 fn router(shown: Shown) -> Router {
-    Router::new().route("/livez", get(async || "live\n")).route("/readyz", get(readyz)).route("/metrics", get(metrics)).with_state(shown)
+    Router::new()
+        .route("/", get(page))
+        .route("/status.json", get(status))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .with_state(shown)
+}
+
+async fn page() -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, SECURITY_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    (headers, HTML).into_response()
+}
+
+async fn status(State(shown): State<Shown>) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+    (headers, shown.page.json().to_string()).into_response()
+}
+
+/// A process without its device worker answers nothing any more, and only a new one helps.
+async fn livez(State(shown): State<Shown>) -> Response {
+    if shown.page.is_alive() {
+        "live\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "the device worker has stopped\n").into_response()
+    }
 }
 
 async fn readyz(State(shown): State<Shown>) -> Response {
@@ -102,6 +147,9 @@ async fn metrics(State(shown): State<Shown>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Clock;
+    use crate::registry::testing::stepped;
+    use crate::scorer::ScorerOptions;
     use std::io::{Read, Write};
     use std::net::TcpStream;
 
@@ -119,7 +167,8 @@ mod tests {
         let (readiness, registry) = (Readiness::default(), Registry::new());
         crate::serve::ServeMetrics::register(&registry).expect("fresh registry");
         let listener = TcpListener::bind("127.0.0.1:0").expect("free port");
-        let admin = Admin::start(listener, readiness.clone(), registry).expect("admin");
+        let (engine, worker) = stepped(ScorerOptions::default(), Clock::system());
+        let admin = Admin::start(listener, readiness.clone(), registry, engine).expect("admin");
         assert_eq!(get(admin.address(), "/livez").0, 200);
         assert_eq!(get(admin.address(), "/readyz").0, 503);
         readiness.advance(Phase::Ready);
@@ -131,7 +180,7 @@ mod tests {
         let (code, metrics) = get(admin.address(), "/metrics");
         assert_eq!(code, 200);
         for series in [
-            "warm_build_info{version=",
+            "warm_build_info{commit=",
             "warm_serve_requests_total{code=\"OK\",rpc=\"Score\"} 0",
             "warm_serve_requests_total{code=\"DEADLINE_EXCEEDED\",rpc=\"Compare\"} 0",
             "warm_serve_request_seconds_bucket{rpc=\"GetModel\",le=\"0.0001\"} 0",
@@ -139,6 +188,14 @@ mod tests {
         ] {
             assert!(metrics.contains(series), "{series}\n{metrics}");
         }
+        let (code, page) = get(admin.address(), "/");
+        assert!(code == 200 && page.contains("<!doctype html>") && page.contains("content-security-policy: default-src 'none'"), "{page}");
+        let (code, status) = get(admin.address(), "/status.json");
+        let body = status.split_once("\r\n\r\n").expect("a body").1;
+        let status: serde_json::Value = serde_json::from_str(body).expect("JSON");
+        assert_eq!((code, &status["phase"], &status["instance"]), (200, &"draining".into(), &"test".into()));
+        drop(worker);
+        assert_eq!(get(admin.address(), "/livez").0, 503, "nobody is left to score");
         let address = admin.address();
         drop(admin);
         assert!(TcpStream::connect(address).is_err(), "the port closes with its owner");

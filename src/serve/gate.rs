@@ -2,31 +2,30 @@
 //!
 //! It takes the deadline and the right to be in flight when the headers arrive, and it answers DEADLINE_EXCEEDED itself a
 //! little before the caller's own timer, because tonic's server answers CANCELLED when its timer fires, and wins every
-//! tie. It sees a call end however it ends, so it also counts and logs calls.
+//! tie. It sees a call end however it ends, so it is also where calls are counted and logged.
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tonic::body::Body;
-use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-use super::metrics::{RPCS, ServeMetrics};
+use super::calls::CallBook;
+use super::metrics::RPCS;
 use super::status;
 use crate::clock::Clock;
 use crate::scorer::Admission;
-use crate::wire::code_name;
 
 /// What the gate stands on.
 #[derive(Clone)]
 pub struct GateOptions {
     pub clock: Clock,
     pub admission: Admission,
-    pub metrics: ServeMetrics,
+    pub calls: CallBook,
     /// What a call is charged for until its message is read, where its headers announce no size.
     pub assumed_bytes: u64,
     /// The largest request message, whatever is announced.
@@ -36,30 +35,6 @@ pub struct GateOptions {
 /// When the caller stops waiting; in the extensions of a request that has a deadline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Deadline(pub Instant);
-
-/// What the handler tells the gate about a call, for its log line; in the extensions of every counted request.
-#[derive(Clone, Debug, Default)]
-pub(super) struct CallFacts(Arc<Mutex<Facts>>);
-
-#[derive(Clone, Debug, Default)]
-struct Facts {
-    request_id: String,
-    samples: usize,
-    tokens: u64,
-}
-
-impl CallFacts {
-    /// Also names the request in the call's span, which is the current one of its handler.
-    pub(super) fn asked(&self, request_id: &str, samples: usize) {
-        tracing::Span::current().record("request_id", request_id);
-        let mut facts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (facts.request_id, facts.samples) = (request_id.to_owned(), samples);
-    }
-
-    pub(super) fn answered(&self, tokens: u64) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).tokens = tokens;
-    }
-}
 
 /// Puts a [`Gate`] in front of all services.
 #[derive(Clone)]
@@ -108,7 +83,7 @@ where
             return Box::pin(inner.call(request));
         };
         let options = self.options.clone();
-        let mut call = Call::start(options.clone(), rpc);
+        let mut call = options.calls.begin(rpc.name, &request);
         request.extensions_mut().insert(call.facts.clone());
         let timeout = request.headers().get("grpc-timeout").and_then(|value| parse_timeout(value.as_bytes()));
         let deadline = timeout.and_then(|timeout| call.started.checked_add(timeout - margin(timeout)));
@@ -117,7 +92,8 @@ where
         }
         if rpc.scores {
             let bytes = announced_bytes(&request).unwrap_or(options.assumed_bytes).min(options.max_bytes);
-            match options.admission.admit(bytes) {
+            let admission = call.span.in_scope(|| tracing::debug_span!("admission", bytes));
+            match admission.in_scope(|| options.admission.admit(bytes)) {
                 Ok(permit) => drop(request.extensions_mut().insert(permit)),
                 Err(refused) => {
                     let status = status::shed(refused);
@@ -138,61 +114,12 @@ where
                 biased;
                 response = answer => {
                     let response = response?;
-                    call.end(response.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes())));
+                    call.answer(&response);
                     Ok(response)
                 }
                 () = expired => Ok(call.refuse(status::deadline_exceeded())),
             }
         })
-    }
-}
-
-/// One counted call. Dropped before its end, it was cancelled.
-struct Call {
-    options: Arc<GateOptions>,
-    rpc: Rpc,
-    started: Instant,
-    facts: CallFacts,
-    span: tracing::Span,
-    ended: bool,
-}
-
-impl Call {
-    fn start(options: Arc<GateOptions>, rpc: Rpc) -> Self {
-        options.metrics.started(rpc.name);
-        let span = tracing::debug_span!("request", rpc = rpc.name, request_id = tracing::field::Empty);
-        Self { started: options.clock.now(), rpc, facts: CallFacts::default(), span, ended: false, options }
-    }
-
-    fn refuse(&mut self, status: Status) -> http::Response<Body> {
-        self.end(status.code());
-        status.into_http()
-    }
-
-    fn end(&mut self, code: Code) {
-        if std::mem::replace(&mut self.ended, true) {
-            return;
-        }
-        let took = self.options.clock.now().saturating_duration_since(self.started);
-        self.options.metrics.ended(self.rpc.name, code, took);
-        let facts = self.facts.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.span.in_scope(|| {
-            tracing::debug!(
-                request_id = %facts.request_id,
-                rpc = self.rpc.name,
-                code = code_name(code),
-                samples = facts.samples,
-                tokens = facts.tokens,
-                ms = took.as_secs_f64() * 1e3,
-                "request"
-            );
-        });
-    }
-}
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        self.end(Code::Cancelled);
     }
 }
 

@@ -3,31 +3,49 @@ use std::convert::Infallible;
 use prometheus::Registry;
 use proptest::prelude::*;
 
+use std::sync::Mutex;
+
+use tonic::Code;
+
 use super::*;
+use crate::registry::{Problem, Recent};
 use crate::scorer::{AdmissionOptions, Permit, ScorerMetrics};
+use crate::serve::calls::{Answered, CallFacts, CallLogOptions};
+use crate::serve::tenants::{TENANT_HEADER, Tenants};
+use crate::serve::{ServeMetrics, status};
 
 struct Fixture {
     registry: Registry,
     clock: Clock,
     admission: Admission,
+    recent: Recent,
     layer: GateLayer,
 }
 
 fn fixture(max_requests: usize) -> Fixture {
+    logging(max_requests, CallLogOptions { successes: 1.0, content: false })
+}
+
+fn logging(max_requests: usize, log: CallLogOptions) -> Fixture {
     let registry = Registry::new();
     let clock = Clock::manual();
     let scorer = ScorerMetrics::register(&registry).expect("fresh registry");
     let admission = Admission::new(AdmissionOptions { max_requests, ..Default::default() }, scorer);
     let metrics = ServeMetrics::register(&registry).expect("fresh registry");
-    let options = GateOptions { clock: clock.clone(), admission: admission.clone(), metrics, assumed_bytes: 1000, max_bytes: 2000 };
-    Fixture { registry, clock, admission, layer: GateLayer::new(options) }
+    let recent = Recent::default();
+    let calls = CallBook::new(clock.clone(), metrics, recent.clone(), Arc::new(Tenants::new(&[])), log);
+    let options = GateOptions { clock: clock.clone(), admission: admission.clone(), calls, assumed_bytes: 1000, max_bytes: 2000 };
+    Fixture { registry, clock, admission, recent, layer: GateLayer::new(options) }
 }
 
 impl Fixture {
     fn count(&self, rpc: &str, code: &str) -> f64 {
+        self.metric(&format!("warm_serve_requests_total{{code=\"{code}\",rpc=\"{rpc}\"}} "))
+    }
+
+    fn metric(&self, series: &str) -> f64 {
         let text = prometheus::TextEncoder::new().encode_to_string(&self.registry.gather()).expect("text");
-        let series = format!("warm_serve_requests_total{{code=\"{code}\",rpc=\"{rpc}\"}} ");
-        text.lines().find_map(|line| line.strip_prefix(&series)).expect("series present").parse().expect("number")
+        text.lines().find_map(|line| line.strip_prefix(series)).expect("series present").parse().expect("number")
     }
 }
 
@@ -141,6 +159,136 @@ async fn a_handler_runs_inside_the_span_of_its_call() {
     }));
     gate.call(request(SCORE, None)).await.expect("infallible");
     assert_eq!(*seen.lock().expect("one thread"), [(Some("request"), true); 2]);
+}
+
+/// The lines that are logged on this thread while it is held.
+struct Log {
+    text: Arc<Mutex<Vec<u8>>>,
+    _own: tracing::subscriber::DefaultGuard,
+    /// A thread that has no subscriber cannot switch call sites off for everybody while there are two.
+    _second: tracing::Dispatch,
+}
+
+impl Log {
+    fn start() -> Self {
+        #[derive(Clone)]
+        struct Lines(Arc<Mutex<Vec<u8>>>);
+        impl std::io::Write for Lines {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.lock().expect("one thread").extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let _second = tracing::Dispatch::new(tracing_subscriber::registry());
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let writer = Lines(text.clone());
+        let subscriber = tracing_subscriber::fmt().json().flatten_event(true).with_writer(move || writer.clone()).finish();
+        Self { text, _own: tracing::subscriber::set_default(subscriber), _second }
+    }
+
+    fn lines(&self) -> Vec<serde_json::Value> {
+        let text = String::from_utf8(self.text.lock().expect("one thread").clone()).expect("UTF-8");
+        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+    }
+}
+
+fn answered(failed: usize) -> Answered {
+    use crate::domain::{Fingerprint, GenerationId, WeightsId};
+    let stamp = crate::registry::ModelStamp {
+        fingerprint: Fingerprint([0xab; 32]),
+        generation: GenerationId(3),
+        instance: "i".into(),
+        weights_id: WeightsId([1; 32]),
+    };
+    let timing = crate::registry::Timing { queue: Duration::from_millis(7), tokenize: Duration::from_millis(2), ..Default::default() };
+    Answered { stamp, timing, tokens: 40, failed }
+}
+
+#[tokio::test]
+async fn a_line_has_names_and_numbers_of_the_call() {
+    let (log, fixture) = (Log::start(), fixture(1));
+    let clock = fixture.clock.clone();
+    let service = tower::service_fn(move |request: http::Request<Body>| {
+        let facts = request.extensions().get::<CallFacts>().expect("facts").clone();
+        clock.advance(Duration::from_millis(12));
+        async move {
+            facts.asked("step-7", 5);
+            facts.answered(answered(1));
+            Ok::<_, Infallible>(http::Response::new(Body::empty()))
+        }
+    });
+    let mut asked = request(SCORE, None);
+    asked.headers_mut().insert(TENANT_HEADER, http::HeaderValue::from_static("team-a"));
+    fixture.layer.layer(service).call(asked).await.expect("infallible");
+    let lines = log.lines();
+    let line = &lines[0];
+    for (field, value) in [
+        ("request_id", serde_json::json!("step-7")),
+        ("rpc", "Score".into()),
+        ("code", "OK".into()),
+        ("tenant", "team-a".into()),
+        ("fingerprint", "ab".repeat(32).into()),
+        ("samples", 5.into()),
+        ("failed", 1.into()),
+        ("tokens", 40.into()),
+        ("queue_ms", 7.0.into()),
+        ("tokenize_ms", 2.0.into()),
+        ("ms", 12.0.into()),
+        ("level", "INFO".into()),
+    ] {
+        assert_eq!(line[field], value, "{field} in {line}");
+    }
+    assert_eq!(fixture.metric("warm_serve_tenant_tokens_total{tenant=\"team-a\"} "), 40.0);
+    assert_eq!(fixture.metric("warm_serve_tenant_samples_total{tenant=\"team-a\"} "), 5.0);
+    assert_eq!(fixture.metric("warm_serve_tenant_requests_total{tenant=\"team-a\"} "), 1.0);
+}
+
+#[tokio::test]
+async fn successes_are_sampled_and_failures_are_not() {
+    let (log, fixture) = (Log::start(), logging(1, CallLogOptions { successes: 0.1, content: false }));
+    let calls = Arc::new(Mutex::new(0));
+    let service = tower::service_fn(move |request: http::Request<Body>| {
+        let facts = request.extensions().get::<CallFacts>().expect("facts").clone();
+        let mut call = calls.lock().expect("one thread");
+        *call += 1;
+        let response = match *call % 10 {
+            1 => status::status(crate::registry::EngineError::Forward("secret".into())).into_http(),
+            2 => {
+                facts.answered(answered(1));
+                http::Response::new(Body::empty())
+            }
+            _ => http::Response::new(Body::empty()),
+        };
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let mut gate = fixture.layer.layer(service);
+    for _ in 0..100 {
+        gate.call(request(SCORE, None)).await.expect("infallible");
+    }
+    let count =
+        |what: &dyn Fn(&serde_json::Value) -> bool| log.lines().iter().filter(|line| line["message"] == "request" && what(line)).count();
+    assert_eq!(count(&|line| line["code"] == "INTERNAL" && line["level"] == "ERROR"), 10, "every failed call");
+    assert_eq!(count(&|line| line["failed"] == 1), 10, "every call with a failed sample");
+    assert_eq!(count(&|line| line["code"] == "OK" && line["failed"].is_null()), 8, "a tenth of 80 successes");
+}
+
+#[tokio::test]
+async fn what_a_caller_sent_is_in_no_line_unless_content_may_be_logged() {
+    for content in [false, true] {
+        let (log, fixture) = (Log::start(), logging(1, CallLogOptions { successes: 1.0, content }));
+        let refuse = tower::service_fn(|_| async {
+            let violations = crate::serve::convert::Violations::one("samples[0].text", "the template says: no secret words");
+            Ok::<_, Infallible>(status::invalid(&violations).into_http())
+        });
+        fixture.layer.layer(refuse).call(request(SCORE, None)).await.expect("infallible");
+        let text = format!("{:?} {:?}", log.lines(), fixture.recent.problems());
+        assert!(text.contains("samples[0].text"), "the field: {text}");
+        assert_eq!(text.contains("secret"), content, "{text}");
+        assert!(matches!(&fixture.recent.problems()[..], [Problem { rpc: "Score", code: "INVALID_ARGUMENT", count: 1, .. }]));
+    }
 }
 
 #[test]

@@ -10,12 +10,13 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::calls::{Answered, CallBook, CallFacts};
 use super::convert::{self, Asked, ConvertLimits, MemberScale};
-use super::gate::{CallFacts, Deadline, GateLayer, GateOptions};
-use super::metrics::ServeMetrics;
+use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
 use super::{health, status, stream};
-use crate::registry::{CallOptions, CompareOptions, Engine, EngineError};
+use crate::domain::Failure;
+use crate::registry::{CallOptions, CompareOptions, Engine, EngineError, ModelStamp, Timing};
 use crate::scorer::{Admission, Permit};
 use crate::wire::model_service_server::{ModelService, ModelServiceServer};
 use crate::wire::reward_service_server::{RewardService, RewardServiceServer};
@@ -49,7 +50,7 @@ pub struct Edge {
     pub engine: Engine,
     pub admission: Admission,
     pub readiness: Readiness,
-    pub metrics: ServeMetrics,
+    pub calls: CallBook,
     pub options: GrpcOptions,
 }
 
@@ -62,7 +63,7 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
     let gate = GateLayer::new(GateOptions {
         clock: edge.engine.clock().clone(),
         admission: edge.admission.clone(),
-        metrics: edge.metrics.clone(),
+        calls: edge.calls.clone(),
         assumed_bytes: ASSUMED_BYTES.min(edge.options.max_decode as u64),
         max_bytes: edge.options.max_decode as u64,
     });
@@ -145,6 +146,11 @@ impl Admitted {
     }
 }
 
+fn answered<T>(outcomes: &[Result<T, Failure>], tokens: impl Fn(&T) -> usize, stamp: ModelStamp, timing: Timing) -> Answered {
+    let tokens = outcomes.iter().flatten().map(|scored| tokens(scored) as u64).sum();
+    Answered { stamp, timing, tokens, failed: outcomes.iter().filter(|outcome| outcome.is_err()).count() }
+}
+
 fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::time::Instant>) -> CallOptions {
     CallOptions {
         truncation: asked.truncation,
@@ -165,9 +171,13 @@ pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Ad
     let parsed = convert::parse_score(request, edge.options.limits).map_err(|violations| status::invalid(&violations))?;
     let (request_id, batch) = (parsed.request_id, parsed.batch);
     facts.asked(&request_id, batch.samples.len());
+    if edge.calls.logs_content() {
+        batch.samples.iter().take(1).for_each(|sample| facts.content(sample));
+    }
     let options = call_options(parsed.asked, tenant, deadline);
     let reply = edge.engine.score(batch.samples, options, permit).await.map_err(status::status)?;
-    facts.answered(reply.outcomes.iter().flatten().map(|scored| scored.tokens as u64).sum());
+    let failed = facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
+    let _reply = tracing::debug_span!("reply", failed).entered();
     let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
     let folded = batch.shape.fold(scores);
     Ok(wire::ScoreResponse {
@@ -204,13 +214,17 @@ impl RewardService for Handlers {
         }
         let (request_id, batch) = (parsed.request_id, parsed.batch);
         facts.asked(&request_id, batch.samples.len());
+        if self.edge.calls.logs_content() {
+            batch.samples.iter().take(1).for_each(|sample| facts.content(sample));
+        }
         let compare = CompareOptions {
             members: parsed.members.iter().map(ToString::to_string).collect(),
             uwo_lambda: parsed.uwo_lambda.map(f64::from),
         };
         let options = call_options(parsed.asked, tenant, deadline);
         let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
-        facts.answered(reply.outcomes.iter().flatten().map(|compared| compared.merged.tokens as u64).sum());
+        let failed = facts.answered(answered(&reply.outcomes, |compared| compared.merged.tokens, reply.stamp.clone(), reply.timing));
+        let _reply = tracing::debug_span!("reply", failed).entered();
         let folded = batch.shape.fold(reply.outcomes);
         Ok(Response::new(wire::CompareResponse {
             request_id,

@@ -4,20 +4,19 @@
 //! read, and HTTP/2's flow control holds the caller back. So a stream costs bounded memory whatever is sent.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 use tracing::Instrument;
 
 use super::grpc::{Admitted, Edge, score};
-use super::metrics::{STREAMED, ServeMetrics};
+use super::metrics::STREAMED;
 use super::readiness::Phase;
 use super::status;
-use crate::clock::Clock;
 use crate::wire::{self, stream_request::Kind};
 
 /// What a stream gives back.
@@ -119,36 +118,36 @@ impl Session {
 
     fn begin(&mut self, request: wire::ScoreRequest) {
         let (edge, bytes) = (self.edge.clone(), request.encoded_len() as u64);
-        let counted = Counted::start(edge.metrics.clone(), edge.engine.clock().clone());
+        let mut call = edge.calls.begin_on_stream(STREAMED, &self.admitted.facts);
         let id = request.request_id.clone();
         if self.cancels.contains_key(&id) {
             let status = Status::already_exists("request_id: a request of this name is under way on this stream");
-            counted.end(status.code());
+            call.finish(&Err::<(), _>(status.clone()));
             return self.refuse(id, &status);
         }
         let permit = match edge.admission.admit(bytes) {
             Ok(permit) => permit,
             Err(shed) => {
                 let status = status::shed(shed);
-                counted.end(status.code());
+                call.finish(&Err::<(), _>(status.clone()));
                 return self.refuse(id, &status);
             }
         };
         let timeout = request.options.as_ref().map_or(0, |options| options.timeout_ms);
-        let own = (timeout > 0).then(|| counted.started + Duration::from_millis(timeout.into()));
+        let own = (timeout > 0).then(|| call.started + Duration::from_millis(timeout.into()));
         let deadline = own.into_iter().chain(self.admitted.deadline).min();
-        let admitted = Admitted { permit, tenant: self.admitted.tenant.clone(), deadline, facts: Default::default() };
+        let admitted = Admitted { permit, tenant: self.admitted.tenant.clone(), deadline, facts: call.facts.clone() };
         let (cancel, cancelled) = oneshot::channel();
         if !id.is_empty() {
             self.cancels.insert(id.clone(), cancel);
         }
-        let span = tracing::debug_span!("request", rpc = STREAMED, request_id = %id);
+        let span = call.span.clone();
         let work = async move {
             let result = tokio::select! {
                 result = score(&edge, request, admitted) => result,
                 Ok(()) = cancelled => Err(Status::cancelled("the request was cancelled")),
             };
-            counted.end(result.as_ref().map_or_else(Status::code, |_| Code::Ok));
+            call.finish(&result);
             let answer = result.unwrap_or_else(|status| failed(id.clone(), &status));
             Done { id: Some(id), answer }
         };
@@ -158,29 +157,4 @@ impl Session {
 
 fn failed(request_id: String, status: &Status) -> wire::ScoreResponse {
     wire::ScoreResponse { request_id, error: Some(status::in_stream(status)), ..Default::default() }
-}
-
-/// Counts one request of a stream; dropped before its end, it was cancelled.
-struct Counted {
-    metrics: ServeMetrics,
-    clock: Clock,
-    started: Instant,
-    code: Code,
-}
-
-impl Counted {
-    fn start(metrics: ServeMetrics, clock: Clock) -> Self {
-        metrics.started(STREAMED);
-        Self { metrics, started: clock.now(), clock, code: Code::Cancelled }
-    }
-
-    fn end(mut self, code: Code) {
-        self.code = code;
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.metrics.ended(STREAMED, self.code, self.clock.now().saturating_duration_since(self.started));
-    }
 }

@@ -19,7 +19,7 @@ fn warm() -> Command {
 }
 
 /// Reads the log until a line holds `words`; the value of its field `name`, if it has one.
-fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
+pub fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
     let mut line = String::new();
     while log.read_line(&mut line).expect("log") > 0 {
         if line.contains(words) {
@@ -32,12 +32,23 @@ fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
 }
 
 fn serve<P: AsRef<std::ffi::OsStr>>(folders: impl IntoIterator<Item = P>) -> Child {
-    let mut command = warm();
-    command.args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s", "--drain-deadline", "10m"]);
-    command.args(folders).spawn().expect("started")
+    serve_with(&[], folders)
 }
 
-fn terminate(server: &Child) {
+/// A server with more settings.
+pub fn serve_with<P: AsRef<std::ffi::OsStr>>(settings: &[&str], folders: impl IntoIterator<Item = P>) -> Child {
+    let all: Vec<&str> = ["--drain-delay", "0s", "--drain-deadline", "10m"].into_iter().chain(settings.iter().copied()).collect();
+    serve_at("127.0.0.1:0", &all, folders)
+}
+
+/// A server at this address.
+pub fn serve_at<P: AsRef<std::ffi::OsStr>>(address: &str, settings: &[&str], folders: impl IntoIterator<Item = P>) -> Child {
+    let mut command = warm();
+    command.args(["serve", "--listen", address, "--admin-listen", "127.0.0.1:0"]);
+    command.args(settings).args(folders).spawn().expect("started")
+}
+
+pub fn terminate(server: &Child) {
     let killed = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().expect("kill");
     assert!(killed.success());
 }

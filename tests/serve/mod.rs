@@ -4,9 +4,13 @@
 mod binary;
 mod deadline;
 mod faults;
+#[cfg(unix)]
+mod fleet;
 mod inputs;
 mod parity;
-mod running;
+pub mod running;
+#[cfg(unix)]
+mod traces;
 
 use std::path::{Path, PathBuf};
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_norway::{Mapping, Value};
 
 use super::{Coefficients, DTYPES, Granularity, Kind, Member, Method, Recipe, Rule, Take};
-use crate::checkpoint::{Dtype, HeadChoice};
+use crate::checkpoint::{Dtype, HeadChoice, remote};
 use crate::domain::MemberName;
 use crate::merge::glob::Glob;
 use crate::merge::recipe_head;
@@ -144,7 +144,7 @@ fn method(recipe: &Mapping, members: usize, problems: &mut Vec<String>) -> Metho
 fn draft(value: &Value, index: usize, base: &Path, problems: &mut Vec<String>) -> Option<Draft> {
     let place = &format!("members[{index}]");
     let (found, stands_on, name, coefficient) = match value {
-        Value::String(found) if !found.is_empty() => (Some(base.join(found)), None, None, None),
+        Value::String(found) if !found.is_empty() => (Some(remote::join(base, found)), None, None, None),
         Value::Mapping(member) => {
             check_keys(member, place, &["path", "base", "name", "coefficient"], problems);
             let coefficient = number(member, place, "coefficient", problems);
@@ -189,7 +189,7 @@ fn finish(frame: Frame, drafts: Vec<Draft>, rules: Option<&Value>, mut problems:
     let shares = shares(&frame, &drafts).map_err(|problem| vec![format!("members: {problem}")])?;
     let member = |(draft, coefficient): (Draft, f64)| {
         let name = MemberName::try_from(draft.name).map_err(|invalid| vec![invalid.to_string()])?;
-        Ok(Member { name, path: draft.path, base: draft.base, coefficient })
+        Ok(Member { name, path: draft.path, base: draft.base, coefficient, origin: None })
     };
     let members = drafts.into_iter().zip(shares).map(member).collect::<Result<_, Vec<String>>>()?;
     let Frame { kind, method, normalize, liti, init, dtype, head } = frame;
@@ -389,7 +389,7 @@ fn text(mapping: &Mapping, place: &str, key: &str, problems: &mut Vec<String>) -
 }
 
 fn path(mapping: &Mapping, place: &str, key: &str, base: &Path, problems: &mut Vec<String>) -> Option<PathBuf> {
-    text(mapping, place, key, problems).map(|path| base.join(path))
+    text(mapping, place, key, problems).map(|path| remote::join(base, &path))
 }
 
 fn at(place: &str, key: &str) -> String {

@@ -1,0 +1,99 @@
+"""The parts of check.sh that are no one-liners: schemas, load, queries."""
+
+import json
+import re
+import sys
+import urllib.parse
+import urllib.request
+
+import yaml
+
+# Kinds that come with operators; Kubernetes has no schema for them.
+OPERATORS = {"ScaledObject", "PodMonitor", "PrometheusRule"}
+
+
+def schemas(paths):
+    import kubernetes_validate
+
+    version = kubernetes_validate.latest_version()
+    checked, left = 0, []
+    for path in paths:
+        for document in yaml.safe_load_all(open(path)):
+            name = f"{document['kind']}/{document['metadata']['name']}"
+            if document["kind"] in OPERATORS:
+                left.append(name)
+                continue
+            kubernetes_validate.validate(document, version, strict=True)
+            checked += 1
+    print(f"{checked} objects fit the schemas of Kubernetes {version}; without a schema there: {', '.join(sorted(set(left)))}")
+
+
+def samples(path):
+    """The demo's prompts as groups, some too long, so that failures are seen too."""
+    for line in open(path):
+        row = json.loads(line)
+        print(json.dumps({"prompt": row["prompt"], "completions": row["completions"]}))
+        print(json.dumps({"text": row["completions"][0]}))
+    print(json.dumps({"text": "too long " * 4000}))
+
+
+def ask(server, query):
+    address = f"{server}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        body = json.load(answer)
+    assert body["status"] == "success", f"{query}: {body}"
+    return body["data"]["result"]
+
+
+def fill(query):
+    for name in ("namespace", "job", "instance"):
+        query = query.replace(f"${name}", ".*")
+    return query.replace("$__rate_interval", "30s").replace("$__range", "2m")
+
+
+def queries(server, dashboard, rules, scaler):
+    failed, panels, records, alerts = [], 0, 0, 0
+    for panel in json.load(open(dashboard))["panels"]:
+        for target in panel.get("targets", []):
+            panels += 1
+            result = ask(server, fill(target["expr"]))
+            if not any(sample["value"][1] != "NaN" for sample in result):
+                failed.append(f"panel {panel['title']!r}: {target['expr']}")
+    for group in yaml.safe_load(open(rules))["groups"]:
+        for rule in group["rules"]:
+            if "record" in rule:
+                records += 1
+                if not ask(server, rule["record"]):
+                    failed.append(f"record {rule['record']}")
+            else:
+                # An alert is silent here; its query must be one, and everything that it reads must be there.
+                alerts += 1
+                ask(server, rule["expr"])
+                for name in set(re.findall(r"\b(?:warm_\w+|warm:[\w:]+|process_\w+)", rule["expr"])):
+                    if not ask(server, name):
+                        failed.append(f"alert {rule['alert']}: {name}")
+    for trigger in yaml.safe_load(open(scaler))["spec"]["triggers"]:
+        query = trigger["metadata"]["query"].replace('namespace="warm"', 'namespace=""')
+        if len(ask(server, query)) != 1:
+            failed.append(f"scaler: {query}: expected one number")
+    firing = sorted({sample["metric"]["alertname"] for sample in ask(server, 'ALERTS{alertstate="firing"}')})
+    print(f"{panels} queries of the dashboard, {records} records, {alerts} alerts and the scaler against Prometheus; firing: {firing or 'none'}")
+    assert not failed, "no data:\n" + "\n".join(failed)
+    assert not firing, "an alert fires on a healthy server"
+
+
+def metrics(address, readme):
+    """The README's table is what a live server shows, both ways."""
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        live = {line.split(" ")[2] for line in answer.read().decode().splitlines() if line.startswith("# TYPE warm_")}
+    table = set(re.findall(r"^\| `(warm_\w+)` \|", open(readme).read(), re.MULTILINE))
+    assert live == table, f"only live: {sorted(live - table)}; only in the README: {sorted(table - live)}"
+    print(f"{len(live)} series of the live server are the README's table")
+
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    if command == "schemas":
+        schemas(arguments)
+    else:
+        {"samples": samples, "queries": queries, "metrics": metrics}[command](*arguments)

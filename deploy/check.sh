@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Checks deploy/ with other people's tools: kustomize renders it, Kubernetes' own schemas accept it, promtool agrees with the
+# rules, and every query of the dashboard and of the rules gives data from a real Prometheus that scraped a real server under
+# load. All of it on this machine's loopback; takes about three minutes.
+#
+#   deploy/check.sh [path of the warm binary]        default: target/release/warm, else target/debug/warm
+#
+# Installs what is missing (Debian packages as root, one Python package in a throw-away environment).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+warm="${1:-}"
+for candidate in target/release/warm target/debug/warm; do
+    if [ -z "$warm" ] && [ -x "$candidate" ]; then warm="$candidate"; fi
+done
+[ -x "$warm" ] || { echo "no binary: build with cargo build --release, or name one" >&2; exit 2; }
+seconds="${LOAD_SECONDS:-90}"
+
+need=()
+command -v kubectl > /dev/null || need+=(kubernetes-client)
+command -v promtool > /dev/null || need+=(prometheus)
+command -v prometheus > /dev/null || need+=(prometheus)
+if [ "${#need[@]}" -gt 0 ]; then
+    apt-get update > /dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${need[@]}" > /dev/null
+fi
+
+work="$(mktemp -d)"
+pids=()
+finish() {
+    for pid in "${pids[@]}"; do kill "$pid" 2> /dev/null || true; done
+    wait 2> /dev/null || true
+    rm -rf "$work"
+}
+trap finish EXIT
+
+python3 -m venv "$work/python"
+"$work/python/bin/pip" --quiet --disable-pip-version-check install "kubernetes-validate>=1.32"
+python="$work/python/bin/python"
+
+echo "== kustomize"
+kubectl version --client 2> /dev/null | head -1
+for overlay in cpu gpu fleet monitoring; do
+    kubectl kustomize "deploy/kustomize/overlays/$overlay" > "$work/$overlay.yaml" 2> "$work/warnings" || { cat "$work/warnings"; exit 1; }
+done
+"$python" deploy/check.py schemas "$work"/{cpu,gpu,fleet,monitoring}.yaml
+
+echo "== promtool"
+promtool check config --syntax-only deploy/compose/prometheus.yaml
+promtool check rules deploy/monitoring/warm.rules.yaml
+promtool test rules deploy/monitoring/warm.rules.test.yaml
+if docker compose version > /dev/null 2>&1; then
+    docker compose -f deploy/compose.yaml config --quiet && echo "compose.yaml: docker compose reads it"
+else
+    echo "skipped: docker compose is not here"
+fi
+
+echo "== a real Prometheus on a real server under load, $seconds s"
+port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+grpc="127.0.0.1:$(port)" admin="127.0.0.1:$(port)" prometheus="127.0.0.1:$(port)"
+family=demo/family
+"$warm" serve --listen "$grpc" --admin-listen "$admin" --ensemble resident --drain-delay 0s --log-format json \
+    "$family"/rm-0 "$family"/rm-1 "$family"/rm-2 "$family"/rm-3 "$family"/rm-4 2> "$work/server.log" &
+pids+=($!)
+until "$warm" health --addr "$grpc" > /dev/null 2>&1; do
+    kill -0 "${pids[0]}" || { cat "$work/server.log"; exit 1; }
+    sleep 0.2
+done
+# The same rules at a faster pace, so that a minute is enough.
+sed 's/interval: 30s/interval: 2s/' deploy/monitoring/warm.rules.yaml > "$work/rules.yaml"
+cat > "$work/prometheus.yaml" << CONFIG
+global: {scrape_interval: 2s, evaluation_interval: 2s}
+rule_files: ["$work/rules.yaml"]
+scrape_configs:
+  - job_name: warm
+    static_configs: [{targets: ["$admin"]}]
+CONFIG
+prometheus --config.file="$work/prometheus.yaml" --storage.tsdb.path="$work/data" --web.listen-address="$prometheus" \
+    --log.level=warn 2> "$work/prometheus.log" &
+pids+=($!)
+
+"$python" deploy/check.py samples demo/prompts.jsonl > "$work/samples.jsonl"
+end=$((SECONDS + seconds))
+rounds=0
+while [ "$SECONDS" -lt "$end" ]; do
+    "$warm" score --connect "$grpc" --input "$work/samples.jsonl" --output /dev/null 2> /dev/null &
+    "$warm" score --connect "$grpc" --input "$work/samples.jsonl" --output /dev/null --members 2> /dev/null
+    wait $!
+    rounds=$((rounds + 1))
+done
+echo "$rounds rounds of two callers"
+"$python" deploy/check.py queries "http://$prometheus" deploy/monitoring/warm.dashboard.json deploy/monitoring/warm.rules.yaml \
+    deploy/kustomize/overlays/fleet/scaledobject.yaml
+"$python" deploy/check.py metrics "http://$admin/metrics" README.md
+echo "deploy/ holds"

@@ -1,0 +1,424 @@
+//! Against a server on this machine that speaks the hub's routes, and misbehaves where a test wants it to.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// Small, so that a small file has many parts.
+const PART: u64 = 10_000;
+
+/// One request, as the server sees it.
+#[derive(Clone, Debug, PartialEq)]
+struct Asked {
+    path: String,
+    range: Option<(u64, u64)>,
+    token: Option<String>,
+}
+
+/// An answer: status, headers, and a body that may be shorter than its announced length.
+struct Answer {
+    status: u16,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+    announced: usize,
+}
+
+impl Answer {
+    fn new(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Self {
+        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Self { status, headers, body: body.to_vec(), announced: body.len() }
+    }
+
+    /// The connection ends after so many bytes of the body.
+    fn broken_after(mut self, bytes: usize) -> Self {
+        self.body.truncate(bytes);
+        self
+    }
+}
+
+type Handler = dyn Fn(&Asked) -> Answer + Send + Sync;
+
+struct Server {
+    address: String,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+impl Server {
+    fn start(handler: Arc<Handler>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("free port");
+        let address = listener.local_addr().expect("address").to_string();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = asked.clone();
+        // The threads end with the test's process.
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (handler, seen) = (handler.clone(), seen.clone());
+                std::thread::spawn(move || serve(stream, handler.as_ref(), &seen));
+            }
+        });
+        Self { address, asked }
+    }
+
+    fn asked(&self) -> Vec<Asked> {
+        self.asked.lock().expect("no panic").clone()
+    }
+
+    fn downloads(&self) -> Vec<Asked> {
+        self.asked().into_iter().filter(|asked| asked.path.contains("/resolve/")).collect()
+    }
+}
+
+/// One request a connection.
+fn serve(stream: TcpStream, handler: &Handler, seen: &Mutex<Vec<Asked>>) {
+    let mut reader = BufReader::new(stream.try_clone().expect("a second handle"));
+    let mut lines = Vec::new();
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return;
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+        lines.push(line.trim().to_owned());
+    }
+    let header = |name: &str| {
+        let found = lines.iter().filter_map(|line| line.split_once(':')).find(|(key, _)| key.eq_ignore_ascii_case(name));
+        found.map(|(_, value)| value.trim().to_owned())
+    };
+    let range = header("range").and_then(|range| {
+        let (begin, end) = range.strip_prefix("bytes=")?.split_once('-')?;
+        Some((begin.parse().ok()?, end.parse().ok()?))
+    });
+    let path = lines[0].split(' ').nth(1).unwrap_or_default().to_owned();
+    let asked = Asked { path, range, token: header("authorization") };
+    seen.lock().expect("no panic").push(asked.clone());
+    let answer = handler(&asked);
+    let mut head = format!("HTTP/1.1 {} X\r\nconnection: close\r\ncontent-length: {}\r\n", answer.status, answer.announced);
+    for (name, value) in &answer.headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    let mut stream = stream;
+    // A client that has gone is what some tests are about.
+    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(b"\r\n")).and_then(|()| stream.write_all(&answer.body));
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn git_blob(bytes: &[u8]) -> String {
+    let mut content = format!("blob {}\0", bytes.len()).into_bytes();
+    content.extend_from_slice(bytes);
+    ring::digest::digest(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY, &content).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A repository with one checkpoint in the folder `seed-0`.
+#[derive(Clone)]
+struct Repository(BTreeMap<String, Vec<u8>>);
+
+impl Repository {
+    fn new() -> Self {
+        let weights: Vec<u8> = (0..95_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let files: [(&str, &[u8]); 5] = [
+            ("seed-0/config.json", b"{\"model_type\": \"qwen3\"}"),
+            ("seed-0/tokenizer.json", b"{}"),
+            ("seed-0/model.safetensors", &weights),
+            ("seed-0/pytorch_model.bin", b"a pickle"),
+            ("README.md", b"words"),
+        ];
+        Self(files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).into())
+    }
+
+    fn weights(&self) -> &[u8] {
+        &self.0["seed-0/model.safetensors"]
+    }
+
+    fn listing(&self) -> Answer {
+        let siblings = self.0.iter().map(|(name, bytes)| {
+            let mut file = serde_json::json!({"rfilename": name, "size": bytes.len(), "blobId": git_blob(bytes)});
+            if name.ends_with(".safetensors") {
+                file["lfs"] = serde_json::json!({"sha256": sha256(bytes), "size": bytes.len(), "pointerSize": 134});
+            }
+            file
+        });
+        let json = serde_json::json!({"id": "org/name", "sha": COMMIT, "siblings": siblings.collect::<Vec<_>>()});
+        Answer::new(200, &[("content-type", "application/json")], json.to_string().as_bytes())
+    }
+
+    /// What a hub in good health answers.
+    fn answer(&self, asked: &Asked) -> Answer {
+        if asked.path.starts_with("/api/models/org/name/revision/") {
+            return self.listing();
+        }
+        let name = asked.path.strip_prefix(&format!("/org/name/resolve/{COMMIT}/")).unwrap_or_default();
+        match self.0.get(name) {
+            Some(bytes) => part_of(bytes, asked),
+            None => Answer::new(404, &[], b"no such file"),
+        }
+    }
+}
+
+fn part_of(bytes: &[u8], asked: &Asked) -> Answer {
+    match asked.range {
+        Some((begin, end)) => {
+            let end = (end as usize).min(bytes.len() - 1);
+            let range = format!("bytes {begin}-{end}/{}", bytes.len());
+            Answer::new(206, &[("content-range", &range)], &bytes[begin as usize..=end])
+        }
+        None => Answer::new(200, &[], bytes),
+    }
+}
+
+fn hub(server: &Server, home: &Path, clock: &Clock) -> Hub {
+    let environment = [
+        ("HF_ENDPOINT", format!("http://{}/", server.address)),
+        ("HF_HOME", home.display().to_string()),
+        ("HF_TOKEN", "hf_secret".to_owned()),
+    ];
+    let environment: Vec<_> = environment.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    Hub::from_environment(&environment, 1 << 30, clock.clone()).with_part(PART)
+}
+
+fn path() -> HubPath {
+    "hf:org/name@v1/seed-0".parse().expect("a path")
+}
+
+fn home() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary folder")
+}
+
+/// A server of this repository whose answers may be replaced.
+fn misbehaving(change: impl Fn(&Asked, Answer) -> Answer + Send + Sync + 'static) -> (Repository, Server) {
+    let repository = Repository::new();
+    let own = repository.clone();
+    let server = Server::start(Arc::new(move |asked: &Asked| change(asked, own.answer(asked))));
+    (repository, server)
+}
+
+#[test]
+fn a_checkpoint_is_fetched_in_parts_once_and_named_by_its_commit() {
+    let (repository, server) = misbehaving(|_, answer| answer);
+    let (home, clock) = (home(), Clock::manual());
+    let mut told = Vec::new();
+    let fetched = hub(&server, home.path(), &clock).fetch(&path(), &mut |done, total| told.push((done, total))).expect("fetched");
+    assert_eq!(fetched.origin.to_string(), format!("hf:org/name@{COMMIT}/seed-0"));
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        let bytes = std::fs::read(fetched.folder.join(name)).expect("a file");
+        assert_eq!(bytes, repository.0[&format!("seed-0/{name}")], "{name}");
+    }
+    assert_eq!(std::fs::read_dir(&fetched.folder).expect("a folder").count(), 3, "no pickle, and nothing of other folders");
+    let total = told.last().expect("told").1;
+    assert_eq!(told.last(), Some(&(total, total)));
+    assert!(told.windows(2).all(|pair| pair[0].0 <= pair[1].0), "{told:?}");
+    let ranges = server.downloads().iter().filter(|asked| asked.path.ends_with("model.safetensors")).count();
+    assert_eq!(ranges, 10, "95000 bytes in parts of 10000");
+    assert!(server.asked().iter().all(|asked| asked.token.as_deref() == Some("Bearer hf_secret")));
+    // The layout of other tools: a link into the blobs, and the commit of the revision.
+    let base = home.path().join("hub/models--org--name");
+    assert_eq!(std::fs::read_to_string(base.join("refs/v1")).expect("a ref"), COMMIT);
+    let left: Vec<_> = std::fs::read_dir(base.join("blobs")).expect("blobs").map(|entry| entry.expect("entry").file_name()).collect();
+    assert_eq!(left.len(), 3, "nothing but whole files: {left:?}");
+
+    let before = server.downloads().len();
+    let again = hub(&server, home.path(), &clock).fetch(&path(), &mut |_, _| {}).expect("there");
+    assert_eq!((again, server.downloads().len()), (fetched.clone(), before), "nothing is fetched twice");
+    // Without a network, the same.
+    let offline = Hub { offline: true, ..hub(&server, home.path(), &clock) };
+    let asked = server.asked().len();
+    assert_eq!(offline.fetch(&path(), &mut |_, _| {}).expect("cached"), fetched);
+    assert_eq!(server.asked().len(), asked);
+    let other: HubPath = "hf:org/name@v2/seed-0".parse().expect("a path");
+    assert!(offline.fetch(&other, &mut |_, _| {}).expect_err("not cached").to_string().contains("HF_HUB_OFFLINE"));
+}
+
+#[test]
+fn the_token_does_not_follow_a_redirect_to_another_host() {
+    let repository = Repository::new();
+    let files = repository.clone();
+    let storage = Server::start(Arc::new(move |asked: &Asked| part_of(files.weights(), asked)));
+    let elsewhere = storage.address.replace("127.0.0.1", "localhost");
+    let (_, server) = misbehaving(move |asked, answer| {
+        if asked.path.ends_with("model.safetensors") {
+            return Answer::new(302, &[("location", &format!("http://{elsewhere}/signed?x=1"))], b"");
+        }
+        answer
+    });
+    let home = home();
+    let fetched = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect("fetched");
+    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), repository.weights());
+    let asked = storage.asked();
+    assert!(asked.len() == 10 && asked.iter().all(|asked| asked.token.is_none() && asked.range.is_some()), "{asked:?}");
+}
+
+#[test]
+fn a_server_that_is_too_busy_is_asked_again_when_it_says() {
+    let refusals = Mutex::new(3);
+    let (_, server) = misbehaving(move |asked, answer| {
+        let mut left = refusals.lock().expect("no panic");
+        if asked.path.ends_with("config.json") && *left > 0 {
+            *left -= 1;
+            return Answer::new(429, &[("retry-after", "17")], b"");
+        }
+        answer
+    });
+    let (home, clock) = (home(), Clock::manual());
+    let start = clock.now();
+    hub(&server, home.path(), &clock).fetch(&path(), &mut |_, _| {}).expect("fetched");
+    assert_eq!(clock.now() - start, Duration::from_secs(51));
+}
+
+#[test]
+fn a_server_that_stays_broken_is_given_up() {
+    let (_, server) = misbehaving(|asked, answer| if asked.path.ends_with("config.json") { Answer::new(503, &[], b"") } else { answer });
+    let (home, clock) = (home(), Clock::manual());
+    let error = hub(&server, home.path(), &clock).fetch(&path(), &mut |_, _| {}).expect_err("broken").to_string();
+    assert!(error.contains("config.json") && error.contains("503") && error.contains("hf:org/name@v1/seed-0"), "{error}");
+    let attempts = server.downloads().iter().filter(|asked| asked.path.ends_with("config.json")).count();
+    assert_eq!(attempts, 7);
+}
+
+#[test]
+fn a_broken_connection_goes_on_where_it_broke() {
+    let (repository, server) = misbehaving(|asked, answer| {
+        let full = asked.range.is_some_and(|(begin, end)| end - begin + 1 == PART);
+        if full { answer.broken_after(3_000) } else { answer }
+    });
+    let home = home();
+    let fetched = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect("fetched");
+    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), repository.weights());
+    let begins: Vec<u64> = server.downloads().iter().filter_map(|asked| Some(asked.range?.0)).collect();
+    assert!(begins.contains(&3_000) && begins.contains(&43_000), "{begins:?}");
+}
+
+#[test]
+fn wrong_lengths_are_not_believed() {
+    for (wrong, words) in [("bytes 0-9999/12345", "12345"), ("bytes 7-9999/95000", "bytes 7-9999"), ("", "content-range")] {
+        let (_, server) = misbehaving(move |asked, answer| {
+            if asked.path.ends_with("model.safetensors") && asked.range.is_some_and(|(begin, _)| begin == 0) {
+                let body = answer.body.clone();
+                return Answer::new(206, &[("content-range", wrong)], &body);
+            }
+            answer
+        });
+        let home = home();
+        let error = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect_err("wrong").to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    // A server without ranges may send a small file whole, if it is as long as it was said to be.
+    let (_, server) = misbehaving(|asked, _| {
+        let repository = Repository::new();
+        let whole = Asked { range: None, ..asked.clone() };
+        if asked.path.ends_with("config.json") { Answer::new(200, &[], b"{}") } else { repository.answer(&whole) }
+    });
+    let home = home();
+    let error = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect_err("wrong").to_string();
+    assert!(error.contains("expected 23 bytes, the server has 2") || error.contains("part of a file"), "{error}");
+}
+
+#[test]
+fn other_bytes_than_promised_never_get_a_name() {
+    let wrong = Arc::new(Mutex::new(true));
+    let is_wrong = wrong.clone();
+    let (_, server) = misbehaving(move |asked, mut answer| {
+        if *is_wrong.lock().expect("no panic") && asked.range.is_some_and(|(begin, _)| begin == 20_000) {
+            answer.body[5] ^= 1;
+        }
+        answer
+    });
+    let home = home();
+    let hub = hub(&server, home.path(), &Clock::manual());
+    let error = hub.fetch(&path(), &mut |_, _| {}).expect_err("corrupt").to_string();
+    assert!(error.contains("checksum"), "{error}");
+    let snapshots = home.path().join("hub/models--org--name/snapshots");
+    assert!(!snapshots.exists(), "no folder looks like a checkpoint");
+    *wrong.lock().expect("no panic") = false;
+    hub.fetch(&path(), &mut |_, _| {}).expect("the next attempt begins anew");
+}
+
+#[test]
+fn what_was_fetched_before_a_failure_is_not_fetched_again() {
+    let broken = Arc::new(Mutex::new(true));
+    let is_broken = broken.clone();
+    let (repository, server) = misbehaving(move |asked, answer| {
+        let late = asked.range.is_some_and(|(begin, _)| begin >= 50_000);
+        if late && *is_broken.lock().expect("no panic") { Answer::new(410, &[], b"") } else { answer }
+    });
+    let home = home();
+    let hub = hub(&server, home.path(), &Clock::manual());
+    assert!(hub.fetch(&path(), &mut |_, _| {}).is_err());
+    let first: Vec<_> = whole_parts(home.path());
+    *broken.lock().expect("no panic") = false;
+    let before = server.downloads().len();
+    let fetched = hub.fetch(&path(), &mut |_, _| {}).expect("the rest");
+    let weights = |asked: &&Asked| asked.path.ends_with("model.safetensors");
+    let second: Vec<u64> = server.downloads()[before..].iter().filter(weights).filter_map(|asked| Some(asked.range?.0 / PART)).collect();
+    assert!(!first.is_empty() && first.iter().all(|part| !second.contains(part)), "{first:?}, then {second:?}");
+    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), repository.weights());
+}
+
+/// Parts of the weights that the cache says are whole.
+fn whole_parts(home: &Path) -> Vec<u64> {
+    let blobs = home.join("hub/models--org--name/blobs");
+    let log = std::fs::read_to_string(blobs.join(format!("{}.parts", sha256(Repository::new().weights())))).expect("a log");
+    log.lines().skip(1).map(|line| line.parse().expect("a number")).collect()
+}
+
+#[test]
+fn what_is_refused_says_what_to_do() {
+    for (status, words) in [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "no such repository")] {
+        let (_, server) = misbehaving(move |_, _| Answer::new(status, &[], b""));
+        let home = home();
+        let error = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect_err("refused").to_string();
+        assert!(error.contains(words) && !error.contains("hf_secret"), "{error}");
+        assert_eq!(server.asked().len(), 1, "asking again would not help");
+    }
+}
+
+#[test]
+fn more_than_may_be_fetched_is_refused_before_a_byte_is() {
+    let (_, server) = misbehaving(|_, answer| answer);
+    let home = home();
+    let small = Hub { max_bytes: 1000, ..hub(&server, home.path(), &Clock::manual()) };
+    let error = small.fetch(&path(), &mut |_, _| {}).expect_err("too large").to_string();
+    assert!(error.contains("95025") && error.contains("download.max_bytes"), "{error}");
+    assert!(server.downloads().is_empty());
+    assert!(!home.path().join("hub").exists());
+}
+
+#[test]
+fn two_processes_at_once_fetch_it_once() {
+    let (repository, server) = misbehaving(|_, answer| answer);
+    let home = home();
+    let hubs = [hub(&server, home.path(), &Clock::manual()), hub(&server, home.path(), &Clock::manual())];
+    let fetched: Vec<Fetched> = std::thread::scope(|scope| {
+        let threads: Vec<_> = hubs.iter().map(|hub| scope.spawn(|| hub.fetch(&path(), &mut |_, _| {}).expect("fetched"))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    });
+    assert_eq!(fetched[0], fetched[1]);
+    assert_eq!(std::fs::read(fetched[0].folder.join("model.safetensors")).expect("a file"), repository.weights());
+    let weights = server.downloads().iter().filter(|asked| asked.path.ends_with("model.safetensors")).count();
+    assert_eq!(weights, 10, "each part once");
+}
+
+#[test]
+fn settings_come_from_the_variables_of_other_tools() {
+    let hub = |pairs: &[(&str, &str)]| {
+        let pairs: Vec<_> = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Hub::from_environment(&pairs, 1, Clock::manual())
+    };
+    let plain = hub(&[("HOME", "/h")]);
+    assert_eq!(
+        (plain.endpoint.as_str(), plain.cache.as_path(), plain.offline),
+        ("https://huggingface.co", Path::new("/h/.cache/huggingface/hub"), false)
+    );
+    let home = home();
+    std::fs::write(home.path().join("token"), "hf_file\n").expect("written");
+    let named = hub(&[("HF_HOME", home.path().to_str().expect("UTF-8")), ("HF_HUB_OFFLINE", "1"), ("HF_ENDPOINT", "http://mirror/")]);
+    assert_eq!((named.token.as_deref(), named.offline, named.endpoint.as_str()), (Some("hf_file"), true, "http://mirror"));
+    assert_eq!(hub(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h")]).cache, Path::new("/c"));
+}

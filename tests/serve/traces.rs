@@ -1,0 +1,108 @@
+//! Traces, as a collector receives them from the binary.
+
+use std::collections::HashMap;
+use std::io::{BufReader, Read};
+use std::sync::{Arc, Mutex};
+
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
+use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use opentelemetry_proto::tonic::trace::v1::Span;
+use tonic::transport::server::TcpIncoming;
+use warm::client::Client;
+use warm::wire::{self, sample::Input};
+
+use super::binary::{serve_with, terminate, wait_for};
+
+/// Keeps what is sent to it.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Vec<ExportTraceServiceRequest>>>);
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: tonic::Request<ExportTraceServiceRequest>,
+    ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
+        self.0.lock().expect("no panic").push(request.into_inner());
+        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+fn words(value: &Value) -> String {
+    match value {
+        Value::StringValue(text) => text.clone(),
+        Value::IntValue(number) => number.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn attributes(span: &Span) -> HashMap<String, String> {
+    let all = span.attributes.iter().filter_map(|pair| Some((pair.key.clone(), words(pair.value.as_ref()?.value.as_ref()?))));
+    all.collect()
+}
+
+const TRACE: [u8; 16] = [0x0a, 0xf7, 0x65, 0x19, 0x16, 0xcd, 0x43, 0xdd, 0x84, 0x48, 0xeb, 0x21, 0x1c, 0x80, 0x31, 0x9c];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_is_a_trace_under_its_callers_own_with_numbers_and_no_text() {
+    let collector = Collector::default();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("free port");
+    let endpoint = format!("http://{}", listener.local_addr().expect("address"));
+    let service = TraceServiceServer::new(collector.clone());
+    let receiving = tonic::transport::Server::builder().add_service(service).serve_with_incoming(TcpIncoming::from(listener));
+    let receiving = tokio::spawn(receiving);
+
+    let asked = tokio::task::spawn_blocking(move || {
+        let mut server = serve_with(&["--traces-endpoint", &endpoint, "--traces-share", "0"], super::members());
+        let mut log = BufReader::new(server.stderr.take().expect("piped"));
+        let address = wait_for(&mut log, "listening", "grpc").expect("address");
+        wait_for(&mut log, "ready", "");
+        let runtime = tokio::runtime::Runtime::new().expect("runtime");
+        let response = runtime.block_on(async {
+            let client = Client::connect(&address).await.expect("connected");
+            let sample = wire::Sample { input: Some(Input::Text("secret words of a caller".into())) };
+            let request = |id: &str| wire::ScoreRequest { request_id: id.into(), samples: vec![sample.clone()], ..Default::default() };
+            let mut traced = tonic::Request::new(request("traced"));
+            let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+            traced.metadata_mut().insert("traceparent", parent.parse().expect("metadata"));
+            // Of traces that begin here none is kept.
+            client.score(request("untraced")).await.expect("scored");
+            client.rewards().score(traced).await.expect("scored").into_inner()
+        });
+        terminate(&server);
+        let mut rest = String::new();
+        log.read_to_string(&mut rest).expect("log");
+        assert_eq!(server.wait().expect("ended").code(), Some(0), "{rest}");
+        response
+    });
+    let response = asked.await.expect("no panic");
+    receiving.abort();
+
+    let requests = collector.0.lock().expect("no panic").clone();
+    let resource = requests[0].resource_spans[0].resource.as_ref().expect("a resource");
+    let service = resource.attributes.iter().find(|pair| pair.key == "service.name").and_then(|pair| pair.value.clone());
+    assert_eq!(service.and_then(|value| value.value).as_ref().map(words).as_deref(), Some("warm"));
+    let spans: Vec<Span> =
+        requests.iter().flat_map(|request| &request.resource_spans).flat_map(|r| &r.scope_spans).flat_map(|s| s.spans.clone()).collect();
+    assert!(spans.iter().all(|span| span.trace_id == TRACE), "only the caller's own trace: {spans:#?}");
+    let named = |name: &str| spans.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("no span {name} in {spans:#?}"));
+
+    let request = named("request");
+    assert_eq!(request.parent_span_id, [0xb7, 0xad, 0x6b, 0x71, 0x69, 0x20, 0x33, 0x31]);
+    let of_request = attributes(request);
+    let fingerprint = response.model.expect("stamp").fingerprint;
+    for (key, value) in [("rpc", "Score"), ("request_id", "traced"), ("code", "OK"), ("samples", "1"), ("fingerprint", &fingerprint)] {
+        assert_eq!(of_request.get(key).map(String::as_str), Some(value), "{key} of {of_request:?}");
+    }
+    let tokens = response.scores[0].tokens.to_string();
+    assert_eq!(of_request.get("tokens"), Some(&tokens));
+    for stage in ["admission", "tokenize", "device", "reply"] {
+        assert_eq!(named(stage).parent_span_id, request.span_id, "{stage}");
+    }
+    let device = attributes(named("device"));
+    assert_eq!(device.get("tokens"), Some(&tokens));
+    assert!(device.contains_key("queue_us") && device.contains_key("forward_us"), "{device:?}");
+    let everything = format!("{requests:?}");
+    assert!(!everything.contains("secret"), "what a caller says is in no trace");
+}
