@@ -5,6 +5,7 @@ mod bench;
 mod demo;
 mod demo_report;
 mod health;
+mod merge;
 mod progress;
 mod score;
 mod serve;
@@ -37,6 +38,8 @@ enum Command {
     Score(score::ScoreArgs),
     /// Show how one line of JSON is read: rendered text, tokens, decisions, and the token that the head reads.
     Explain(score::ExplainArgs),
+    /// Merge a recipe into a checkpoint on disk.
+    Merge(merge::MergeArgs),
     /// Check the configuration and print it with the origin of each value.
     CheckConfig(ModelArgs),
     /// Merge the bundled family, serve it on this machine, and play the part of a trainer.
@@ -60,6 +63,12 @@ enum CommandError {
     Client(#[from] crate::client::ClientError),
     #[error(transparent)]
     Offline(#[from] crate::offline::OfflineError),
+    #[error(transparent)]
+    Recipe(#[from] crate::merge::RecipeError),
+    #[error(transparent)]
+    Plan(#[from] crate::merge::MergeError),
+    #[error(transparent)]
+    Write(#[from] crate::merge::WriteError),
     #[error(transparent)]
     Telemetry(#[from] crate::telemetry::TelemetryError),
     #[error("{0}")]
@@ -86,6 +95,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Serve(arguments) => serve::run(arguments, environment),
         Command::Score(arguments) => score::run(arguments, environment),
         Command::Explain(arguments) => score::explain(arguments, environment),
+        Command::Merge(arguments) => merge::run(arguments),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),

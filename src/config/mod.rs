@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use layers::{ConfigError, Given, Origin};
-pub use parse::duration as parse_duration;
+pub use parse::{duration as parse_duration, size as parse_size};
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
 use crate::merge::Recipe;

@@ -15,18 +15,27 @@ mod glob;
 mod listing;
 mod merged;
 mod nested;
+mod output;
 mod plan;
+mod provenance;
 mod recipe;
+mod shards;
+mod staging;
 mod survey;
 mod weights_id;
+mod write;
 
 pub use angles::Group;
 pub use choice::Treatment;
 pub use combine::{Combination, Gram, Step};
 pub use glob::Glob;
 pub use merged::Merged;
-pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward};
+pub use output::{WriteOptions, Written, write_checkpoint};
+pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward, Size};
+pub use provenance::RECORD_FILE;
 pub use recipe::{Coefficients, Granularity, Kind, Member, Method, Recipe, RecipeError, RecipeFile, Rule, Take};
+pub use staging::FileError;
+pub use write::{DEFAULT_SHARD_BYTES, Progress, WriteError};
 
 #[cfg(test)]
 mod conformance_tests;
