@@ -6,7 +6,7 @@ use super::{AppError, Loader};
 use crate::checkpoint::Dtype;
 use crate::clock::Clock;
 use crate::config::{Config, EnsembleMode, ModelChoice};
-use crate::merge::Recipe;
+use crate::merge::{CacheOptions, Recipe};
 use crate::registry::{Calibration, Ensemble, LoadSpec, TextOverrides, load_generation};
 use crate::text::{BosPolicy, EosPolicy, TemplateChoice};
 
@@ -46,6 +46,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         max_tokens: config.max_tokens,
         max_pack_tokens: config.max_pack_tokens,
         calibration: calibration.transpose()?,
+        cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),
         ..LoadSpec::new(recipe)
     })
 }

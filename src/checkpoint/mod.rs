@@ -18,5 +18,5 @@ pub use error::CheckpointError;
 pub use layout::{BlockKeys, HeadStage, Layout, LinearKeys, NormKeys, is_recomputed};
 pub use manifest::{Manifest, TensorInfo};
 pub use reader::{Checkpoint, Folder, Weights};
-pub use source::{CHUNK_ELEMENTS, SourceError, TensorSource, look_up};
+pub use source::{CHUNK_ELEMENTS, FileStamp, SourceError, TensorSource, look_up};
 pub use text_facts::TextFacts;

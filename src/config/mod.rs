@@ -30,6 +30,13 @@ pub enum ModelChoice {
     Folders(Vec<PathBuf>),
 }
 
+/// Where merged weights are kept, and how many.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheConfig {
+    pub dir: PathBuf,
+    pub max_bytes: usize,
+}
+
 /// Which models of the merge are kept loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EnsembleMode {
@@ -55,6 +62,8 @@ pub struct Config {
     pub model: Option<ModelChoice>,
     pub listen: SocketAddr,
     pub admin_listen: SocketAddr,
+    /// Absent: nothing is kept.
+    pub cache: Option<CacheConfig>,
     pub ensemble: EnsembleMode,
     /// Absent: as the recipe says.
     pub dtype: Option<String>,
@@ -280,11 +289,21 @@ impl Reader<'_> {
         }
     }
 
+    fn cache(&mut self, base: &Path) -> Option<CacheConfig> {
+        let max_bytes = self.get("cache_max_bytes", parse::size);
+        let from_file = matches!(self.values.get("cache_dir"), Some(Given { origin: Origin::File(_), .. }));
+        let dir = self.get("cache_dir", parse::optional_text)?;
+        // As for a recipe: a path in a file is relative to that file.
+        let dir = if from_file { base.join(dir) } else { PathBuf::from(dir) };
+        Some(CacheConfig { dir, max_bytes })
+    }
+
     fn config(&mut self, model: Option<ModelChoice>, base: &Path) -> Config {
         Config {
             model,
             listen: self.get("listen", parse::address),
             admin_listen: self.get("admin.listen", parse::address),
+            cache: self.cache(base),
             ensemble: self.get("ensemble", parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident)])),
             dtype: self.get("dtype", parse::choice(&[("", None), ("float32", Some("float32"))])).map(str::to_owned),
             device: self.get("device", parse::choice(&[("cpu", "cpu")])).to_owned(),

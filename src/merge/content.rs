@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use blake3::hazmat::{HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
 use rayon::prelude::*;
 
-use crate::checkpoint::{Elements, SourceError, TensorInfo, TensorSource};
+use crate::checkpoint::{Elements, FileStamp, Manifest, SourceError, TensorInfo, TensorSource};
 
 /// Elements that are read, averaged and hashed together: a power of two, so that a block of any dtype is a subtree of
 /// BLAKE3 (at least 1 KiB), and small enough that sums, input and output of a block stay in a core's cache.
@@ -36,6 +36,15 @@ impl Remembered {
     /// The place of the source, for errors.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    pub fn manifest(&self) -> &Manifest {
+        self.source.manifest()
+    }
+
+    /// As the source says it.
+    pub fn files(&self) -> Option<Vec<FileStamp>> {
+        self.source.files()
     }
 
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {

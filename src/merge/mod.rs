@@ -7,6 +7,7 @@
 
 mod angles;
 mod average;
+mod cache;
 mod choice;
 mod combine;
 mod compare;
@@ -26,6 +27,7 @@ mod weights_id;
 mod write;
 
 pub use angles::Group;
+pub use cache::{Cache, CacheOptions, Cached, Recorder, Slot};
 pub use choice::Treatment;
 pub use combine::{Combination, Gram, Step};
 pub use glob::Glob;

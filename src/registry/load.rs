@@ -6,11 +6,12 @@ use std::sync::Arc;
 use jiff::civil::DateTime;
 
 use super::generation::{Encode, FingerprintParts};
+use super::weights::{MergedModel, load_merged};
 use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
-use crate::checkpoint::{Architecture, Dtype, Pooling, SourceError};
+use crate::checkpoint::{Architecture, Dtype, Pooling, SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
-use crate::merge::{MergeError, MergePlan, Merged, NotServed, Recipe, Reward};
+use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
 use crate::model::{self, Pack, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
@@ -43,13 +44,23 @@ pub struct LoadSpec {
     /// The scorer's, which no sample may exceed.
     pub max_pack_tokens: usize,
     pub calibration: Option<Calibration>,
+    /// Where merged weights are kept; `None` for nowhere.
+    pub cache: Option<CacheOptions>,
 }
 
 impl LoadSpec {
     /// The defaults for a recipe.
     pub fn new(recipe: Recipe) -> Self {
         let max_pack_tokens = crate::scorer::ScorerOptions::default().max_pack_tokens;
-        Self { recipe, ensemble: Ensemble::Off, text: TextOverrides::default(), max_tokens: None, max_pack_tokens, calibration: None }
+        Self {
+            recipe,
+            ensemble: Ensemble::Off,
+            text: TextOverrides::default(),
+            max_tokens: None,
+            max_pack_tokens,
+            calibration: None,
+            cache: None,
+        }
     }
 
     /// The uniform average of some folders, with the defaults.
@@ -61,7 +72,7 @@ impl LoadSpec {
 /// How far a load has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// `plan`, `merge`, `member NAME`, `hash` or `warm-up`.
+    /// `plan`, `merge`, `member NAME` or `warm-up`.
     pub stage: String,
     /// Bytes where `total` is a number of bytes, else steps.
     pub done: u64,
@@ -117,13 +128,13 @@ pub fn load_generation(
     let max_tokens = max_tokens(spec, architecture)?;
     report("plan", 1, 1);
 
-    let merged_source = Merged::new(plan.clone())?;
-    let mut load = |stage: &str, what: &str, source: &Merged| {
+    let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
         let mut tell = |done, total| report(stage, done, total);
         model::load(source, architecture, layout, max_tokens, &mut tell)
             .map_err(|source| LoadError::Model { what: what.to_owned(), source })
     };
-    let merged = load("merge", "the merged model", &merged_source)?;
+    let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
+    let MergedModel { model: merged, weights_id, members: hashes, notes } = load_merged(&plan, spec.cache.as_ref(), clock, &mut load_it)?;
     let mut resident = Vec::new();
     if spec.ensemble == Ensemble::Resident {
         for (index, member) in plan.members().iter().enumerate() {
@@ -137,12 +148,6 @@ pub fn load_generation(
             resident.push(LoadedMember { name, model });
         }
     }
-    // After loading, when every block has been hashed as it was read.
-    report("hash", 0, 1);
-    let weights_id = merged_source.weights_id()?;
-    let hashes = merged_source.member_hashes()?;
-    report("hash", 1, 1);
-
     let models = 1 + resident.len() as u64;
     let probes = probes(text.as_ref())?;
     warm_up("the merged model", merged.as_ref(), &probes)?;
@@ -160,7 +165,7 @@ pub fn load_generation(
         FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
     let fingerprint = parts.fingerprint();
     let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), clock);
-    info.notes.extend(merged_source.notes());
+    info.notes.extend(notes);
     Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
 }
 

@@ -6,6 +6,7 @@ mod engine;
 mod generation;
 mod load;
 mod metrics;
+mod weights;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
