@@ -2,7 +2,9 @@
 //!
 //! - `serve`: a real server of real checkpoints, over a socket: parity with the golden scores through the wire, and the
 //!   binary itself, from its arguments to its exit code after SIGTERM; mistakes of callers and broken checkpoints.
+//! - `merge`: the commands around a merge (plan, report, merge), and a start from the cache of merged weights.
 //! - `readme`: the tables of the README are what the code says.
 
+mod merge;
 mod readme;
 mod serve;

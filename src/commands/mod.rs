@@ -6,7 +6,9 @@ mod demo;
 mod demo_report;
 mod health;
 mod merge;
+mod plan;
 mod progress;
+mod report;
 mod score;
 mod serve;
 
@@ -38,6 +40,10 @@ enum Command {
     Score(score::ScoreArgs),
     /// Show how one line of JSON is read: rendered text, tokens, decisions, and the token that the head reads.
     Explain(score::ExplainArgs),
+    /// Show what a recipe would do, or everything that forbids it; reads no weights. The exit code is 0 or 2.
+    Plan(plan::PlanArgs),
+    /// Show what the weights of a recipe say of each other: norms, angles, distances, and whether averaging is plausible.
+    Report(report::ReportArgs),
     /// Merge a recipe into a checkpoint on disk.
     Merge(merge::MergeArgs),
     /// Check the configuration and print it with the origin of each value.
@@ -69,6 +75,8 @@ enum CommandError {
     Plan(#[from] crate::merge::MergeError),
     #[error(transparent)]
     Write(#[from] crate::merge::WriteError),
+    #[error("cannot read the weights: {0}")]
+    Source(#[from] crate::checkpoint::SourceError),
     #[error(transparent)]
     Telemetry(#[from] crate::telemetry::TelemetryError),
     #[error("{0}")]
@@ -95,6 +103,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Serve(arguments) => serve::run(arguments, environment),
         Command::Score(arguments) => score::run(arguments, environment),
         Command::Explain(arguments) => score::explain(arguments, environment),
+        Command::Plan(arguments) => plan::run(&arguments),
+        Command::Report(arguments) => report::run(&arguments),
         Command::Merge(arguments) => merge::run(arguments),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),

@@ -18,10 +18,13 @@ mod merged;
 mod nested;
 mod output;
 mod plan;
+mod products;
 mod provenance;
 mod recipe;
+mod report;
 mod shards;
 mod staging;
+mod summary;
 mod survey;
 mod weights_id;
 mod write;
@@ -36,7 +39,9 @@ pub use output::{WriteOptions, Written, write_checkpoint};
 pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward, Size};
 pub use provenance::RECORD_FILE;
 pub use recipe::{Coefficients, Granularity, Kind, Member, Method, Recipe, RecipeError, RecipeFile, Rule, Take};
+pub use report::{Around, Finding, Report, Section, Standing};
 pub use staging::FileError;
+pub use summary::GroupPlan;
 pub use write::{DEFAULT_SHARD_BYTES, Progress, WriteError};
 
 #[cfg(test)]

@@ -3,8 +3,10 @@
 
 mod explain;
 mod jsonl;
+mod plan;
 mod score;
 
 pub use explain::explain;
 pub use jsonl::{Input, Item, LineError, parse_line};
+pub use plan::{Peaks, PlanSummary, Source};
 pub use score::{OfflineError, ScoreOptions, Scorer, Summary, score_lines};
