@@ -7,7 +7,7 @@ use crate::checkpoint::Dtype;
 use crate::checkpoint::remote::Hub;
 use crate::clock::Clock;
 use crate::config::{CalibrationConfig, Config, EnsembleMode, ModelChoice};
-use crate::merge::Recipe;
+use crate::merge::{CacheOptions, Recipe};
 use crate::registry::{Calibration, CalibrationChoice, Ensemble, LoadSpec, TextOverrides, load_generation};
 use crate::text::{BosPolicy, EosPolicy, ReasoningPolicy, TemplateChoice};
 
@@ -56,6 +56,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         max_pack_tokens: config.max_pack_tokens,
         calibration,
         hub: Some(Hub::from_environment(&config.hub.0, config.download_max_bytes as u64, Clock::system())),
+        cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),
         ..LoadSpec::new(recipe)
     })
 }

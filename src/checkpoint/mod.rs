@@ -33,5 +33,5 @@ pub use manifest::{Manifest, TensorInfo};
 pub use pooling::Pooling;
 pub use reader::{Checkpoint, Folder, Weights};
 pub use readout::{Names, Places, Readout};
-pub use source::{CHUNK_ELEMENTS, SourceError, TensorSource, look_up};
+pub use source::{CHUNK_ELEMENTS, FileStamp, SourceError, TensorSource, look_up};
 pub use text_facts::TextFacts;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::manifest::{self, Header};
-use super::source::look_up;
+use super::source::{FileStamp, look_up};
 use super::{Architecture, CheckpointError, Elements, Manifest, SourceError, TensorSource, TextFacts};
 
 /// More than any real `config.json` has by a factor of a hundred.
@@ -96,6 +96,10 @@ impl TensorSource for Checkpoint {
 
     fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
         self.weights.read(name, range, into)
+    }
+
+    fn files(&self) -> Option<Vec<FileStamp>> {
+        self.weights.files()
     }
 }
 
@@ -188,6 +192,10 @@ impl TensorSource for Weights {
                 Err(SourceError::NonFinite { file: file(), tensor: name.to_owned(), index: range.start + index, value })
             }
         }
+    }
+
+    fn files(&self) -> Option<Vec<FileStamp>> {
+        self.shards.iter().map(|shard| FileStamp::of(&shard.path, &shard.file).ok()).collect()
     }
 }
 

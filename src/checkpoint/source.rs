@@ -1,6 +1,10 @@
 //! The seam between files and models: a checkpoint whose tensors are read, or computed when they are read.
 
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::{Dtype, Elements, Manifest, TensorInfo};
 
@@ -30,6 +34,41 @@ pub trait TensorSource: Send + Sync {
     /// content; the variant is that of the manifest's dtype. Floating-point values are checked: a NaN or an infinity is
     /// an error that names the file, the tensor and the element. After an error the content of `into` is unspecified.
     fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError>;
+
+    /// All files that the tensors come from, as they stand now: as long as they are the same, so are the tensors. `None`
+    /// where that cannot be said.
+    fn files(&self) -> Option<Vec<FileStamp>> {
+        None
+    }
+}
+
+/// What tells whether a file is still the same, without reading it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileStamp {
+    pub path: PathBuf,
+    pub bytes: u64,
+    pub modified: SystemTime,
+    /// Its number in the file system; zero where files have none.
+    pub inode: u64,
+    /// When its content or what is said about it last changed, in seconds and nanoseconds, which unlike `modified` nobody
+    /// can set; zero where the system does not keep it.
+    pub changed: (i64, i64),
+}
+
+impl FileStamp {
+    /// The stamp of an open file, which may have gone from its path.
+    pub fn of(path: &Path, file: &File) -> io::Result<Self> {
+        let found = file.metadata()?;
+        #[cfg(unix)]
+        let (inode, changed) = {
+            use std::os::unix::fs::MetadataExt;
+            (found.ino(), (found.ctime(), found.ctime_nsec()))
+        };
+        #[cfg(not(unix))]
+        let (inode, changed) = (0, (0, 0));
+        let path = std::path::absolute(path)?;
+        Ok(Self { path, bytes: found.len(), modified: found.modified()?, inode, changed })
+    }
 }
 
 /// How many elements a caller should ask for at once: large enough to be fast, small enough to keep memory flat.

@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueEnum};
 
+use super::CommandError;
+use crate::checkpoint::Dtype;
 use crate::config::SETTINGS;
+use crate::merge::Recipe;
 
 /// What to serve, and how.
 #[derive(Clone, Debug, Args)]
@@ -18,6 +21,45 @@ pub(super) struct ModelArgs {
     pub config: Option<PathBuf>,
     #[command(flatten)]
     pub settings: SettingFlags,
+}
+
+/// What to merge, for commands that need no other setting.
+#[derive(Clone, Debug, Args)]
+pub(super) struct RecipeArgs {
+    /// The recipe of the merge (YAML).
+    #[arg(long, value_name = "FILE", required_unless_present = "checkpoints")]
+    recipe: Option<PathBuf>,
+    /// Checkpoint folders in place of a recipe: their uniform average.
+    #[arg(value_name = "CHECKPOINT_DIR", conflicts_with = "recipe")]
+    checkpoints: Vec<PathBuf>,
+    /// What the merge is stored in, in place of what the recipe says.
+    #[arg(long, value_name = "TYPE")]
+    dtype: Option<OutputDtype>,
+}
+
+/// What a merge may be stored in.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputDtype {
+    Float32,
+    Bfloat16,
+    Float16,
+}
+
+impl RecipeArgs {
+    /// Reads the recipe. No checkpoint is opened.
+    pub(super) fn resolve(&self) -> Result<Recipe, CommandError> {
+        let recipe = match &self.recipe {
+            Some(path) => Recipe::from_file(path)?,
+            None => Recipe::uniform(&self.checkpoints)?,
+        };
+        let dtype = match self.dtype {
+            None => return Ok(recipe),
+            Some(OutputDtype::Float32) => Dtype::F32,
+            Some(OutputDtype::Bfloat16) => Dtype::Bf16,
+            Some(OutputDtype::Float16) => Dtype::F16,
+        };
+        recipe.with_dtype(dtype).ok_or_else(|| CommandError::Other(format!("no merge can be stored in {dtype}")))
+    }
 }
 
 /// Settings given as flags: keys and values.

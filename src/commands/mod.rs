@@ -5,7 +5,10 @@ mod bench;
 mod demo;
 mod demo_report;
 mod health;
+mod merge;
+mod plan;
 mod progress;
+mod report;
 mod score;
 mod serve;
 mod verify;
@@ -40,6 +43,12 @@ enum Command {
     Explain(score::ExplainArgs),
     /// Compare with reference scores (tools/golden.py): tokens, the token that is read, score, rank. Exits with 2 where they differ.
     Verify(verify::VerifyArgs),
+    /// Show what a recipe would do, or everything that forbids it; reads no weights. The exit code is 0 or 2.
+    Plan(plan::PlanArgs),
+    /// Show what the weights of a recipe say of each other: norms, angles, distances, and whether averaging is plausible.
+    Report(report::ReportArgs),
+    /// Merge a recipe into a checkpoint on disk.
+    Merge(merge::MergeArgs),
     /// Check the configuration and print it with the origin of each value.
     CheckConfig(ModelArgs),
     /// Merge the bundled family, serve it on this machine, and play the part of a trainer.
@@ -63,6 +72,14 @@ enum CommandError {
     Client(#[from] crate::client::ClientError),
     #[error(transparent)]
     Offline(#[from] crate::offline::OfflineError),
+    #[error(transparent)]
+    Recipe(#[from] crate::merge::RecipeError),
+    #[error(transparent)]
+    Plan(#[from] crate::merge::MergeError),
+    #[error(transparent)]
+    Write(#[from] crate::merge::WriteError),
+    #[error("cannot read the weights: {0}")]
+    Source(#[from] crate::checkpoint::SourceError),
     #[error(transparent)]
     Telemetry(#[from] crate::telemetry::TelemetryError),
     #[error("{0}")]
@@ -90,6 +107,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Score(arguments) => score::run(arguments, environment),
         Command::Explain(arguments) => score::explain(arguments, environment),
         Command::Verify(arguments) => verify::run(arguments, environment),
+        Command::Plan(arguments) => plan::run(&arguments),
+        Command::Report(arguments) => report::run(&arguments),
+        Command::Merge(arguments) => merge::run(arguments),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),

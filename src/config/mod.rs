@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use layers::{ConfigError, Given, Origin};
-pub use parse::duration as parse_duration;
+pub use parse::{duration as parse_duration, size as parse_size};
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
 use crate::checkpoint::HeadChoice;
@@ -29,6 +29,13 @@ pub enum ModelChoice {
     Recipe { yaml: String, base: PathBuf },
     /// The uniform average of these folders; of one, the checkpoint itself.
     Folders(Vec<PathBuf>),
+}
+
+/// Where merged weights are kept, and how many.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheConfig {
+    pub dir: PathBuf,
+    pub max_bytes: usize,
 }
 
 /// Which models of the merge are kept loaded.
@@ -62,6 +69,8 @@ pub struct Config {
     pub model: Option<ModelChoice>,
     pub listen: SocketAddr,
     pub admin_listen: SocketAddr,
+    /// Absent: nothing is kept.
+    pub cache: Option<CacheConfig>,
     pub ensemble: EnsembleMode,
     /// Absent: as the recipe says.
     pub head: Option<HeadChoice>,
@@ -337,11 +346,21 @@ impl Reader<'_> {
         }
     }
 
+    fn cache(&mut self, base: &Path) -> Option<CacheConfig> {
+        let max_bytes = self.get("cache_max_bytes", parse::size);
+        let from_file = matches!(self.values.get("cache_dir"), Some(Given { origin: Origin::File(_), .. }));
+        let dir = self.get("cache_dir", parse::optional_text)?;
+        // As for a recipe: a path in a file is relative to that file.
+        let dir = if from_file { base.join(dir) } else { PathBuf::from(dir) };
+        Some(CacheConfig { dir, max_bytes })
+    }
+
     fn config(&mut self, model: Option<ModelChoice>, base: &Path) -> Config {
         Config {
             model,
             listen: self.get("listen", parse::address),
             admin_listen: self.get("admin.listen", parse::address),
+            cache: self.cache(base),
             ensemble: self.get("ensemble", parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident)])),
             head: self.get("head", parse::head),
             pooling: self.get("pooling", parse::pooling),

@@ -77,7 +77,7 @@ pub(super) fn tenants(text: &str) -> Result<Vec<String>, String> {
 }
 
 /// `512`, `64KiB`, `64 MiB`, `1GiB`; also `kB`, `MB`, `GB` in powers of ten.
-pub(super) fn size(text: &str) -> Result<usize, String> {
+pub fn size(text: &str) -> Result<usize, String> {
     let expected = || "expected a size such as 64MiB, of at least 1 byte".to_owned();
     let (digits, unit) = split_unit(text);
     let factor: usize = match unit {

@@ -32,6 +32,8 @@ pub const SETTINGS: &[Setting] = &[
     setting("listen", "127.0.0.1:50051", "ADDR", "where gRPC listens"),
     setting("admin.listen", "127.0.0.1:9464", "ADDR", "where probes and metrics listen"),
     setting("recipe", "", "FILE", "the recipe of the merge; in a file the recipe may stand under `model:` instead"),
+    setting("cache_dir", "", "DIR", "where merged weights are kept, so that the next start reads one model; empty: nowhere"),
+    setting("cache_max_bytes", "100GiB", "SIZE", "bytes of merged weights that are kept; the least recently used go"),
     setting("ensemble", "off", "MODE", "`resident` keeps every member loaded beside the merged model, for Compare; `off` does not"),
     setting(
         "pooling",

@@ -89,6 +89,16 @@ fn a_recipe_stands_in_the_file_or_is_named_but_not_both() {
 }
 
 #[test]
+fn a_cache_stands_where_the_file_or_the_command_says() {
+    let cache = |file, environment: &[_]| resolve(file, environment, &[]).expect("valid").config.cache;
+    assert_eq!(cache("", &[]), None);
+    let expected = |dir: &str, max_bytes| Some(CacheConfig { dir: PathBuf::from(dir), max_bytes });
+    assert_eq!(cache("cache_dir: warm\ncache_max_bytes: 20GiB\n", &[]), expected("conf/warm", 20 << 30));
+    assert_eq!(cache("cache_dir: warm\n", &[("WARM_CACHE_DIR", "/var/warm")]), expected("/var/warm", 100 << 30));
+    assert_eq!(mistakes(resolve("cache_dir: warm\ncache_max_bytes: 20\u{a0}TB\n", &[], &[])).len(), 1);
+}
+
+#[test]
 fn folders_on_the_command_line_win_over_the_file() {
     let folders = vec![PathBuf::from("a"), PathBuf::from("b")];
     let file = Some((PathBuf::from("warm.yaml"), "recipe: r.yaml\n".to_owned()));

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::checkpoint::fixture::{self, Size, Tensors};
 use crate::merge::Recipe;
+use crate::merge::products::dot;
 
 /// Large enough that a layer has several blocks, some of them short.
 const WIDE: Size = Size { hidden: 264, intermediate: 512, layers: 2, vocab: 501 };

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use blake3::hazmat::{HasherExt, Mode, left_subtree_len, merge_subtrees_non_root, merge_subtrees_root};
 use rayon::prelude::*;
 
-use crate::checkpoint::{Elements, SourceError, TensorInfo, TensorSource};
+use crate::checkpoint::{Elements, FileStamp, Manifest, SourceError, TensorInfo, TensorSource};
 
 /// Elements that are read, averaged and hashed together: a power of two, so that a block of any dtype is a subtree of
 /// BLAKE3 (at least 1 KiB), and small enough that sums, input and output of a block stay in a core's cache.
@@ -38,6 +38,15 @@ impl Remembered {
         &self.place
     }
 
+    pub fn manifest(&self) -> &Manifest {
+        self.source.manifest()
+    }
+
+    /// As the source says it.
+    pub fn files(&self) -> Option<Vec<FileStamp>> {
+        self.source.files()
+    }
+
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
         self.source.manifest().get(name)
     }
@@ -46,27 +55,24 @@ impl Remembered {
     pub fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
         self.source.read(name, range.clone(), into)?;
         let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { return Ok(()) };
-        let first = range.start / BLOCK_ELEMENTS;
-        for (block, slot) in slots.iter().enumerate().skip(first) {
-            let elements = block_range(info, block);
-            if elements.end > range.end {
-                break;
-            }
-            if elements.start < range.start {
-                continue;
-            }
-            let within = elements.start - range.start..elements.end - range.start;
-            let size = info.dtype.size();
-            let hash = into.with_little_endian(|bytes| {
-                let bytes = bytes.get(within.start * size..within.end * size).unwrap_or_default();
-                hash_block(bytes, block, info, slots.len())
-            });
-            if *slot.get_or_init(|| hash) != hash {
-                let problem = format!("elements {elements:?} have changed since they were first read; the file was changed while in use");
-                return Err(SourceError::Read { file: self.place.clone(), tensor: name.to_owned(), problem });
-            }
-        }
-        Ok(())
+        // The blocks that lie wholly within.
+        let first = range.start.div_ceil(BLOCK_ELEMENTS);
+        let within = |block: &usize| block_range(info, *block).end <= range.end;
+        let blocks = first..(first..slots.len()).take_while(within).last().map_or(first, |last| last + 1);
+        let changed = |bytes: &[u8], block: usize| {
+            let (elements, size) = (block_range(info, block), info.dtype.size());
+            let place = (elements.start - range.start) * size..(elements.end - range.start) * size;
+            let hash = hash_block(bytes.get(place).unwrap_or_default(), block, info, slots.len());
+            (*slots.get(block)?.get_or_init(|| hash) != hash).then_some(elements)
+        };
+        let changed = into.with_little_endian(|bytes| match blocks.len() {
+            // Whoever reads block by block does so in parallel already.
+            0 | 1 => blocks.clone().find_map(|block| changed(bytes, block)),
+            _ => blocks.into_par_iter().find_map_first(|block| changed(bytes, block)),
+        });
+        let Some(elements) = changed else { return Ok(()) };
+        let problem = format!("elements {elements:?} have changed since they were first read; the file was changed while in use");
+        Err(SourceError::Read { file: self.place.clone(), tensor: name.to_owned(), problem })
     }
 
     /// BLAKE3 over name, dtype, shape and BLAKE3 of the bytes of some of the tensors that are followed, which are given in

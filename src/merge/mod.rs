@@ -7,6 +7,7 @@
 
 mod angles;
 mod average;
+mod cache;
 mod choice;
 mod combine;
 mod compare;
@@ -16,19 +17,34 @@ mod heads;
 mod listing;
 mod merged;
 mod nested;
+mod output;
 mod plan;
+mod products;
+mod provenance;
 mod recipe;
 mod recipe_head;
+mod report;
+mod shards;
+mod staging;
+mod summary;
 mod survey;
 mod weights_id;
+mod write;
 
 pub use angles::Group;
+pub use cache::{Cache, CacheOptions, Cached, Recorder, Slot};
 pub use choice::Treatment;
 pub use combine::{Combination, Gram, Step};
 pub use glob::Glob;
 pub use merged::Merged;
-pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward};
+pub use output::{WriteOptions, Written, write_checkpoint};
+pub use plan::{Input, MergeError, MergePlan, NotServed, PlannedMember, PlannedSource, Reward, Size};
+pub use provenance::RECORD_FILE;
 pub use recipe::{Coefficients, Granularity, Kind, Member, Method, Recipe, RecipeError, RecipeFile, Rule, Take};
+pub use report::{Around, Finding, Report, Section, Standing};
+pub use staging::FileError;
+pub use summary::GroupPlan;
+pub use write::{DEFAULT_SHARD_BYTES, Progress, WriteError};
 
 #[cfg(test)]
 mod conformance_tests;

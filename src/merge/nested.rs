@@ -26,6 +26,11 @@ impl Nested {
         &self.plan
     }
 
+    /// The merge, once it is prepared.
+    pub fn merged(&self) -> Option<&Merged> {
+        self.merged.get()
+    }
+
     /// Reads what its coefficients depend on, once. No lock is held meanwhile: whoever waits for one inside of a thread
     /// pool may be handed work that needs it.
     pub fn prepare(&self) -> Result<(), SourceError> {

@@ -307,7 +307,7 @@ impl fmt::Display for MergePlan {
 }
 
 /// A recipe's method with its numbers.
-struct Described<'r>(&'r Recipe);
+pub(super) struct Described<'r>(pub &'r Recipe);
 
 impl fmt::Display for Described<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -323,7 +323,7 @@ impl fmt::Display for Described<'_> {
 }
 
 /// What a rule takes.
-struct Taken<'r>(&'r Recipe, &'r Rule);
+pub(super) struct Taken<'r>(pub &'r Recipe, pub &'r Rule);
 
 impl fmt::Display for Taken<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -361,7 +361,7 @@ impl fmt::Debug for PlannedMember {
 }
 
 /// Bytes for people.
-struct Size(u64);
+pub struct Size(pub u64);
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

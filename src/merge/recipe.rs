@@ -33,6 +33,7 @@
 //!
 //! Paths are relative to the file. Unknown keys are mistakes, and all mistakes are reported at once.
 
+mod fields;
 mod read;
 
 use std::fmt;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use crate::checkpoint::{Architecture, Layout, Places, Readout, SourceError, TensorSource};
+use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use cost::shared_prefix;
 use head::{Head, Verdict};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
@@ -119,6 +119,17 @@ pub fn load(
         device_bytes: loader.device_bytes,
     };
     Ok(Arc::new(Model { transformer, head, limits, architecture: architecture.clone() }))
+}
+
+/// Bytes of a model of these tensors on the CPU, but for the few rows that narrow matrices are padded with.
+pub fn device_bytes(manifest: &Manifest) -> u64 {
+    manifest.iter().map(|(_, info)| (info.elements() * size_of::<f32>()) as u64).sum()
+}
+
+/// Bytes that [`load`] needs beside the model, at most: a chunk of one tensor. The model's own memory is filled in place.
+pub fn load_buffer_bytes(manifest: &Manifest) -> u64 {
+    let chunk = |info: &TensorInfo| (info.elements().min(CHUNK_ELEMENTS) * info.dtype.size()) as u64;
+    manifest.iter().map(|(_, info)| chunk(info)).max().unwrap_or_default()
 }
 
 struct Model {

@@ -4,11 +4,13 @@
 mod explain;
 mod golden;
 mod jsonl;
+mod plan;
 mod score;
 mod verify;
 
 pub use explain::explain;
 pub use golden::{Case, Expected, Golden, GoldenError};
 pub use jsonl::{Input, Item, LineError, parse_line};
+pub use plan::{Peaks, PlanSummary, Source};
 pub use score::{OfflineError, ScoreOptions, Scorer, Summary, score_lines};
 pub use verify::{Table, Verified, VerifyOptions, key_of, verify};

@@ -1,17 +1,22 @@
 //! From a recipe to a generation that has answered: plan, merge while loading, members, warm-up.
 
+mod describe;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::civil::DateTime;
 
+use describe::{describe, output_names, place, remarks};
+
 use super::generation::{Encode, FingerprintParts};
+use super::weights::{MergedModel, load_merged};
 use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
 use crate::checkpoint::remote::{Hub, HubPath, InvalidHubPath, is_remote};
-use crate::checkpoint::{Architecture, CheckpointError, Dtype, HeadForm, Layout, Pooling, Readout, SourceError, reads_steps};
+use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, SourceError, TensorSource, reads_steps};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
-use crate::merge::{MergeError, MergePlan, Merged, NotServed, Recipe, Reward};
+use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
 use crate::model::{self, Pack, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
@@ -47,6 +52,8 @@ pub struct LoadSpec {
     pub calibration: CalibrationChoice,
     /// Where members that are not folders come from.
     pub hub: Option<Hub>,
+    /// Where merged weights are kept; `None` for nowhere.
+    pub cache: Option<CacheOptions>,
 }
 
 /// Where calibrated rewards come from.
@@ -71,6 +78,7 @@ impl LoadSpec {
             max_pack_tokens,
             calibration: CalibrationChoice::None,
             hub: None,
+            cache: None,
         }
     }
 
@@ -104,7 +112,7 @@ impl LoadSpec {
 /// How far a load has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// `download PLACE`, `plan`, `merge`, `member NAME`, `hash` or `warm-up`.
+    /// `download PLACE`, `plan`, `merge`, `member NAME` or `warm-up`.
     pub stage: String,
     /// Bytes where `total` is a number of bytes, else steps.
     pub done: u64,
@@ -168,13 +176,13 @@ pub fn load_generation(
     let max_tokens = max_tokens(spec, architecture)?;
     report("plan", 1, 1);
 
-    let merged_source = Merged::new(plan.clone())?;
-    let mut load = |stage: &str, what: &str, source: &Merged| {
+    let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
         let mut tell = |done, total| report(stage, done, total);
         model::load(source, architecture, layout, &readout, max_tokens, &mut tell)
             .map_err(|source| LoadError::Model { what: what.to_owned(), source })
     };
-    let merged = load("merge", "the merged model", &merged_source)?;
+    let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
+    let MergedModel { model: merged, weights_id, members: hashes, notes } = load_merged(&plan, spec.cache.as_ref(), clock, &mut load_it)?;
     let mut resident = Vec::new();
     if spec.ensemble == Ensemble::Resident {
         for (index, member) in plan.members().iter().enumerate() {
@@ -188,12 +196,6 @@ pub fn load_generation(
             resident.push(LoadedMember { name, model });
         }
     }
-    // After loading, when every block has been hashed as it was read.
-    report("hash", 0, 1);
-    let weights_id = merged_source.weights_id()?;
-    let hashes = merged_source.member_hashes()?;
-    report("hash", 1, 1);
-
     let models = 1 + resident.len() as u64;
     let probes = probes(text.as_ref(), &readout)?;
     warm_up("the merged model", merged.as_ref(), &probes)?;
@@ -212,7 +214,7 @@ pub fn load_generation(
         FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
     let fingerprint = parts.fingerprint();
     let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), &readout, clock);
-    info.notes.extend(merged_source.notes());
+    info.notes.extend(notes);
     Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
 }
 
@@ -301,16 +303,6 @@ fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Res
     Ok(())
 }
 
-/// The names of the head's outputs as the first member's config has them, where it says more than their numbers.
-fn output_names(plan: &MergePlan, layout: &Layout) -> Vec<String> {
-    let label = |i: usize| plan.config().pointer(&format!("/id2label/{i}")).and_then(|label| label.as_str()).map(str::to_owned);
-    let names = (0..layout.outputs()).map(|i| label(i).unwrap_or_else(|| format!("LABEL_{i}")));
-    match layout.head.form {
-        HeadForm::Rows(_) => ["plus", "minus"].map(str::to_owned).into_iter().take(layout.outputs()).collect(),
-        HeadForm::Stages(_) | HeadForm::Gated(_) => names.collect(),
-    }
-}
-
 fn info(
     spec: &LoadSpec,
     plan: &MergePlan,
@@ -347,62 +339,6 @@ fn info(
         head: describe(layout, readout),
         notes: plan.notes().iter().cloned().chain(remarks(plan, reward, readout)).collect(),
         output_names: if outputs.len() > 1 { outputs } else { Vec::new() },
-    }
-}
-
-/// What the head is and how its outputs become a reward.
-fn describe(layout: &Layout, readout: &Readout) -> String {
-    let head = &layout.head;
-    let at = match readout.step {
-        Some(_) => format!("at {}, reduced by {}", place(readout), readout.reduce.name()),
-        None => format!("at {}", place(readout)),
-    };
-    let reward = match (&head.form, readout.weights.as_slice()) {
-        (HeadForm::Gated(_), _) => "weighted by the gate".to_owned(),
-        (_, []) => "the first is the reward".to_owned(),
-        (_, weights) => format!("weighted {}", weights.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")),
-    };
-    let outputs = layout.outputs();
-    let count = if outputs == 1 { "1 output".to_owned() } else { format!("{outputs} outputs, {reward}") };
-    format!("{}: {count}, as {}, {at}", head.name, readout.link.name())
-}
-
-/// Which tokens are read.
-fn place(readout: &Readout) -> String {
-    match (readout.step, readout.token) {
-        (Some(step), _) => format!("each token {step}"),
-        (None, Some(token)) => format!("token {token}"),
-        (None, None) => readout.pooling.name().to_owned(),
-    }
-}
-
-/// What an operator should know of the reading, because it is easily meant otherwise.
-fn remarks(plan: &MergePlan, Reward { architecture, layout, .. }: Reward<'_>, readout: &Readout) -> Vec<String> {
-    let mut remarks = Vec::new();
-    if layout.outputs() > 1 && readout.weights.is_empty() && !matches!(layout.head.form, HeadForm::Gated(_)) {
-        let outputs = layout.outputs();
-        remarks.push(format!(
-            "the head has {outputs} outputs and the reward is the first of them: `head: {{weights: ...}}` in the recipe combines them"
-        ));
-    }
-    let chosen = architecture.head.choice.pooling.is_some();
-    let pad_ends = architecture.pad_token_id.is_some_and(|pad| architecture.eos_token_ids.contains(&pad));
-    let version = plan.config().get("transformers_version").and_then(|version| version.as_str()).unwrap_or_default();
-    if !chosen && pad_ends && readout.pooling == Pooling::LastNonPad && is_before_2025(version) {
-        remarks.push(format!(
-            "the pad token ends sequences, and the config was written by transformers {version}, which read the token before the first pad token: \
-             a model that was trained that way needs `pooling: first_pad_minus_one`"
-        ));
-    }
-    remarks
-}
-
-/// Whether this version of transformers pools before the first pad token: below 4.49.
-fn is_before_2025(version: &str) -> bool {
-    let mut parts = version.split('.').map(|part| part.parse::<u32>());
-    match (parts.next(), parts.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (4, 49),
-        _ => false,
     }
 }
 

@@ -41,7 +41,7 @@ fn a_recipe_becomes_a_generation_that_says_what_it_is() {
     assert_eq!(generation.device_bytes(), 3 * generation.limits().device_bytes);
     let mut stages: Vec<&str> = told.iter().map(|progress| progress.stage.as_str()).collect();
     stages.dedup();
-    assert_eq!(stages, ["plan", "merge", "member rm-0", "member rm-1", "hash", "warm-up"]);
+    assert_eq!(stages, ["plan", "merge", "member rm-0", "member rm-1", "warm-up"]);
     assert!(told.iter().all(|progress| progress.done <= progress.total));
     // Each member beside the merge scores as it does alone.
     let all = rewards(&generation, &generation.ensemble);
@@ -230,4 +230,46 @@ fn a_constant_of_a_head_is_never_averaged() {
     let words = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
     let place = paths[2].display().to_string();
     assert!(words.starts_with(&place) && words.contains("reward_transform_matrix") && words.contains("not averaged"), "{words}");
+}
+
+#[test]
+fn a_merge_that_was_kept_loads_as_the_same_generation_and_a_broken_one_is_made_again() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths = [member(dir.path(), "rm-0", |_| {}, 1), member(dir.path(), "rm-1", |_| {}, 2)];
+    let cache = CacheOptions { dir: dir.path().join("cache"), max_bytes: 1 << 30 };
+    let plain = LoadSpec::uniform(&paths).expect("two folders");
+    let spec = LoadSpec { cache: Some(cache.clone()), ..plain.clone() };
+    // A minute ahead of the files, which so count as settled.
+    let clock = Clock::manual();
+    let minute = std::time::Duration::from_secs(60);
+    clock.advance(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970") + minute);
+    let load = |spec: &LoadSpec| load_generation(spec, GenerationId(1), &clock, &mut |_| {}).expect("loads");
+    let expected = load(&plain);
+    let same = |found: &Generation| {
+        assert_eq!((found.fingerprint, found.weights_id), (expected.fingerprint, expected.weights_id));
+        assert_eq!(rewards(found, &found.merged), rewards(&expected, &expected.merged));
+        assert_eq!(found.info.members, expected.info.members);
+    };
+    same(&load(&spec));
+    let entry = cache.dir.join("weights").join(expected.weights_id.to_string());
+    let used = || std::fs::metadata(entry.join("entry.json")).expect("an entry").modified().expect("a time");
+    let kept = used();
+    clock.advance(minute);
+    same(&load(&spec));
+    assert_eq!(used(), kept + minute, "it was found and used");
+    for (at, value) in [(0, 0x7f_u8), (1, 0xff)] {
+        // A changed number, and a NaN that the reader itself refuses.
+        let file = entry.join("model.safetensors");
+        let mut bytes = std::fs::read(&file).expect("weights");
+        let last = bytes.len() - 1;
+        bytes[last] = value;
+        bytes[last - at] = value;
+        std::fs::write(&file, &bytes).expect("written");
+        same(&load(&spec));
+        assert_ne!(std::fs::read(&file).expect("weights"), bytes, "it was made again");
+    }
+    // Nothing of this may fail a load.
+    std::fs::remove_dir_all(&cache.dir).expect("removed");
+    std::fs::write(&cache.dir, b"no folder").expect("written");
+    same(&load(&spec));
 }

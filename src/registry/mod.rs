@@ -7,6 +7,7 @@ mod generation;
 mod load;
 mod metrics;
 mod recent;
+mod weights;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

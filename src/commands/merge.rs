@@ -1,0 +1,100 @@
+//! `warm merge`: a recipe to a checkpoint on disk.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Args;
+use serde_json::json;
+
+use super::arguments::RecipeArgs;
+use super::progress::Reports;
+use super::{CommandError, runtime};
+use crate::clock::Clock;
+use crate::config::parse_size;
+use crate::merge::{MergePlan, Merged, WriteError, WriteOptions, Written, write_checkpoint};
+use crate::registry::Progress;
+use crate::shutdown::Signals;
+
+/// What shells expect of a command that was interrupted.
+const EXIT_INTERRUPTED: u8 = 130;
+
+#[derive(Debug, Args)]
+pub(super) struct MergeArgs {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// The folder that the checkpoint is written to; it appears when all is written.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace a checkpoint that stands there.
+    #[arg(long)]
+    overwrite: bool,
+    /// The largest file of weights; a larger tensor gets a file of its own.
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
+    max_shard_size: usize,
+    /// What was written, as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: MergeArgs) -> Result<ExitCode, CommandError> {
+    let recipe = arguments.recipe.resolve()?;
+    let options = WriteOptions { overwrite: arguments.overwrite, max_shard_bytes: arguments.max_shard_size as u64 };
+    // A first signal ends the merge between two chunks, so that it can take its files with it; a second one is not waited for.
+    let runtime = runtime()?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let seen = Arc::clone(&interrupted);
+    runtime.block_on(async move {
+        let signals = Signals::listen().map_err(|error| CommandError::Other(format!("signals cannot be listened for: {error}")))?;
+        tokio::spawn(async move {
+            signals.first().await;
+            seen.store(true, Ordering::Relaxed);
+        });
+        Ok::<_, CommandError>(())
+    })?;
+    let plan = Arc::new(MergePlan::open(&recipe)?);
+    if !arguments.json {
+        eprintln!("{plan}");
+    }
+    let mut reports = Reports::new(Clock::system());
+    let mut tell = |done, total| {
+        if let Some(words) = reports.say(&Progress { stage: "merge".to_owned(), done, total }) {
+            eprintln!("{words}");
+        }
+        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    // SLERP reads all members here for their angles, and again when it writes.
+    let merged = Merged::new(plan).map_err(WriteError::from)?;
+    for note in merged.notes() {
+        eprintln!("note: {note}");
+    }
+    match write_checkpoint(&merged, &arguments.out, options, &mut tell) {
+        Ok(written) => {
+            println!("{}", describe(&written, &arguments));
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(WriteError::Interrupted) => {
+            eprintln!("error: {}", WriteError::Interrupted);
+            Ok(ExitCode::from(EXIT_INTERRUPTED))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn describe(written: &Written, arguments: &MergeArgs) -> String {
+    let Written { weights_id, files, tensors, bytes } = written;
+    if arguments.json {
+        return json!({
+            "out": arguments.out.to_string_lossy(),
+            "weights_id": weights_id.to_string(),
+            "files": files,
+            "tensors": tensors,
+            "bytes": bytes,
+        })
+        .to_string();
+    }
+    let out = arguments.out.display();
+    format!("{out}: {tensors} tensors, {bytes} bytes in {}\nweights_id {weights_id}", files.join(", "))
+}
