@@ -47,6 +47,14 @@ def linear(tensors, name, x):
     return torch.nn.functional.linear(x, tensors[name + ".weight"], tensors.get(name + ".bias"))
 
 
+def forget(model):
+    """Dynamic rotary scaling keeps the frequencies of the longest sequence so far; every case is to be scored as if it came alone."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
+            module.inv_freq = module.original_inv_freq.clone()
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
 def sequence(tensors, name, x):
     """NAME alone, or NAME.0, NAME.2, ... with ReLU between them."""
     if name + ".weight" in tensors:
@@ -164,6 +172,7 @@ class Referee:
         names = ("input_ids", "token_type_ids")
         given = {key: torch.tensor([list(value)]) for key, value in encoded.items() if key in names}
         given["attention_mask"] = torch.ones_like(given["input_ids"])
+        forget(self.native if self.native is not None else self.model)
         if self.native is not None:
             logits = self.native(**given).logits[0]
             position = {"pooled_position": 0}  # encoders read the first token, or the mean of all
