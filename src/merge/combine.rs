@@ -110,9 +110,9 @@ impl Gram {
 pub enum Step {
     /// Along the arc, at this angle in radians.
     Arc(f64),
-    /// Along the line, because one of the two vectors is shorter than [`SHORTEST`].
+    /// Along the line, because one of the two vectors is shorter than `SHORTEST`.
     NoDirection,
-    /// Along the line, because the two lie on one line: the sine of their angle is below [`FLATTEST`].
+    /// Along the line, because the two lie on one line: the sine of their angle is below `FLATTEST`.
     OneLine,
 }
 

@@ -12,7 +12,7 @@ use crate::text::Encoding;
 pub const MIN_ROWS: usize = 4;
 
 /// Token runs packed end to end. Every row of the pack is one token; no row is padding, but for the few that lift a very
-/// short pack to [`MIN_ROWS`], which belong to no node and which nobody reads.
+/// short pack to `MIN_ROWS`, which belong to no node and which nobody reads.
 #[derive(Clone, Debug)]
 pub struct Pack {
     ids: Vec<u32>,
