@@ -8,5 +8,6 @@
 
 mod deploy;
 mod merge;
+mod program;
 mod readme;
 mod serve;

@@ -1,6 +1,7 @@
 //! Settings: defaults < file < environment < flags. Unknown keys are mistakes, all mistakes are reported at once, and
 //! every value remembers where it comes from. Pure: files and variables are handed in.
 
+mod hub;
 mod layers;
 mod parse;
 mod settings;
@@ -11,6 +12,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use hub::HubVariables;
 pub use layers::{ConfigError, Given, Origin};
 pub use parse::{duration as parse_duration, size as parse_size};
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
@@ -110,16 +112,6 @@ pub struct Config {
     pub traces_share: f64,
     /// Empty: the first that call.
     pub tenants: Vec<String>,
-}
-
-/// Names and values; one of them is a secret, so they are not shown.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct HubVariables(pub Vec<(String, String)>);
-
-impl fmt::Debug for HubVariables {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.0.iter().map(|(name, _)| name)).finish()
-    }
 }
 
 /// Bounds on what is in flight.

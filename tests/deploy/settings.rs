@@ -1,7 +1,6 @@
 //! Every setting, variable, flag and verb that stands in `deploy/` is one that the program has.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use serde_norway::Value;
 use warm::config::{Config, FILE_VARIABLE, Resolved, SETTINGS, Sources};
@@ -93,7 +92,7 @@ fn every_variable_is_a_setting() {
 
 /// What `warm VERB --help` says; `None` where there is no such verb.
 fn help(verb: &str) -> Option<String> {
-    let output = Command::new(env!("CARGO_BIN_EXE_warm")).args([verb, "--help"]).output().expect("started");
+    let output = crate::program::warm().args([verb, "--help"]).output().expect("started");
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 

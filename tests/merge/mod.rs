@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
 use serde_json::{Value, json};
 
@@ -11,7 +11,7 @@ fn family(name: &str) -> PathBuf {
 }
 
 fn warm<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_warm"));
+    let mut command = crate::program::warm();
     command.args(arguments).stdin(Stdio::null()).output().expect("ran")
 }
 
@@ -103,7 +103,7 @@ fn a_report_tells_norms_angles_and_a_verdict() {
 
 /// The rewards of a few texts.
 fn scores(arguments: &[&str]) -> (Vec<Value>, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_warm"));
+    let mut command = crate::program::warm();
     command.arg("score").args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("started");
     child.stdin.take().expect("piped").write_all(b"{\"text\": \"hello\"}\n{\"text\": \"a longer answer, please\"}\n").expect("written");

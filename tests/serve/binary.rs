@@ -9,11 +9,7 @@ use warm::client::Client;
 use warm::wire::{self, sample::Input};
 
 fn warm() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_warm"));
-    // The settings of whoever runs the tests are not the test's.
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("WARM_")) {
-        command.env_remove(name);
-    }
+    let mut command = crate::program::warm();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

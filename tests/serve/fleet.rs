@@ -1,7 +1,7 @@
 //! A fleet on one machine: four processes behind a client that takes turns, one sample a request, while all of them are
 //! restarted one by one. `deploy/rehearse.sh` runs it for longer and prints its figures.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::process::Child;
 use std::sync::Arc;
@@ -63,6 +63,7 @@ fn a_rolling_restart_under_load_loses_no_score() {
     }));
     let fleet = Arc::new(runtime.block_on(async { Fleet::new(&addresses, Clock::system()).expect("addresses") }));
     let (stop, number) = (Arc::new(AtomicBool::new(false)), Arc::new(watch::Sender::new(0u64)));
+    let instances = Arc::new(watch::Sender::new(BTreeSet::<String>::new()));
     // Some work is done between two restarts.
     let after_more = |samples: u64| {
         let target = *number.borrow() + samples;
@@ -72,6 +73,7 @@ fn a_rolling_restart_under_load_loses_no_score() {
     let callers: Vec<_> = (0..CALLERS)
         .map(|_| {
             let (fleet, stop, number, expected) = (fleet.clone(), stop.clone(), number.clone(), expected.clone());
+            let instances = instances.clone();
             runtime.spawn(async move {
                 let (mut answered, mut problems, mut fingerprints) =
                     (BTreeMap::<String, u64>::new(), Vec::new(), BTreeMap::<String, u64>::new());
@@ -84,6 +86,7 @@ fn a_rolling_restart_under_load_loses_no_score() {
                         Ok(response) => {
                             latencies.push(Clock::system().now() - asked);
                             let stamp = response.model.unwrap_or_default();
+                            instances.send_if_modified(|instances| instances.insert(stamp.instance.clone()));
                             *answered.entry(stamp.instance).or_default() += 1;
                             *fingerprints.entry(stamp.fingerprint).or_default() += 1;
                             if response.scores[0].reward != Some(expected[(mine % 200) as usize]) {
@@ -106,6 +109,14 @@ fn a_rolling_restart_under_load_loses_no_score() {
         }
     }
     after_more(400);
+    // A server that came back is tried again after a while, which on a busy machine may be later than that.
+    runtime.block_on(async {
+        let (clock, mut seen) = (Clock::system(), instances.subscribe());
+        tokio::select! {
+            _ = seen.wait_for(|instances| instances.len() == SERVERS * (rounds + 1)) => {}
+            () = clock.sleep_until(clock.now() + 2 * TIMEOUT) => {}
+        }
+    });
     stop.store(true, Ordering::Relaxed);
     let (mut answered, mut problems, mut fingerprints, mut latencies) = (BTreeMap::new(), Vec::new(), BTreeMap::new(), Vec::new());
     for caller in callers {
