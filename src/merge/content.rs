@@ -87,11 +87,11 @@ impl Remembered {
                 }
                 Ok(slot.get().copied().unwrap_or_default())
             };
-            let hashes: Vec<[u8; 32]> = slots
-                .par_iter()
-                .enumerate()
-                .map_init(Elements::default, |buffer, (block, slot)| complete(block, slot, buffer))
-                .collect::<Result<_, SourceError>>()?;
+            let blocks = slots.par_iter().enumerate();
+            let hashes: Vec<Result<[u8; 32], SourceError>> =
+                blocks.map_init(Elements::default, |buffer, (block, slot)| complete(block, slot, buffer)).collect();
+            // Of several errors the first block's is told, whichever thread was first.
+            let hashes = hashes.into_iter().collect::<Result<Vec<_>, _>>()?;
             hash_text(&mut hasher, name);
             hash_text(&mut hasher, info.dtype.safetensors_name());
             hasher.update(&(info.shape.len() as u64).to_le_bytes());

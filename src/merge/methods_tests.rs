@@ -105,7 +105,7 @@ fn slerp(a: &[f64], b: &[f64], init: &[f64], t: f64) -> Vec<f64> {
     let task = |x: &[f64]| x.iter().zip(init).map(|(x, init)| x - init).collect::<Vec<f64>>();
     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     let (x, y) = (task(a), task(b));
-    let angle = (x.iter().zip(&y).map(|(x, y)| x * y).sum::<f64>() / (norm(&x) * norm(&y))).acos();
+    let angle = (x.iter().zip(&y).map(|(x, y)| x * y).sum::<f64>() / (norm(&x) * norm(&y))).clamp(-1.0, 1.0).acos();
     let (keep, add) = (((1.0 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin());
     x.iter().zip(&y).zip(init).map(|((x, y), init)| init + keep * x + add * y).collect()
 }
