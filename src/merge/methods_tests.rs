@@ -106,7 +106,9 @@ fn slerp(a: &[f64], b: &[f64], init: &[f64], t: f64) -> Vec<f64> {
     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     let (x, y) = (task(a), task(b));
     let angle = (x.iter().zip(&y).map(|(x, y)| x * y).sum::<f64>() / (norm(&x) * norm(&y))).clamp(-1.0, 1.0).acos();
-    let (keep, add) = (((1.0 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin());
+    // On one line, as a tensor of one number always is, there is no arc.
+    let straight = norm(&x) < 1e-12 || norm(&y) < 1e-12 || angle.sin() < 1e-6;
+    let (keep, add) = if straight { (1.0 - t, t) } else { (((1.0 - t) * angle).sin() / angle.sin(), (t * angle).sin() / angle.sin()) };
     x.iter().zip(&y).zip(init).map(|((x, y), init)| init + keep * x + add * y).collect()
 }
 
