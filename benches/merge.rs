@@ -1,5 +1,6 @@
 //! Merging against plainly reading the same files, side by side: gigabytes of member weights per second, from the page
-//! cache, on all cores. Every merge also names its weights (`weights_id`), as a server does.
+//! cache, on all cores. Every merge also names its weights (`weights_id`), as a server does. SLERP reads everything twice,
+//! and init too.
 
 // The tests of the library use more of it.
 #[allow(dead_code)]
@@ -24,27 +25,30 @@ fn merge(c: &mut Criterion) {
     // `cargo test --benches` runs every bench once, and has no time for large files.
     let size = if std::env::args().any(|argument| argument == "--test") { fixture::TINY } else { SIZE };
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let mut members = Vec::new();
-    for seed in 0..4 {
+    let checkpoint = |seed: u64| {
         let path = dir.path().join(format!("rm-{seed}"));
         fixture::write(&path, &fixture::config(size), &fixture::llama(size, "BF16", seed), 2).expect("room for the members");
-        members.push(path);
-    }
+        path
+    };
+    let (members, init) = ((0..4).map(checkpoint).collect::<Vec<_>>(), checkpoint(4));
     let mut group = c.benchmark_group("merge");
     group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
     for count in [2, 4] {
         let paths = &members[..count];
-        group.throughput(Throughput::Bytes(plan(paths, "float32").bytes_to_read()));
+        group.throughput(Throughput::Bytes(plan(paths, "dtype: float32").bytes_to_read()));
         group.bench_function(BenchmarkId::new("plain-read", count), |b| b.iter(|| paths.iter().for_each(|path| read_files(path))));
         for dtype in ["bfloat16", "float32"] {
-            group.bench_function(BenchmarkId::new(format!("to-{dtype}"), count), |b| b.iter(|| read_merged(plan(paths, dtype))));
+            let recipe = format!("dtype: {dtype}");
+            group.bench_function(BenchmarkId::new(format!("to-{dtype}"), count), |b| b.iter(|| read_merged(plan(paths, &recipe))));
         }
+        let slerp = format!("dtype: bfloat16\nmethod: slerp\ninit: {init:?}");
+        group.bench_function(BenchmarkId::new("slerp-to-bfloat16", count), |b| b.iter(|| read_merged(plan(paths, &slerp))));
     }
     group.finish();
 }
 
-fn plan(paths: &[PathBuf], dtype: &str) -> Arc<MergePlan> {
-    let recipe = Recipe::from_yaml(&format!("members: {paths:?}\ndtype: {dtype}"), Path::new("")).expect("a good recipe");
+fn plan(paths: &[PathBuf], more: &str) -> Arc<MergePlan> {
+    let recipe = Recipe::from_yaml(&format!("members: {paths:?}\n{more}"), Path::new("")).expect("a good recipe");
     Arc::new(MergePlan::open(&recipe).expect("members that fit together"))
 }
 

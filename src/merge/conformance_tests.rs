@@ -91,3 +91,37 @@ fn merged_weights_of_every_family_are_those_of_float64_references() {
     println!("{} families, {} merges", checked.len(), checked.values().sum::<i32>());
     assert!(checked.len() >= 2, "{checked:?}");
 }
+
+/// The three iterations of `examples/warp`, one inside of the other.
+#[test]
+fn the_iterations_of_the_example_are_those_of_the_paper() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let model = |name: &str| numbers(&root.join("demo/family").join(name));
+    let step = |a: &Numbers, b: &Numbers, init: &Numbers, t: f64| slerped(a, b, init, t, group);
+    let written = |model: Numbers, init: &Numbers, eta: f64| -> Numbers {
+        let part = |(name, values): (String, Vec<f64>)| {
+            let values = values.iter().zip(&init[&name]).map(|(merged, init)| f64::from((init + eta * (merged - init)) as f32));
+            let values = values.collect();
+            (name, values)
+        };
+        model.into_iter().map(part).collect()
+    };
+    let [init, a, b, c, d, e] = ["init", "rm-0", "rm-1", "rm-2", "rm-3", "rm-4"].map(model);
+    let first = written(step(&a, &b, &init, 0.5), &init, 0.3);
+    let second = written(step(&c, &d, &first, 0.5), &first, 0.3);
+    let third = step(&step(&e, &a, &second, 0.5), &c, &second, 1.0 / 3.0);
+    let recipe = Recipe::from_file(&root.join("examples/warp/iteration-3.yaml")).expect("a recipe");
+    let merged = Merged::new(Arc::new(MergePlan::open(&recipe).expect("a plan"))).expect("coefficients");
+    assert_eq!(merged.manifest().len(), third.len());
+    for (name, expected) in &third {
+        let mut found = Elements::default();
+        merged.read(name, 0..expected.len(), &mut found).expect("readable");
+        let Elements::F32(found) = found else { panic!("{found:?}") };
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((f64::from(*found) - expected).abs() < 1e-6 * (expected.abs() + 0.1), "{name}: {found} {expected}");
+        }
+    }
+    let anchor = Recipe::from_file(&root.join("examples/warp/anchor.yaml")).expect("a recipe");
+    assert_eq!(anchor.members().iter().map(|member| member.coefficient).collect::<Vec<_>>(), [0.99, 0.01]);
+    assert!(MergePlan::open(&anchor).is_ok());
+}

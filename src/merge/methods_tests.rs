@@ -100,7 +100,7 @@ pub fn assert_near(merged: &Merged, expected: &Numbers) {
     }
 }
 
-/// SLERP as WARP writes it, on the vectors themselves (§3.2).
+/// SLERP as WARP writes it, on the vectors themselves (§3.2); along the line where there is no arc.
 fn slerp(a: &[f64], b: &[f64], init: &[f64], t: f64) -> Vec<f64> {
     let task = |x: &[f64]| x.iter().zip(init).map(|(x, init)| x - init).collect::<Vec<f64>>();
     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();

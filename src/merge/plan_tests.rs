@@ -422,7 +422,7 @@ fn what_a_rule_takes_from_where_it_is_not_is_left_out_and_noted() {
     unknown_family(&family, "q", |_, tensors| _ = tensors.remove("lm_head.weight"));
     let plan = family.open("kind: policy\nmembers: [p, q]\nrules: [{match: 'lm_head.*', from: q}]").unwrap();
     assert!(plan.manifest().get("lm_head.weight").is_none());
-    let expected = "tensor \"lm_head.weight\" is left out: the rule takes it from where it is not";
+    let expected = "rules[0] takes tensor \"lm_head.weight\" from member \"q\", which does not have it, so it is left out";
     assert!(plan.notes().iter().any(|note| note == expected), "{:?}", plan.notes());
 }
 
@@ -436,4 +436,18 @@ fn what_is_unusual_in_coefficients_is_noted() {
     let plan = family.open("members: [a, {path: b, coefficient: 0}]").unwrap();
     assert_eq!(plan.notes(), ["member \"b\" has coefficient 0"]);
     assert_eq!(plan.members()[1].source().reads(), [""; 0]);
+}
+
+#[test]
+fn what_the_model_needs_must_be_where_a_rule_takes_it_from() {
+    let family = Family::new(2);
+    let mut tensors = family.tensors("F32");
+    tensors.remove("model.norm.weight");
+    family.write("init", &fixture::config(TINY), &tensors);
+    let problems = family.problems("init: init\nrules: [{match: '*norm*', init: true}]");
+    let expected = [
+        "rules[0] takes tensor \"model.norm.weight\" from init, which does not have it",
+        "the merged model: tensor \"model.norm.weight\": expected shape [8], found no such tensor",
+    ];
+    assert_eq!(problems, expected);
 }

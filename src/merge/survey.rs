@@ -1,5 +1,6 @@
 //! What the members of a recipe say together: the making of a plan.
 
+mod checks;
 mod notes;
 
 use std::borrow::Cow;
@@ -11,10 +12,9 @@ use super::choice::{Treatment, treatments};
 use super::compare::{Differences, Facts};
 use super::content::Remembered;
 use super::heads;
-use super::listing::Listing;
 use super::nested::Nested;
 use super::plan::{Input, MergeError, MergePlan, PlannedMember, PlannedSource};
-use super::recipe::{Kind, Member, Recipe, Take};
+use super::recipe::{Kind, Member, Recipe};
 use crate::checkpoint::{Architecture, CheckpointError, HeadKeys, Layout, Manifest, TensorInfo, TensorSource, is_recomputed};
 
 /// What is known after some of the members.
@@ -152,20 +152,6 @@ impl<'r> Survey<'r> {
         found.into_iter().map(|(name, treatment)| (name.to_owned(), treatment)).collect()
     }
 
-    /// A rule that matches nothing is a slip of the pen, and so may be one that never decides.
-    fn check_rules(&mut self, all: &BTreeMap<String, Treatment>) {
-        if self.sources.iter().take(self.recipe.members().len()).any(Option::is_none) {
-            return;
-        }
-        for (index, rule) in self.recipe.rules().iter().enumerate() {
-            if !all.keys().any(|name| rule.pattern.matches(name)) {
-                self.problems.push(format!("rules[{index}]: {:?} matches no tensor of the members", rule.pattern.as_str()));
-            } else if !all.values().any(|treatment| *treatment == Treatment::Rule(index)) {
-                self.notes.push(format!("rules[{index}] decides nothing: rules before it match all of its tensors"));
-            }
-        }
-    }
-
     /// The tensor as the first has it that takes part; `None` if the only one that could does not have it.
     fn lender(&self, name: &str, treatment: Treatment) -> Option<(&Source, &TensorInfo)> {
         let mut holders = treatment.holders(self.recipe).into_iter().filter_map(|index| self.sound(index));
@@ -187,7 +173,7 @@ impl<'r> Survey<'r> {
                 Err(problems) => self.problems.extend(problems.into_iter().map(|problem| format!("{}: {problem}", source.label))),
                 Ok(layout) => {
                     self.unused.extend(layout.unused().iter().cloned());
-                    self.notes.extend(heads::note(&source.label, architecture));
+                    self.notes.extend(heads::note(&source.label, source.architecture.as_ref().unwrap_or(architecture)));
                     match &pooling {
                         None => pooling = Some((source.label.clone(), layout.head.clone())),
                         Some((first, head)) => {
@@ -207,11 +193,22 @@ impl<'r> Survey<'r> {
             Ok(layout) => Some(layout),
             Err(problems) => {
                 if self.problems.is_empty() {
+                    let gone = all.iter().filter(|&(name, &treatment)| self.lender(name, treatment).is_none());
+                    let gone: Vec<String> = gone.filter_map(|(name, treatment)| self.taken_from_nowhere(name, *treatment)).collect();
+                    self.problems.extend(gone);
                     self.problems.extend(problems.into_iter().map(|problem| format!("the merged model: {problem}")));
                 }
                 None
             }
         }
+    }
+
+    /// What a rule cannot take, as a sentence.
+    fn taken_from_nowhere(&self, name: &str, treatment: Treatment) -> Option<String> {
+        let Treatment::Rule(rule) = treatment else { return None };
+        let from = *treatment.sources(self.recipe).first()?;
+        let from = self.recipe.members().get(from).map_or("init".to_owned(), |member| format!("member {:?}", member.name.as_str()));
+        Some(format!("rules[{rule}] takes tensor {name:?} from {from}, which does not have it"))
     }
 
     /// A member's tensors, with what rules take from others in place of its own.
@@ -222,9 +219,9 @@ impl<'r> Survey<'r> {
         let info = |name: &String, treatment: Treatment| -> Option<TensorInfo> {
             if let Treatment::Rule(_) = treatment {
                 let takers = treatment.sources(self.recipe);
-                if !takers.contains(&index) {
-                    let lent = takers.into_iter().filter_map(|taker| self.sources.get(taker)?.as_ref()?.get(name));
-                    return lent.into_iter().next().cloned();
+                let mut lent = takers.iter().filter_map(|&taker| self.sources.get(taker)?.as_ref()?.get(name));
+                if let Some(lent) = lent.next().filter(|_| !takers.contains(&index)) {
+                    return Some(lent.clone());
                 }
             }
             source.get(name).cloned()
@@ -239,114 +236,10 @@ impl<'r> Survey<'r> {
                 Some((_, info)) if treatment == Treatment::Method && is_recomputed(&name, info) => _ = self.unused.insert(name),
                 Some((_, info)) if treatment == Treatment::Equal && is_recomputed(&name, info) => _ = self.unused.insert(name),
                 Some(_) => _ = decided.insert(name, treatment),
-                None => self.notes.push(format!("tensor {name:?} is left out: the rule takes it from where it is not")),
+                None => self.notes.extend(self.taken_from_nowhere(&name, treatment).map(|taken| format!("{taken}, so it is left out"))),
             }
         }
         decided
-    }
-
-    fn check_tensors(&mut self, decided: &BTreeMap<String, Treatment>, head: &BTreeSet<String>) {
-        let mut problems = Vec::new();
-        for (index, source) in self.sources.iter().enumerate() {
-            let Some(source) = source.as_ref().filter(|source| source.sound) else { continue };
-            let is_init = index == self.recipe.members().len();
-            let (mut missing, mut dtypes, mut shapes) = (Listing::default(), Listing::default(), Listing::default());
-            let mut headless = Vec::new();
-            for (name, &treatment) in decided {
-                // Init is the same model also where it is not read, but it may lack what nobody reads of it.
-                let holds = treatment.holders(self.recipe).contains(&index);
-                let by_method = is_init && treatment == Treatment::Method && source.get(name).is_some();
-                if !(holds || by_method) {
-                    continue;
-                }
-                let label = &source.label;
-                let Some((other, expected)) = self.lender(name, treatment) else { continue };
-                let Some(found) = source.get(name) else {
-                    match is_init && head.contains(name) {
-                        true => headless.push(name.as_str()),
-                        false => missing.push(format!("{label}: tensor {name:?} is missing, {} has it", other.label)),
-                    }
-                    continue;
-                };
-                if let Some(wrong) = self.wrong_dtype(treatment, found, expected) {
-                    dtypes.push(format!("{label}: tensor {name:?} is {}, {wrong}", found.dtype));
-                }
-                if found.shape != expected.shape {
-                    let (found, expected) = (&found.shape, &expected.shape);
-                    shapes.push(format!("{label}: tensor {name:?} has shape {found:?}, expected {expected:?} as in {}", other.label));
-                }
-            }
-            for listing in [missing, dtypes, shapes] {
-                listing.finish(&source.label, &mut problems);
-            }
-            if !headless.is_empty() {
-                problems.push(self.needs_a_rule(&headless));
-            }
-        }
-        self.problems.append(&mut problems);
-    }
-
-    /// What is wrong with a tensor's dtype, given that of the first that takes part.
-    fn wrong_dtype(&self, treatment: Treatment, found: &TensorInfo, expected: &TensorInfo) -> Option<String> {
-        let averaged = match treatment {
-            Treatment::Method => true,
-            Treatment::Equal => self.recipe.kind() == Kind::Reward,
-            Treatment::Rule(rule) => {
-                self.recipe.kind() == Kind::Reward || self.recipe.rules().get(rule).is_some_and(|rule| matches!(rule.take, Take::Mix(_)))
-            }
-        };
-        if averaged && !found.dtype.is_float() {
-            return Some("expected floating-point numbers to average".to_owned());
-        }
-        (treatment == Treatment::Equal && found.dtype != expected.dtype)
-            .then(|| format!("expected {}: it is not averaged, so it must be the same in all members", expected.dtype))
-    }
-
-    fn needs_a_rule(&self, tensors: &[&str]) -> String {
-        let pattern = tensors.first().map_or("score", |name| name.split('.').next().unwrap_or(name));
-        let names: Vec<&str> = self.recipe.members().iter().map(|member| member.name.as_str()).collect();
-        let first = names.first().copied().unwrap_or_default();
-        let ones: Vec<String> = names.iter().map(|name| format!("{name}: 1")).collect();
-        format!(
-            "init has no reward head ({}), as a language model has none, so heads have no task vectors; say by a rule whose head is \
-             taken ({{match: \"{pattern}.*\", from: {first}}}) or that it is averaged ({{match: \"{pattern}.*\", coefficients: {{{}}}}})",
-            tensors.join(", "),
-            ones.join(", ")
-        )
-    }
-
-    /// Whoever has a reward head must read text as the first member does; init, and a member whose head a rule replaces,
-    /// only lend weights. Rows of embeddings are mixed only where they belong to the same tokens.
-    fn check_differences(&mut self, head: &BTreeSet<String>, embedding: Option<&str>, decided: &BTreeMap<String, Treatment>) {
-        let Some((first, _)) = &self.first else { return };
-        for (index, source) in self.sources.iter().enumerate() {
-            let Some(source) = source else { continue };
-            let lends = index == self.recipe.members().len() || head.iter().any(|name| source.get(name).is_none());
-            if lends && source.label == *first {
-                self.problems.push(format!(
-                    "{first} has no reward head, and the first member's configuration and tokenizer become the merged model's; \
-                     list a reward model first"
-                ));
-            }
-            let sentence = |difference: &String| format!("{} differs from {first}: {difference}", source.label);
-            self.problems.extend(source.differences.model.iter().map(sentence));
-            let text = source.differences.text.iter().map(sentence);
-            if !lends {
-                self.problems.extend(text);
-                continue;
-            }
-            self.notes.extend(text);
-            let mixes = |name: &str| {
-                let sources = decided.get(name).map(|treatment| treatment.sources(self.recipe)).unwrap_or_default();
-                sources.len() > 1 && sources.contains(&index)
-            };
-            // Which tensor of an unknown family holds the rows of tokens is not known.
-            let mixes_rows = embedding.map_or_else(|| decided.keys().any(|name| mixes(name)), mixes);
-            if let Some(rows) = source.differences.rows.as_ref().filter(|_| mixes_rows) {
-                let place = embedding.unwrap_or("the embedding");
-                self.problems.push(format!("{}; rows of {place} would be mixed with those of other tokens", sentence(rows)));
-            }
-        }
     }
 
     /// Name and facts of a merged tensor: what is averaged gets the recipe's dtype.

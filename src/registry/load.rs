@@ -174,6 +174,13 @@ pub fn load_generation(
     let (plan, text, readout) = open_text(spec, clock)?;
     let (Reward { architecture, layout, .. }, text) = (plan.reward()?, Arc::new(text));
     let max_tokens = max_tokens(spec, architecture)?;
+    let lent = plan.members().iter().find_map(|member| Some((member.name(), member.lacks().first()?)));
+    if let (Ensemble::Resident, Some((member, tensor))) = (spec.ensemble, lent) {
+        let problem = format!(
+            "expected off, found resident: member {member} has no {tensor}, which a rule takes elsewhere, so it cannot score alone"
+        );
+        return Err(LoadError::Options { field: "ensemble", problem });
+    }
     report("plan", 1, 1);
 
     let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {

@@ -72,6 +72,35 @@ fn a_limit_that_nothing_can_hold_is_refused_by_its_name() {
 }
 
 #[test]
+fn a_policy_is_not_served_and_a_language_model_does_not_score_beside_a_merge() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    member(dir.path(), "rm", |_| {}, 1);
+    member(dir.path(), "lm", |tensors| _ = tensors.remove("score.weight"), 2);
+    let spec = |text: &str| LoadSpec::new(Recipe::from_yaml(text, dir.path()).expect("a recipe"));
+    let error = load(&spec("kind: policy\nmembers: [rm]")).expect_err("refused").to_string();
+    let expected = "the recipe merges a policy (kind: policy), which can be planned, reported on and written, but has no reward to serve";
+    assert_eq!(error, expected);
+    let lends = spec("members: [rm, lm]\nrules: [{match: 'score.*', from: rm}]");
+    assert!(load(&lends).is_ok());
+    let error = load(&LoadSpec { ensemble: Ensemble::Resident, ..lends }).expect_err("refused").to_string();
+    let expected =
+        "ensemble: expected off, found resident: member lm has no score.weight, which a rule takes elsewhere, so it cannot score alone";
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn what_a_turn_finds_is_noted() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    for (name, seed) in [("rm-0", 1), ("rm-1", 1), ("init", 2)] {
+        member(dir.path(), name, |_| {}, seed);
+    }
+    let recipe = Recipe::from_yaml("members: [rm-0, rm-1]\ninit: init\nmethod: slerp", dir.path()).expect("a recipe");
+    let (generation, _) = load(&LoadSpec::new(recipe)).expect("loads");
+    assert_eq!(generation.info.method, "slerp");
+    assert!(generation.info.notes.iter().any(|note| note.starts_with("slerp is linear in 5 of 5 groups")), "{:?}", generation.info.notes);
+}
+
+#[test]
 fn what_cannot_be_loaded_names_its_cause() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let nan = member(
