@@ -1,11 +1,8 @@
 use std::path::Path;
 
-use proptest::prelude::*;
-
 use super::*;
 use crate::checkpoint::fixture::{self, Size, Tensors};
 use crate::merge::Recipe;
-use crate::merge::products::dot;
 
 /// Large enough that a layer has several blocks, some of them short.
 const WIDE: Size = Size { hidden: 264, intermediate: 512, layers: 2, vocab: 501 };
@@ -89,14 +86,4 @@ fn the_first_bad_value_is_told_and_lengths_beyond_float64_are_refused() {
     fixture::write(&path, &fixture::config(WIDE), &long, 1).unwrap();
     let error = measure(&plan(dir.path(), "method: slerp"), 0.5).unwrap_err().to_string();
     assert!(error.ends_with("tensor \"score.weight\": the task vectors are too long to be measured"), "{error}");
-}
-
-proptest! {
-    #[test]
-    fn a_product_is_summed_in_lanes_that_no_machine_changes(pairs in prop::collection::vec((-1e3..1e3_f64, -1e-3..1e3_f64), 0..100)) {
-        let (a, b): (Vec<f64>, Vec<f64>) = pairs.into_iter().unzip();
-        let lane = |lane: usize| a.iter().zip(&b).skip(lane).step_by(16).fold(0.0, |sum, (a, b)| sum + a * b);
-        let expected = (0..16).map(lane).fold(0.0, |sum, lane| sum + lane);
-        prop_assert_eq!(dot(&a, &b).to_bits(), expected.to_bits());
-    }
 }

@@ -23,6 +23,39 @@ pub fn accumulate(sum: &mut [f64], elements: &Elements, coefficient: f64, start:
     }
 }
 
+/// Widens the elements that begin at `begin`, as many as `into` has.
+pub fn widen(into: &mut [f64], elements: &Elements, begin: usize) {
+    match elements {
+        Elements::F64(values) => each(into, from(values, begin), |into, x| *into = x),
+        Elements::F32(values) => each(into, from(values, begin), |into, x| *into = f64::from(x)),
+        Elements::Bf16(values) => each(into, from(values, begin), |into, x| *into = widen_bf16(x)),
+        Elements::F16(values) => each(into, from(values, begin), |into, x| *into = widen_f16(x)),
+        Elements::I64(_) | Elements::I32(_) | Elements::I16(_) | Elements::Bytes(_) => {}
+    }
+}
+
+/// The elements that begin at `begin` minus `base`, as many as `into` has.
+pub fn subtract(into: &mut [f64], elements: &Elements, begin: usize, base: &[f64]) {
+    widen(into, elements, begin);
+    each(into, base, |into, base| *into -= base);
+}
+
+#[inline(always)]
+fn each<T: Copy>(into: &mut [f64], values: &[T], with: impl Fn(&mut f64, T)) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (into, &value) in into.iter_mut().zip(values) {
+                with(into, value);
+            }
+        },
+    );
+}
+
+fn from<T>(values: &[T], begin: usize) -> &[T] {
+    values.get(begin..).unwrap_or_default()
+}
+
 /// Where rounded sums go.
 #[derive(Debug)]
 pub enum Rounded<'a> {

@@ -139,6 +139,17 @@ proptest! {
     }
 
     #[test]
+    fn a_difference_is_that_of_the_wide_numbers(a in elements(40), b in elements(40), begin in 0_usize..40) {
+        let count = 40 - begin;
+        let (mut base, mut found) = (vec![7.0; count], vec![7.0; count]);
+        super::widen(&mut base, &b, begin);
+        prop_assert_eq!(&base, &wide(&b)[begin..]);
+        subtract(&mut found, &a, begin, &base);
+        let expected = wide(&a).iter().zip(wide(&b)).map(|(a, b)| (a - b).to_bits()).collect::<Vec<_>>();
+        prop_assert_eq!(found.iter().map(|x| x.to_bits()).collect::<Vec<_>>(), &expected[begin..]);
+    }
+
+    #[test]
     fn the_order_of_members_matters_only_by_rounding(a in elements(9), b in elements(9), c in elements(9)) {
         let forward = sum_of(&[(a.clone(), 0.5), (b.clone(), 0.25), (c.clone(), 0.25)]);
         let backward = sum_of(&[(c.clone(), 0.25), (b.clone(), 0.25), (a.clone(), 0.5)]);

@@ -22,13 +22,21 @@ pub struct Remembered {
     source: Arc<dyn TensorSource>,
     /// The place of the source, for errors.
     place: String,
-    blocks: BTreeMap<String, Vec<OnceLock<[u8; 32]>>>,
+    blocks: BTreeMap<String, Vec<Slot>>,
+}
+
+/// What is remembered of a block.
+#[derive(Debug, Default)]
+struct Slot {
+    hash: OnceLock<[u8; 32]>,
+    /// Of a block that was only glanced at.
+    checksum: OnceLock<u64>,
 }
 
 impl Remembered {
     /// Follows the tensors of `names` that the source has.
     pub fn new<'n>(source: Arc<dyn TensorSource>, place: String, names: impl IntoIterator<Item = &'n String>) -> Self {
-        let slots = |info: &TensorInfo| (0..info.elements().div_ceil(BLOCK_ELEMENTS).max(1)).map(|_| OnceLock::new()).collect();
+        let slots = |info: &TensorInfo| (0..info.elements().div_ceil(BLOCK_ELEMENTS).max(1)).map(|_| Slot::default()).collect();
         let blocks = names.into_iter().filter_map(|name| Some((name.clone(), slots(source.manifest().get(name)?)))).collect();
         Self { source, place, blocks }
     }
@@ -53,17 +61,40 @@ impl Remembered {
 
     /// Reads like the source itself; blocks that lie wholly within the range are hashed too.
     pub fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        self.follow(name, range, into, |slot, bytes, info, (block, blocks)| {
+            let hash = hash_block(bytes, block, info, blocks);
+            let as_glanced = slot.checksum.get().is_none_or(|&before| before == checksum(bytes));
+            as_glanced && *slot.hash.get_or_init(|| hash) == hash
+        })
+    }
+
+    /// Reads what will be read again, and hashed then. Until then a checksum tells whether it is still the same: it costs a
+    /// tenth of a hash, and whoever changes a file on purpose could as well have done it before.
+    pub fn glance(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        self.follow(name, range, into, |slot, bytes, _, _| {
+            let found = checksum(bytes);
+            *slot.checksum.get_or_init(|| found) == found
+        })
+    }
+
+    /// Reads, and asks of every block that lies wholly within the range whether it is as it was before.
+    fn follow(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        into: &mut Elements,
+        as_before: impl Fn(&Slot, &[u8], &TensorInfo, (usize, usize)) -> bool + Sync,
+    ) -> Result<(), SourceError> {
         self.source.read(name, range.clone(), into)?;
         let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { return Ok(()) };
-        // The blocks that lie wholly within.
         let first = range.start.div_ceil(BLOCK_ELEMENTS);
         let within = |block: &usize| block_range(info, *block).end <= range.end;
         let blocks = first..(first..slots.len()).take_while(within).last().map_or(first, |last| last + 1);
         let changed = |bytes: &[u8], block: usize| {
             let (elements, size) = (block_range(info, block), info.dtype.size());
             let place = (elements.start - range.start) * size..(elements.end - range.start) * size;
-            let hash = hash_block(bytes.get(place).unwrap_or_default(), block, info, slots.len());
-            (*slots.get(block)?.get_or_init(|| hash) != hash).then_some(elements)
+            let same = as_before(slots.get(block)?, bytes.get(place).unwrap_or_default(), info, (block, slots.len()));
+            (!same).then_some(elements)
         };
         let changed = into.with_little_endian(|bytes| match blocks.len() {
             // Whoever reads block by block does so in parallel already.
@@ -81,11 +112,11 @@ impl Remembered {
         let mut hasher = blake3::Hasher::new_derive_key("warm checkpoint content 1");
         for name in names {
             let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { continue };
-            let complete = |block: usize, slot: &OnceLock<[u8; 32]>, buffer: &mut Elements| {
-                if slot.get().is_none() {
+            let complete = |block: usize, slot: &Slot, buffer: &mut Elements| {
+                if slot.hash.get().is_none() {
                     self.read(name, block_range(info, block), buffer)?;
                 }
-                Ok(slot.get().copied().unwrap_or_default())
+                Ok(slot.hash.get().copied().unwrap_or_default())
             };
             let blocks = slots.par_iter().enumerate();
             let hashes: Vec<Result<[u8; 32], SourceError>> =
@@ -121,6 +152,41 @@ fn hash_block(bytes: &[u8], block: usize, info: &TensorInfo, blocks: usize) -> [
     }
     let offset = block as u64 * (BLOCK_ELEMENTS * info.dtype.size()) as u64;
     blake3::Hasher::new().set_input_offset(offset).update(bytes).finalize_non_root()
+}
+
+/// Sums that run beside each other in a checksum.
+const LANES: usize = 16;
+
+/// Tells accidental changes apart, at the speed of memory.
+fn checksum(bytes: &[u8]) -> u64 {
+    let (blocks, rest) = bytes.as_chunks::<{ 8 * LANES }>();
+    let step = |chain: u64, word: u64| (chain ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    let rest = rest.iter().fold(bytes.len() as u64, |chain, &byte| step(chain, byte.into()));
+    let [sums, sums_of_sums] = pulp::Arch::new().dispatch(Fletcher { blocks });
+    sums.into_iter().chain(sums_of_sums).fold(rest, step)
+}
+
+/// The sums of Fletcher's checksum, which see values and their places, in lanes that vectors can hold. A value in place of a
+/// closure, which the compiler would leave outside of the function that may use the machine's vectors.
+struct Fletcher<'a> {
+    blocks: &'a [[u8; 8 * LANES]],
+}
+
+impl pulp::NullaryFnOnce for Fletcher<'_> {
+    type Output = [[u64; LANES]; 2];
+
+    #[inline(always)]
+    fn call(self) -> Self::Output {
+        let [mut sums, mut sums_of_sums] = [[0_u64; LANES]; 2];
+        for block in self.blocks {
+            let (words, _) = block.as_chunks::<8>();
+            for ((sum, sum_of_sums), word) in sums.iter_mut().zip(&mut sums_of_sums).zip(words) {
+                *sum = sum.wrapping_add(u64::from_le_bytes(*word));
+                *sum_of_sums = sum_of_sums.wrapping_add(*sum);
+            }
+        }
+        [sums, sums_of_sums]
+    }
 }
 
 /// Joins the hashes of blocks that hold `bytes` bytes together. All but the last are full, and BLAKE3 splits its input at

@@ -85,3 +85,33 @@ fn bytes_that_change_between_two_reads_are_an_error() {
     let error = remembered.read("w", 0..BLOCK_ELEMENTS, &mut into).unwrap_err().to_string();
     assert_eq!(error, "rm-0: tensor \"w\": elements 0..65536 have changed since they were first read; the file was changed while in use");
 }
+
+#[test]
+fn a_glance_is_remembered_until_the_hash_is_taken() {
+    let memory = Memory::new(2 * BLOCK_ELEMENTS);
+    let (remembered, mut into) = (memory.remembered(), Elements::default());
+    remembered.glance("w", 0..BLOCK_ELEMENTS, &mut into).unwrap();
+    remembered.glance("w", 0..BLOCK_ELEMENTS, &mut into).unwrap();
+    remembered.read("w", 0..BLOCK_ELEMENTS, &mut into).unwrap();
+    assert_eq!(remembered.content_hash(&["w".to_owned()]).unwrap(), memory.remembered().content_hash(&["w".to_owned()]).unwrap());
+    let remembered = memory.remembered();
+    remembered.glance("w", BLOCK_ELEMENTS..2 * BLOCK_ELEMENTS, &mut into).unwrap();
+    memory.values.lock().unwrap()[BLOCK_ELEMENTS + 7] = 1.25;
+    let told = |outcome: Result<(), SourceError>| outcome.unwrap_err().to_string();
+    let expected = "rm-0: tensor \"w\": elements 65536..131072 have changed since they were first read; the file was changed while in use";
+    assert_eq!(told(remembered.glance("w", BLOCK_ELEMENTS..2 * BLOCK_ELEMENTS, &mut into)), expected);
+    assert_eq!(told(remembered.read("w", BLOCK_ELEMENTS..2 * BLOCK_ELEMENTS, &mut into)), expected);
+    assert!(remembered.content_hash(&["w".to_owned()]).is_err());
+}
+
+proptest::proptest! {
+    #[test]
+    fn a_changed_bit_changes_the_checksum(bytes in proptest::collection::vec(0_u8.., 1..200), at: usize, bit in 0_u32..8) {
+        let mut changed = bytes.clone();
+        changed[at % bytes.len()] ^= 1 << bit;
+        proptest::prop_assert_ne!(checksum(&changed), checksum(&bytes));
+        changed = bytes.clone();
+        changed.pop();
+        proptest::prop_assert_ne!(checksum(&changed), checksum(&bytes));
+    }
+}
