@@ -14,7 +14,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::head_config::{At, HeadChoice, Link, Reduce, TokenName, TokenRows, Weights};
+use super::head_config::{At, HeadChoice, Link, RECORD_KEY, Reduce, TokenName, TokenRows, Weights};
 use super::pooling::Pooling;
 
 const KEYS: [&str; 7] = ["name", "tokens", "at", "reduce", "weights", "as", "gate_at"];
@@ -37,6 +37,23 @@ impl HeadChoice {
             Some(other) => problems.push(format!("head: expected keys {}; found {}", KEYS.join(", "), shown(other))),
         }
         if problems.is_empty() { Ok(choice) } else { Err(problems) }
+    }
+
+    /// What a merge has recorded in its configuration.
+    pub(super) fn recorded(record: Option<&Value>, problems: &mut Vec<String>) -> Self {
+        let part = |name: &str| record?.get(name);
+        Self::parse(part("head"), part("pooling")).unwrap_or_else(|found| {
+            problems.extend(found.into_iter().map(|problem| format!("{RECORD_KEY}.{problem}")));
+            Self::default()
+        })
+    }
+
+    /// These choices, and those of `other` where nothing was chosen: `head` and `pooling` are each one choice.
+    pub fn or(&self, other: &Self) -> Self {
+        let pooling = if self.pooling.is_some() { self } else { other };
+        let silent = Self { pooling: None, pooling_token: None, ..self.clone() } == Self::default();
+        let head = if silent { other } else { self };
+        Self { pooling: pooling.pooling, pooling_token: pooling.pooling_token.clone(), ..head.clone() }
     }
 
     fn read(&mut self, fields: &Map<String, Value>, problems: &mut Vec<String>) {

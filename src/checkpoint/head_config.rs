@@ -31,8 +31,14 @@ pub struct HeadConfig {
     pub reward_token: Option<u32>,
     /// The temperature of a gating network.
     pub gate_temperature: f64,
+    /// What the operator decides, or what a merge was made with and has recorded under `warm` in its configuration.
+    #[serde(skip)]
     pub choice: HeadChoice,
 }
+
+/// The key of a configuration under which a merge records the choices it was made with, as a recipe writes them: without
+/// them the same weights would be read in another way.
+pub const RECORD_KEY: &str = "warm";
 
 /// What the operator decides: the `head:` and `pooling:` of a recipe.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -192,7 +198,7 @@ impl HeadConfig {
             tied: get("tie_word_embeddings").and_then(Value::as_bool),
             reward_token: get("reward_token_id").and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok()),
             gate_temperature,
-            choice: HeadChoice::default(),
+            choice: HeadChoice::recorded(get(RECORD_KEY), problems),
         }
     }
 

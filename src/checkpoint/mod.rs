@@ -23,7 +23,7 @@ pub use architecture::{
 };
 pub use dtype::{Dtype, Elements};
 pub use error::CheckpointError;
-pub use head_config::{At, HeadChoice, HeadConfig, Link, Reduce, TokenName, TokenRows, Weights as OutputWeights};
+pub use head_config::{At, HeadChoice, HeadConfig, Link, RECORD_KEY, Reduce, TokenName, TokenRows, Weights as OutputWeights};
 pub(crate) use layout::reads_steps;
 pub use layout::{
     BlockKeys, DenseKeys, Gating, HeadForm, HeadKeys, HeadStage, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, RowKeys,

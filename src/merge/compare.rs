@@ -2,13 +2,14 @@
 
 use serde_json::Value;
 
-use crate::checkpoint::{Architecture, CheckpointError, TextFacts};
+use crate::checkpoint::{Architecture, CheckpointError, RECORD_KEY, TextFacts};
 
 /// Fields of an architecture that say how text becomes ids. Whether the embedding has as many rows is seen in its shape.
 const TEXT_FIELDS: [&str; 4] = ["vocab_size", "pad_token_id", "bos_token_id", "eos_token_ids"];
 
 /// Keys of a configuration that change no number of the model's output, or that a merge decides itself.
-const NEUTRAL_KEYS: [&str; 14] = [
+const NEUTRAL_KEYS: [&str; 15] = [
+    RECORD_KEY,
     "_name_or_path",
     "transformers_version",
     "architectures",

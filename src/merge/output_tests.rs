@@ -71,6 +71,47 @@ fn what_is_written_reads_back_as_what_is_read() {
 }
 
 #[test]
+fn how_the_head_is_read_travels_with_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        member(dir.path(), name, TINY, "F32", 1);
+    }
+    std::fs::write(dir.path().join("nested.yaml"), "members: [a, b]\npooling: mean\nhead: {as: logit}").unwrap();
+    write(dir.path(), "members: [nested.yaml]", "out", WriteOptions::default()).unwrap();
+    let plan = |recipe: &str| MergePlan::open(&Recipe::from_yaml(recipe, dir.path()).unwrap());
+    let choice = |recipe: &str| Value::Object(plan(recipe).unwrap().reward().unwrap().architecture.head.choice.to_json());
+    let chosen = json!({"head": {"as": "logit"}, "pooling": "mean"});
+    let config: Value = serde_json::from_slice(&std::fs::read(dir.path().join("out/config.json")).unwrap()).unwrap();
+    assert_eq!(config["warm"], chosen);
+    assert_eq!(choice("members: [out]"), chosen);
+    assert_eq!(choice("members: [nested.yaml, out]"), chosen);
+    let note =
+        "the head is read as the config.json of member \"out\" records it (warm: {\"head\":{\"as\":\"logit\"},\"pooling\":\"mean\"})";
+    assert!(plan("members: [out]").unwrap().notes().iter().any(|found| found == note), "{:?}", plan("members: [out]").unwrap().notes());
+    // What a recipe says wins, each part on its own, and is what is recorded next.
+    assert_eq!(choice("members: [out]\npooling: last_token"), json!({"head": {"as": "logit"}, "pooling": "last_token"}));
+    assert_eq!(choice("members: [a]"), json!({}));
+    // Two that were read in two ways do not average to one that is read in either.
+    let problems = plan("members: [out, a]").unwrap_err().problems.join("\n");
+    assert!(problems.contains("pooling: expected mean, found last_non_pad"), "{problems}");
+    let both = json!({"head": {"as": "logit"}, "pooling": "last_token"});
+    assert_eq!(choice("members: [out, a]\npooling: last_token\nhead: {as: logit}"), both);
+    let problems = plan("members: [out, a]\npooling: mean").unwrap_err().problems.join("\n");
+    assert!(problems.contains("its config.json records `warm: {\"pooling\":\"mean\"}`, expected"), "{problems}");
+}
+
+#[test]
+fn a_broken_record_of_how_the_head_is_read_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    member(dir.path(), "a", TINY, "F32", 1);
+    let mut config = fixture::config(TINY);
+    config["warm"] = json!({"pooling": "median"});
+    std::fs::write(dir.path().join("a/config.json"), config.to_string()).unwrap();
+    let problems = MergePlan::open(&Recipe::from_yaml("members: [a]", dir.path()).unwrap()).unwrap_err().problems.join("\n");
+    assert!(problems.contains("warm.pooling: expected one of"), "{problems}");
+}
+
+#[test]
 fn a_merge_of_one_in_its_own_dtype_is_that_checkpoint_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     for (dtype, name) in [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16")] {

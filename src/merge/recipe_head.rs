@@ -13,10 +13,9 @@ impl Recipe {
 
     /// The same recipe with these choices in the place of its own; what they leave open stays.
     pub fn with_head(mut self, head: Option<HeadChoice>, pooling: Option<HeadChoice>) -> Self {
-        let own = |choice: &HeadChoice| (choice.pooling, choice.pooling_token.clone());
-        let (mode, token) = own(pooling.as_ref().unwrap_or(&self.head));
-        let head = head.unwrap_or_else(|| self.head.clone());
-        self.head = HeadChoice { pooling: mode, pooling_token: token, ..head };
+        let head = head.unwrap_or_default();
+        let pooling = pooling.unwrap_or_default();
+        self.head = HeadChoice { pooling: pooling.pooling, pooling_token: pooling.pooling_token, ..head }.or(&self.head);
         self
     }
 }

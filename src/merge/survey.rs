@@ -15,7 +15,7 @@ use super::heads;
 use super::nested::Nested;
 use super::plan::{Input, MergeError, MergePlan, PlannedMember, PlannedSource};
 use super::recipe::{Kind, Member, Recipe};
-use crate::checkpoint::{Architecture, CheckpointError, HeadKeys, Layout, Manifest, TensorInfo, TensorSource, is_recomputed};
+use crate::checkpoint::{Architecture, CheckpointError, HeadChoice, HeadKeys, Layout, Manifest, TensorInfo, TensorSource, is_recomputed};
 
 /// What is known after some of the members.
 pub struct Survey<'r> {
@@ -102,7 +102,7 @@ impl<'r> Survey<'r> {
 
     /// With what the recipe says of the head, where a checkpoint leaves it open.
     fn chosen(&self, mut architecture: Architecture) -> Architecture {
-        architecture.head.choice = self.recipe.head().clone();
+        architecture.head.choice = self.recipe.head().or(&architecture.head.choice);
         architecture
     }
 
@@ -135,7 +135,10 @@ impl<'r> Survey<'r> {
             Some(PlannedMember { lacks, ..planned })
         };
         let members = recipe.members().iter().zip(planned).filter_map(member).collect();
-        let Facts { config, architecture, text } = facts;
+        let Facts { mut config, architecture, text } = facts;
+        if let Ok(architecture) = &architecture {
+            heads::record(&architecture.head.choice, &mut config);
+        }
         let (recipe, treatments, notes) = (recipe.clone(), decided, self.notes);
         Ok(MergePlan { recipe, config, architecture, text, layout, manifest, treatments, members, init, notes })
     }
@@ -162,7 +165,7 @@ impl<'r> Survey<'r> {
     /// others.
     fn reward_layout(&mut self, all: &BTreeMap<String, Treatment>) -> Option<Layout> {
         let shared = self.first.as_ref().and_then(|(_, first)| first.architecture.as_ref().ok()).cloned();
-        let mut pooling: Option<(String, HeadKeys)> = None;
+        let mut read: Option<(String, HeadKeys, HeadChoice)> = None;
         for index in 0..self.recipe.members().len() {
             let Some(Some(source)) = self.sources.get(index) else { continue };
             // What rules take from others has the shape of the merged model's.
@@ -174,10 +177,11 @@ impl<'r> Survey<'r> {
                 Ok(layout) => {
                     self.unused.extend(layout.unused().iter().cloned());
                     self.notes.extend(heads::note(&source.label, source.architecture.as_ref().unwrap_or(architecture)));
-                    match &pooling {
-                        None => pooling = Some((source.label.clone(), layout.head.clone())),
-                        Some((first, head)) => {
-                            let found = heads::difference(head, &layout.head);
+                    let choice = &architecture.head.choice;
+                    match &read {
+                        None => read = Some((source.label.clone(), layout.head.clone(), choice.clone())),
+                        Some((first, head, chosen)) => {
+                            let found = heads::difference((head, chosen), (&layout.head, choice));
                             self.problems.extend(found.map(|problem| format!("{} differs from {first}: {problem}", source.label)));
                         }
                     }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Survey;
+use crate::checkpoint::RECORD_KEY;
 use crate::merge::choice::Treatment;
 use crate::merge::listing::listed;
 use crate::merge::recipe::Kind;
@@ -16,6 +17,11 @@ impl Survey<'_> {
                 Kind::Policy => "programs compute them from the configuration",
             };
             notes.push(format!("left out, because {reason}: {}", listed(self.unused.iter().map(String::as_str))));
+        }
+        let read_alike = self.first.as_ref().and_then(|(label, first)| Some((label, &first.architecture.as_ref().ok()?.head.choice)));
+        if let Some((label, choice)) = read_alike.filter(|(_, choice)| *choice != self.recipe.head()) {
+            let choice = serde_json::Value::Object(choice.to_json());
+            notes.push(format!("the head is read as the config.json of {label} records it ({RECORD_KEY}: {choice})"));
         }
         let members = self.recipe.members().len();
         let read = |index: usize| self.read_of(index, decided);
