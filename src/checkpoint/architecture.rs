@@ -36,6 +36,8 @@ pub struct Architecture {
     pub ropes: Vec<Rope>,
     /// DeBERTa's relative positions.
     pub disentangled: Option<Disentangled>,
+    /// DeBERTa v2's convolution beside the first layer.
+    pub convolution: Option<Convolution>,
     pub norm: Norm,
     /// Layer norms have a bias.
     pub norm_bias: bool,
@@ -211,6 +213,15 @@ pub struct Disentangled {
     pub norm: bool,
 }
 
+/// What is added to the first layer's outcome: the activated convolution of the embeddings along the sequence, which is
+/// zero beyond its ends; a norm follows (transformers `DebertaV2Encoder.conv`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Convolution {
+    /// Tokens that one output sees, half of the others on either side: odd.
+    pub kernel: usize,
+    pub activation: Activation,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub enum Norm {
     /// `x / sqrt(mean(x^2) + eps) * weight`.
@@ -306,6 +317,12 @@ impl Architecture {
     /// Columns of what the head reads.
     pub fn output_size(&self) -> usize {
         self.output_projection.unwrap_or(self.hidden_size)
+    }
+
+    /// The longest sequence that the model can be asked for: a table of learned positions ends, rotary and relative ones
+    /// go on beyond [`Self::max_positions`] as transformers lets them.
+    pub fn longest(&self) -> Option<usize> {
+        self.positions.is_some().then_some(self.max_positions)
     }
 
     /// Sentences that name each difference which forbids averaging; empty for mergeable architectures.

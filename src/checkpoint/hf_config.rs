@@ -88,6 +88,7 @@ fn blank(fields: &mut Fields, model_type: String, naming: Naming) -> Architectur
         layers: Vec::new(),
         ropes: Vec::new(),
         disentangled: None,
+        convolution: None,
         norm: Norm::Rms { eps: 1e-6 },
         norm_bias: true,
         norm_from_one: false,

@@ -26,6 +26,7 @@ pub struct Layout {
     pub embedding_projection: Option<LinearKeys>,
     pub embedding_norm: Option<NormKeys>,
     pub relative: Option<RelativeKeys>,
+    pub convolution: Option<ConvolutionKeys>,
     pub blocks: Vec<BlockKeys>,
     pub final_norm: Option<NormKeys>,
     /// From the width of the model to that of the head.
@@ -84,6 +85,15 @@ impl Rows {
 pub struct RelativeKeys {
     pub embeddings: String,
     pub norm: Option<NormKeys>,
+}
+
+/// DeBERTa's convolution, and the norm behind it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvolutionKeys {
+    /// As a product: `[outputs, inputs, kernel]` is stored, so the inputs of one output are a window's columns, each with
+    /// all of its tokens.
+    pub linear: LinearKeys,
+    pub norm: NormKeys,
 }
 
 /// One transformer layer.

@@ -18,16 +18,16 @@ mod source;
 mod text_facts;
 
 pub use architecture::{
-    Activation, Architecture, Disentangled, EmbeddingProjection, Experts, LayerKind, Naming, Norm, Positions, ProjectionPlace, QkNorm,
-    Residual, Rope, RopeScaling,
+    Activation, Architecture, Convolution, Disentangled, EmbeddingProjection, Experts, LayerKind, Naming, Norm, Positions, ProjectionPlace,
+    QkNorm, Residual, Rope, RopeScaling,
 };
 pub use dtype::{Dtype, Elements};
 pub use error::CheckpointError;
 pub use head_config::{At, HeadChoice, HeadConfig, Link, RECORD_KEY, Reduce, TokenName, TokenRows, Weights as OutputWeights};
 pub(crate) use layout::reads_steps;
 pub use layout::{
-    BlockKeys, DenseKeys, Gating, HeadForm, HeadKeys, HeadStage, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, RowKeys,
-    Rows, is_recomputed,
+    BlockKeys, ConvolutionKeys, DenseKeys, Gating, HeadForm, HeadKeys, HeadStage, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms,
+    RelativeKeys, RowKeys, Rows, is_recomputed,
 };
 pub use manifest::{Manifest, TensorInfo};
 pub use pooling::Pooling;

@@ -99,7 +99,7 @@ pub enum LoadError {
 }
 
 /// Loads a reward model onto the CPU, where it computes in float32 whatever its weights are stored in. `progress` gets
-/// bytes done and bytes in all. `max_tokens` is the longest sample, at most [`Architecture::max_positions`].
+/// bytes done and bytes in all. `max_tokens` is the longest sample, at most [`Architecture::longest`].
 pub fn load(
     source: &dyn TensorSource,
     architecture: &Architecture,
@@ -113,7 +113,7 @@ pub fn load(
     let transformer = Transformer::load(architecture, layout, &mut loader, &device)?;
     let head = Head::load(layout, readout, &mut loader)?;
     let limits = Limits {
-        max_tokens: max_tokens.min(architecture.max_positions),
+        max_tokens: max_tokens.min(architecture.longest().unwrap_or(max_tokens)),
         outputs: layout.outputs(),
         parameters: loader.parameters,
         device_bytes: loader.device_bytes,

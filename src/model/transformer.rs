@@ -2,6 +2,7 @@
 //! of the layout are taken.
 
 mod block;
+mod convolution;
 mod embedding;
 mod experts;
 
@@ -14,6 +15,7 @@ use super::pack::{MIN_ROWS, Pack};
 use super::weights::{Linear, Loader, NormWeights};
 use crate::checkpoint::{Architecture, Layout, Residual};
 use block::{Block, Context};
+use convolution::Convolution;
 use embedding::Embedding;
 
 /// Embedding, blocks and last norm: tokens to hidden states.
@@ -22,6 +24,7 @@ pub struct Transformer {
     architecture: Architecture,
     device: Device,
     embedding: Embedding,
+    convolution: Option<Convolution>,
     blocks: Vec<Block>,
     final_norm: Option<NormWeights>,
     output_projection: Option<Linear>,
@@ -43,6 +46,7 @@ impl Transformer {
         }
         Ok(Self {
             embedding,
+            convolution: Convolution::load(architecture, layout, loader)?,
             blocks,
             final_norm: loader.optional_norm(layout.final_norm.as_ref())?,
             output_projection: layout.output_projection.as_ref().map(|keys| loader.fused(&[keys])).transpose()?,
@@ -62,6 +66,7 @@ impl Transformer {
         read.resize(rows.len().max(MIN_ROWS), 0);
         let read = Tensor::new(read, &self.device)?;
         let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
+        let mut convolved = self.convolution.as_ref().map(|convolution| convolution.of(&x, pack)).transpose()?;
         let embeddings = architecture.disentangled.as_ref().map(|disentangled| distances::embeddings(disentangled, pack.longest()));
         for (layer, block) in self.blocks.iter().enumerate() {
             let kind = &architecture.layers[layer];
@@ -73,6 +78,7 @@ impl Transformer {
             if layer + 1 == self.blocks.len() {
                 attended = attended.index_select(&read, 0)?;
                 x = x.index_select(&read, 0)?;
+                convolved = convolved.map(|convolved| convolved.index_select(&read, 0)).transpose()?;
             }
             // Beside each other both parts read the stream as it was before either was added.
             let beside = if architecture.residual == Residual::Parallel { Some(block.mlp(architecture, &x)?) } else { None };
@@ -82,6 +88,9 @@ impl Transformer {
                 None => block.mlp(architecture, &x)?,
             };
             x = block.mlp_norms.add(architecture, x, inner)?;
+            if let Some((convolution, convolved)) = self.convolution.as_ref().zip(convolved.take()) {
+                x = convolution.join(architecture, x, convolved)?;
+            }
         }
         if let Some(norm) = &self.final_norm {
             x = norm.apply(architecture.norm, &x)?;

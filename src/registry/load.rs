@@ -222,6 +222,10 @@ pub fn load_generation(
     let fingerprint = parts.fingerprint();
     let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), &readout, clock);
     info.notes.extend(notes);
+    if max_tokens > architecture.max_positions {
+        let made_for = architecture.max_positions;
+        info.notes.push(format!("max_tokens is {max_tokens}; the model's config says that it is made for {made_for} positions"));
+    }
     Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
 }
 
@@ -231,7 +235,9 @@ fn max_tokens(spec: &LoadSpec, architecture: &Architecture) -> Result<usize, Loa
     match spec.max_tokens {
         None => Ok(model.min(pack)),
         Some(0) => wrong("expected at least 1, found 0".to_owned()),
-        Some(asked) if asked > model => wrong(format!("expected at most {model}, which the model is made for, found {asked}")),
+        Some(asked) if architecture.longest().is_some_and(|longest| asked > longest) => {
+            wrong(format!("expected at most {model}, as many as the model has positions for, found {asked}"))
+        }
         Some(asked) if asked > pack => wrong(format!("expected at most max_pack_tokens, which is {pack}, found {asked}")),
         Some(asked) => Ok(asked),
     }

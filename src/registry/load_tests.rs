@@ -63,12 +63,30 @@ fn a_recipe_becomes_a_generation_that_says_what_it_is() {
 fn a_limit_that_nothing_can_hold_is_refused_by_its_name() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let spec = LoadSpec::uniform(&[member(dir.path(), "rm", |_| {}, 1)]).expect("one folder");
-    for (max_tokens, max_pack_tokens) in [(Some(0), 64), (Some(65), 100), (Some(64), 63)] {
+    for (max_tokens, max_pack_tokens) in [(Some(0), 64), (Some(64), 63)] {
         let error = load(&LoadSpec { max_tokens, max_pack_tokens, ..spec.clone() }).expect_err("refused");
         assert!(matches!(error, LoadError::Options { field: "max_tokens", .. }), "{error}");
     }
     let (small, _) = load(&LoadSpec { max_pack_tokens: 10, ..spec }).expect("loads");
     assert_eq!(small.limits().max_tokens, 10, "no sample may exceed a pack");
+}
+
+#[test]
+fn rotary_positions_go_on_where_learned_ones_end() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let rotary = LoadSpec::uniform(&[member(dir.path(), "rm", |_| {}, 1)]).expect("one folder");
+    let (longer, _) = load(&LoadSpec { max_tokens: Some(70), ..rotary }).expect("loads");
+    assert_eq!(longer.limits().max_tokens, 70);
+    let note = "max_tokens is 70; the model's config says that it is made for 64 positions";
+    assert!(longer.info.notes.iter().any(|found| found == note), "{:?}", longer.info.notes);
+    let encoding = longer.text.encode(&Sample::Text("abcde".repeat(20)), Truncation::Left).expect("fits");
+    assert_eq!(encoding.tokens(), 70);
+    let outputs = longer.merged.models[0].forward(&Pack::new(&[Arc::new(encoding)])).expect("scored");
+    assert!(outputs[0].reward.is_finite());
+    let gpt2 = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance/transformers-5/gpt2-small/member-0");
+    let learned = LoadSpec::uniform(&[gpt2]).expect("one folder");
+    let error = load(&LoadSpec { max_tokens: Some(257), ..learned }).expect_err("refused").to_string();
+    assert_eq!(error, "max_tokens: expected at most 256, as many as the model has positions for, found 257");
 }
 
 #[test]

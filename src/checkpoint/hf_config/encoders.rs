@@ -4,7 +4,9 @@ use super::decoders::{equal_heads, layers, projected};
 use super::fields::Fields;
 use super::rope::{RopeDefaults, ropes_by_layer_type};
 use super::{MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, blank};
-use crate::checkpoint::{Activation, Architecture, Disentangled, LayerKind, Naming, Norm, Pooling, Positions, ProjectionPlace, Residual};
+use crate::checkpoint::{
+    Activation, Architecture, Convolution, Disentangled, LayerKind, Naming, Norm, Pooling, Positions, ProjectionPlace, Residual,
+};
 
 /// BERT, and what follows it closely: learned positions, norms behind each part.
 fn post_norm(fields: &mut Fields, model_type: String, naming: Naming, names: [&str; 4]) -> Architecture {
@@ -81,9 +83,6 @@ const MAX_DISTANCES: usize = 1 << 14;
 pub fn deberta(fields: &mut Fields, model_type: String) -> Architecture {
     let base = post_norm(fields, model_type, Naming::Deberta, BERT_NAMES);
     let positions = fields.count_or("max_position_embeddings", MAX_POSITIONS, 512);
-    if fields.number("conv_kernel_size").is_some_and(|size| size > 0.0) {
-        fields.problem("conv_kernel_size: expected none or 0: the convolution of DeBERTa v2 is not supported".to_owned());
-    }
     let hidden_size = base.hidden_size;
     for (name, expected) in [("attention_head_size", base.head_dim), ("pooler_hidden_size", hidden_size)] {
         let found = fields.count_or(name, MAX_WIDTH, expected);
@@ -119,11 +118,28 @@ pub fn deberta(fields: &mut Fields, model_type: String) -> Architecture {
         norm: Norm::Layer { eps: fields.positive_or("layer_norm_eps", 1e-7) },
         attention_scale: ((base.head_dim * products) as f64).powf(-0.5),
         disentangled,
+        convolution: convolution(fields),
         activation: fields.activation("hidden_act", Activation::Gelu),
         max_positions: positions,
         pad_token_id: fields.id_or("pad_token_id", Some(0)),
         ..base
     }
+}
+
+/// Tokens that a convolution sees, which are 3 in the models there are.
+const MAX_KERNEL: usize = 64;
+
+fn convolution(fields: &mut Fields) -> Option<Convolution> {
+    let kernel = fields.number("conv_kernel_size").filter(|size| *size > 0.0)?;
+    // An even one shortens the sequence, and transformers fails on it.
+    if !(kernel < MAX_KERNEL as f64 && kernel % 2.0 == 1.0) {
+        fields.problem(format!("conv_kernel_size: expected 0 or an odd number below {MAX_KERNEL}, found {kernel}"));
+    }
+    let groups = fields.count_or("conv_groups", MAX_WIDTH, 1);
+    if groups != 1 {
+        fields.problem(format!("conv_groups: expected 1, found {groups}"));
+    }
+    Some(Convolution { kernel: (kernel as usize).min(MAX_KERNEL), activation: fields.activation("conv_act", Activation::Tanh) })
 }
 
 /// ModernBERT: rotary positions, norms before each part, and windows on most layers.

@@ -1,7 +1,7 @@
 //! The one builder of backbones: from the tables of names, and what the architecture says is there.
 
 use super::names::{Inner, Names, Place, Qkv, names};
-use super::{BlockKeys, DenseKeys, HeadKeys, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, Rows, Taker};
+use super::{BlockKeys, ConvolutionKeys, DenseKeys, HeadKeys, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, Rows, Taker};
 use crate::checkpoint::{Architecture, Disentangled, Norm, ProjectionPlace, QkNorm, Residual};
 
 /// Everything but the head.
@@ -38,6 +38,7 @@ impl Builder<'_, '_, '_> {
             projected.then(|| self.whole(names.embedding_projection, narrow, hidden, names.embedding_projection_bias));
         let embedding_norm = architecture.embedding_norm.then(|| self.norm(names.embedding_norm, norm));
         let relative = architecture.disentangled.as_ref().map(|disentangled| self.relative(disentangled));
+        let convolution = architecture.convolution.map(|convolution| self.convolution(convolution.kernel));
         let blocks = (0..architecture.layers.len()).map(|layer| self.block(layer)).collect();
         let final_norm = architecture.final_norm.then(|| self.norm(names.final_norm, hidden));
         let outputs = architecture.output_size();
@@ -49,6 +50,7 @@ impl Builder<'_, '_, '_> {
             embedding_projection,
             embedding_norm,
             relative,
+            convolution,
             blocks,
             final_norm,
             output_projection,
@@ -157,6 +159,14 @@ impl Builder<'_, '_, '_> {
             embeddings: self.table("encoder.rel_embeddings", 2 * disentangled.span, hidden),
             norm: disentangled.norm.then(|| self.norm("encoder.LayerNorm", hidden)),
         }
+    }
+
+    fn convolution(&mut self, kernel: usize) -> ConvolutionKeys {
+        let hidden = self.architecture.hidden_size;
+        let mut tensor = |part: &str, shape: &[usize]| self.taker.tensor(format!("{}encoder.conv.conv.{part}", self.prefix), shape);
+        let (weight, bias) = (tensor("weight", &[hidden, hidden, kernel]), tensor("bias", &[hidden]));
+        let linear = LinearKeys::plain(weight, Some(bias), hidden * kernel, hidden);
+        ConvolutionKeys { linear, norm: self.norm("encoder.conv.LayerNorm", hidden) }
     }
 
     /// The layer's own projections of the embeddings of distances: to keys, which queries meet, and to queries.
