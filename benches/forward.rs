@@ -123,6 +123,13 @@ fn forward(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("products alone", name), |bencher| bencher.iter(products(tokens)));
     }
     group.finish();
+
+    // What bit-identical scores cost: a pack has at least four rows. Wider packs pay nothing, and no matrix of this model is
+    // as narrow as those that are padded.
+    let mut group = criterion.benchmark_group("one token");
+    group.bench_function("products of four rows, as scores are computed", |bencher| bencher.iter(products(4)));
+    group.bench_function("products of one row", |bencher| bencher.iter(products(1)));
+    group.finish();
 }
 
 criterion_group!(benches, forward);

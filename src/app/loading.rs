@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{AppError, Loader};
 use crate::checkpoint::Dtype;
-use crate::checkpoint::remote::Hub;
+use crate::checkpoint::remote::Remotes;
 use crate::clock::Clock;
 use crate::config::{CalibrationConfig, Config, EnsembleMode, ModelChoice};
 use crate::merge::{CacheOptions, Recipe};
@@ -55,7 +55,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         max_tokens: config.max_tokens,
         max_pack_tokens: config.max_pack_tokens,
         calibration,
-        hub: Some(Hub::from_environment(&config.hub.0, config.download_max_bytes as u64, Clock::system())),
+        remotes: Some(Remotes::from_environment(&config.remotes.0, config.download_max_bytes as u64, Clock::system())),
         cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),
         ..LoadSpec::new(recipe)
     })

@@ -1,9 +1,9 @@
 //! Settings: defaults < file < environment < flags. Unknown keys are mistakes, all mistakes are reported at once, and
 //! every value remembers where it comes from. Pure: files and variables are handed in.
 
-mod hub;
 mod layers;
 mod parse;
+mod remotes;
 mod settings;
 
 use std::collections::BTreeMap;
@@ -12,12 +12,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use hub::HubVariables;
 pub use layers::{ConfigError, Given, Origin};
 pub use parse::{duration as parse_duration, size as parse_size};
+pub use remotes::RemoteVariables;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
 use crate::checkpoint::HeadChoice;
+use crate::checkpoint::remote::Remotes;
 use crate::merge::Recipe;
 use crate::telemetry::LogFormat;
 use layers::Layer;
@@ -103,7 +104,7 @@ pub struct Config {
     pub log_successes: f64,
     pub log_content: bool,
     /// Variables of other tools that say where models are downloaded from, and kept.
-    pub hub: HubVariables,
+    pub remotes: RemoteVariables,
     /// Of one checkpoint.
     pub download_max_bytes: usize,
     /// Absent: no traces.
@@ -197,8 +198,8 @@ impl Resolved {
         let mut reader = Reader { values: &values.0, errors: &mut errors };
         let model = reader.model(&sources.folders, file.recipe, &base);
         let mut config = reader.config(model, &base);
-        let names_hub = |name: &str| name.starts_with("HF_") || name == "HOME" || name == "XDG_CACHE_HOME";
-        config.hub = HubVariables(sources.environment.iter().filter(|(name, _)| names_hub(name)).cloned().collect());
+        let told = sources.environment.iter().filter(|(name, _)| Remotes::is_variable(name));
+        config.remotes = RemoteVariables(told.cloned().collect());
         if errors.is_empty() { Ok(Self { config, values: values.0 }) } else { Err(ConfigErrors(errors)) }
     }
 
@@ -385,7 +386,7 @@ impl Reader<'_> {
             log_filter: self.get("log.filter", parse::text),
             log_successes: self.get("log.successes", parse::share),
             log_content: self.get("log.content", parse::switch),
-            hub: HubVariables::default(),
+            remotes: RemoteVariables::default(),
             download_max_bytes: self.get("download.max_bytes", parse::size),
             traces_endpoint: self.get("traces.endpoint", parse::optional_url),
             traces_share: self.get("traces.share", parse::share),

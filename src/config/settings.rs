@@ -96,7 +96,12 @@ pub const SETTINGS: &[Setting] = &[
     setting("log.filter", "info", "FILTER", "such as `info` or `warm=debug,info`"),
     setting("log.successes", "0.01", "SHARE", "the share of calls without any failure that are logged (0 to 1); failures always are"),
     setting("log.content", "off", "on|off", "whether the text of samples, and words of errors that may quote it, may be logged"),
-    setting("download.max_bytes", "500GB", "SIZE", "bytes of one checkpoint that may be downloaded (member paths `hf:org/name@revision`)"),
+    setting(
+        "download.max_bytes",
+        "500GB",
+        "SIZE",
+        "bytes of one checkpoint that may be downloaded (member paths `hf:...`, `s3://...`, `gs://...`, `az://...`)",
+    ),
     setting("traces.endpoint", "", "URL", "a collector of traces (OTLP over gRPC), such as http://127.0.0.1:4317; empty: no traces"),
     setting("traces.share", "0.01", "SHARE", "the share of traces that begin here and are kept; a caller's own decision is kept to"),
     setting(

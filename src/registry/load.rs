@@ -12,7 +12,7 @@ use describe::{describe, output_names, place, remarks};
 use super::generation::{Encode, FingerprintParts};
 use super::weights::{MergedModel, load_merged};
 use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
-use crate::checkpoint::remote::{Hub, HubPath, InvalidHubPath, is_remote};
+use crate::checkpoint::remote::{Remotes, is_remote};
 use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, SourceError, TensorSource, reads_steps};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
@@ -51,7 +51,7 @@ pub struct LoadSpec {
     pub max_pack_tokens: usize,
     pub calibration: CalibrationChoice,
     /// Where members that are not folders come from.
-    pub hub: Option<Hub>,
+    pub remotes: Option<Remotes>,
     /// Where merged weights are kept; `None` for nowhere.
     pub cache: Option<CacheOptions>,
 }
@@ -77,7 +77,7 @@ impl LoadSpec {
             max_tokens: None,
             max_pack_tokens,
             calibration: CalibrationChoice::None,
-            hub: None,
+            remotes: None,
             cache: None,
         }
     }
@@ -93,10 +93,9 @@ impl LoadSpec {
         let mut fetch = |path: &Path| {
             let place = path.display().to_string();
             let wrong = |problem: String| CheckpointError::new(&place, problem);
-            let hub = self.hub.as_ref().ok_or_else(|| wrong("this command fetches nothing; expected a folder".to_owned()))?;
-            let parsed: HubPath = place.parse().map_err(|invalid: InvalidHubPath| wrong(invalid.problem().to_owned()))?;
-            let fetched = hub.fetch(&parsed, &mut |done, total| progress(&place, done, total))?;
-            Ok::<_, CheckpointError>((fetched.folder, fetched.origin.to_string()))
+            let remotes = self.remotes.as_ref().ok_or_else(|| wrong("this command fetches nothing; expected a folder".to_owned()))?;
+            let fetched = remotes.fetch(&place, &mut |done, total| progress(&place, done, total))?;
+            Ok::<_, CheckpointError>((fetched.folder, fetched.origin))
         };
         let mut local = self.clone();
         for (path, origin) in local.recipe.places_mut().filter(|(path, _)| is_remote(path)) {

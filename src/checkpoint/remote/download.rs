@@ -12,25 +12,23 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
-use ureq::Agent;
-use ureq::http::{Response, StatusCode, header};
 
 use super::listing::{Digest, RemoteFile};
+use super::{Source, Trouble};
 use crate::clock::Clock;
 
 /// Failures one after the other without a byte in between before a range is given up.
-const ATTEMPTS: u32 = 6;
+pub(super) const ATTEMPTS: u32 = 6;
 /// The first wait after a failure; each one after it is twice as long.
-const FIRST_WAIT: Duration = Duration::from_millis(500);
+pub(super) const FIRST_WAIT: Duration = Duration::from_millis(500);
 /// A wait is never longer, whatever the server asks for.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// Bytes that are read and written at once.
 const BUFFER: usize = 256 << 10;
 
 /// How files are fetched.
 pub(super) struct Downloader<'a> {
-    pub agent: &'a Agent,
-    pub token: Option<&'a str>,
+    pub source: &'a dyn Source,
     pub clock: &'a Clock,
     /// Bytes of one range.
     pub part: u64,
@@ -42,7 +40,6 @@ pub(super) struct Downloader<'a> {
 /// A file on its way.
 struct Job<'a> {
     file: &'a RemoteFile,
-    url: String,
     target: PathBuf,
     incomplete: File,
     parts: Mutex<Parts>,
@@ -55,15 +52,9 @@ struct Parts {
     log: File,
 }
 
-/// Why a request did not give what was asked for, and whether asking again may.
-enum Trouble {
-    Passing { problem: String, wait: Option<Duration> },
-    Final(String),
-}
-
 impl Downloader<'_> {
-    /// Fetches all files that are not there yet; `url` gives a file's address. Two processes may do the same at once.
-    pub fn fetch(&self, blobs: &Path, files: &[RemoteFile], url: &dyn Fn(&str) -> String) -> Result<(), String> {
+    /// Fetches all files that are not there yet. Two processes may do the same at once.
+    pub fn fetch(&self, blobs: &Path, files: &[RemoteFile]) -> Result<(), String> {
         // In one order for all processes, and each content once, because a lock is waited for.
         let mut files: Vec<&RemoteFile> = files.iter().collect();
         files.sort_by(|a, b| a.digest.hex().cmp(b.digest.hex()));
@@ -71,7 +62,7 @@ impl Downloader<'_> {
         let mut jobs = Vec::new();
         for file in files {
             let target = blobs.join(file.digest.hex());
-            match Job::open(file, url(&file.name), target, self.part) {
+            match Job::open(file, target, self.part) {
                 Ok(Some(job)) => {
                     let parts = job.parts.lock().unwrap_or_else(PoisonError::into_inner);
                     let there: u64 = parts.done.iter().map(|&part| self.range(file, part).1).sum();
@@ -146,21 +137,14 @@ impl Downloader<'_> {
 
     /// Asks for what is left of a range and writes what comes, moving `at` along.
     fn read(&self, job: &Job<'_>, at: &mut u64, end: u64) -> Result<(), Trouble> {
-        let mut request = self.agent.get(&job.url).header(header::RANGE, format!("bytes={}-{}", *at, end - 1));
-        if let Some(token) = self.token {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
-        let response = request.call().map_err(|error| Trouble::Passing { problem: error.to_string(), wait: None })?;
-        let whole = *at == 0 && end == job.file.bytes;
-        check_answer(&response, *at, job.file.bytes, whole)?;
-        let mut body = response.into_body().into_reader();
+        let mut body = self.source.open(job.file, *at, end)?;
         let mut buffer = vec![0; BUFFER];
         while *at < end {
             let most = buffer.len().min(usize::try_from(end - *at).unwrap_or(usize::MAX));
             let got = match body.read(&mut buffer[..most]) {
-                Ok(0) => return Err(passing(format!("the answer ended {} bytes early", end - *at))),
+                Ok(0) => return Err(Trouble::passing(format!("the answer ended {} bytes early", end - *at))),
                 Ok(got) => got,
-                Err(error) => return Err(passing(format!("the connection broke: {error}"))),
+                Err(error) => return Err(Trouble::passing(format!("the connection broke: {error}"))),
             };
             write_at(&job.incomplete, &buffer[..got], *at).map_err(|error| Trouble::Final(format!("cannot be written: {error}")))?;
             *at += got as u64;
@@ -170,84 +154,9 @@ impl Downloader<'_> {
     }
 }
 
-fn passing(problem: String) -> Trouble {
-    Trouble::Passing { problem, wait: None }
-}
-
-/// An answer that holds the bytes from `at` on, of a file of this size.
-fn check_answer<B>(response: &Response<B>, at: u64, bytes: u64, whole: bool) -> Result<(), Trouble> {
-    let text = |name: header::HeaderName| response.headers().get(name).and_then(|value| value.to_str().ok());
-    match response.status() {
-        StatusCode::PARTIAL_CONTENT => {
-            let found = text(header::CONTENT_RANGE).unwrap_or_default();
-            let range = found.strip_prefix("bytes ").and_then(|rest| rest.split_once('/'));
-            let begin = range.and_then(|(range, _)| range.split_once('-')?.0.parse::<u64>().ok());
-            let total = range.and_then(|(_, total)| total.parse::<u64>().ok());
-            if begin == Some(at) && total == Some(bytes) {
-                Ok(())
-            } else {
-                Err(Trouble::Final(format!("expected bytes from {at} of {bytes}, found content-range {found:?}")))
-            }
-        }
-        // A server that knows no ranges may still send a small file.
-        StatusCode::OK if whole => match text(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok()) {
-            Some(length) if length != bytes => Err(Trouble::Final(format!("expected {bytes} bytes, the server has {length}"))),
-            _ => Ok(()),
-        },
-        StatusCode::OK => Err(Trouble::Final("the server does not answer for a part of a file".to_owned())),
-        status => Err(refused(status, text(header::RETRY_AFTER))),
-    }
-}
-
-/// What a status that is no success means.
-fn refused(status: StatusCode, retry_after: Option<&str>) -> Trouble {
-    let wait = retry_after.and_then(|seconds| seconds.trim().parse().ok()).map(Duration::from_secs);
-    match status.as_u16() {
-        401 | 403 => Trouble::Final(format!("{status}: this needs a token that may read it, as HF_TOKEN")),
-        404 => {
-            Trouble::Final(format!("{status}: there is no such repository, revision or file, or only for those with a token (HF_TOKEN)"))
-        }
-        408 | 429 | 500..=599 => Trouble::Passing { problem: format!("the server answers {status}"), wait },
-        _ => Trouble::Final(format!("the server answers {status}")),
-    }
-}
-
-/// The body of a small answer, with the same patience.
-pub(super) fn get(agent: &Agent, url: &str, token: Option<&str>, clock: &Clock, most: u64) -> Result<Vec<u8>, String> {
-    let ask = || -> Result<Vec<u8>, Trouble> {
-        let mut request = agent.get(url);
-        if let Some(token) = token {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
-        let response = request.call().map_err(|error| passing(error.to_string()))?;
-        if response.status() != StatusCode::OK {
-            let wait = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
-            return Err(refused(response.status(), wait));
-        }
-        let mut body = Vec::new();
-        let read = response.into_body().into_reader().take(most + 1).read_to_end(&mut body);
-        read.map_err(|error| passing(format!("the connection broke: {error}")))?;
-        if body.len() as u64 > most { Err(Trouble::Final(format!("the answer has more than {most} bytes"))) } else { Ok(body) }
-    };
-    let mut failures = 0;
-    loop {
-        match ask() {
-            Ok(body) => return Ok(body),
-            Err(Trouble::Final(problem)) => return Err(problem),
-            Err(Trouble::Passing { problem, wait }) => {
-                failures += 1;
-                if failures > ATTEMPTS {
-                    return Err(format!("{problem} ({ATTEMPTS} attempts)"));
-                }
-                clock.pause(wait.unwrap_or(FIRST_WAIT * 2u32.pow(failures - 1)).min(LONGEST_WAIT));
-            }
-        }
-    }
-}
-
 impl<'a> Job<'a> {
     /// `None` for a file that is there already.
-    fn open(file: &'a RemoteFile, url: String, target: PathBuf, part: u64) -> std::io::Result<Option<Self>> {
+    fn open(file: &'a RemoteFile, target: PathBuf, part: u64) -> std::io::Result<Option<Self>> {
         let beside = |suffix: &str| PathBuf::from(format!("{}.{suffix}", target.display()));
         let is_there = || std::fs::metadata(&target).is_ok_and(|found| found.len() == file.bytes);
         if is_there() {
@@ -275,7 +184,7 @@ impl<'a> Job<'a> {
             }
         };
         incomplete.set_len(file.bytes)?;
-        Ok(Some(Self { file, url, target, incomplete, parts: Mutex::new(Parts { done, log }), _lock: lock }))
+        Ok(Some(Self { file, target, incomplete, parts: Mutex::new(Parts { done, log }), _lock: lock }))
     }
 
     /// Remembers that a part is whole.
@@ -290,7 +199,7 @@ impl<'a> Job<'a> {
     fn finish(mut self) -> Result<(), String> {
         let beside = |suffix: &str| PathBuf::from(format!("{}.{suffix}", self.target.display()));
         let found = digest(&mut self.incomplete, self.file).map_err(|error| format!("cannot be read: {error}"))?;
-        if found != self.file.digest.hex() {
+        if let Some(found) = found.filter(|found| found != self.file.digest.hex()) {
             // What is wrong somewhere is fetched anew as a whole.
             for left in ["incomplete", "parts"] {
                 let _ = std::fs::remove_file(beside(left));
@@ -306,9 +215,11 @@ impl<'a> Job<'a> {
     }
 }
 
-fn digest(content: &mut File, file: &RemoteFile) -> std::io::Result<String> {
+/// The checksum that the content has; `None` where none was promised.
+fn digest(content: &mut File, file: &RemoteFile) -> std::io::Result<Option<String>> {
     use std::io::Seek;
     let mut context = match file.digest {
+        Digest::Version(_) => return Ok(None),
         Digest::Sha256(_) => Context::new(&SHA256),
         Digest::GitBlob(_) => {
             let mut context = Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
@@ -324,7 +235,12 @@ fn digest(content: &mut File, file: &RemoteFile) -> std::io::Result<String> {
             got => context.update(&buffer[..got]),
         }
     }
-    Ok(context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(Some(hex(context.finish().as_ref())))
+}
+
+/// As a file of the cache is called.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(unix)]

@@ -3,40 +3,36 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
 
 use super::HubPath;
-use super::download::{Downloader, get};
-use super::listing::{self, Listing, RemoteFile, is_hex};
+use super::cache::Repository;
+use super::listing::{self, Listing, is_hex};
+use super::requests::{HubFiles, get};
 use crate::checkpoint::CheckpointError;
 use crate::clock::Clock;
 
 /// Bytes of one range: large enough to be fast, small enough that a broken connection costs little.
-const PART: u64 = 64 << 20;
-/// Ranges that are fetched at once.
-const THREADS: usize = 8;
+pub(super) const PART: u64 = 64 << 20;
 /// Names and sizes of a revision's files.
 const MAX_LISTING_BYTES: u64 = 32 << 20;
 /// A token is a line.
 const MAX_TOKEN_BYTES: u64 = 4096;
-/// How often somebody who waits is told how far it is.
-const TELL: Duration = Duration::from_millis(250);
 
 /// Where models come from, and where they are kept.
 #[derive(Clone)]
-pub struct Hub {
+pub(super) struct Hub {
     endpoint: String,
     token: Option<String>,
-    cache: PathBuf,
-    offline: bool,
+    pub cache: PathBuf,
+    pub offline: bool,
     /// Bytes of one checkpoint that may be fetched.
-    max_bytes: u64,
+    pub max_bytes: u64,
     part: u64,
-    clock: Clock,
+    pub clock: Clock,
 }
 
 impl fmt::Debug for Hub {
@@ -49,7 +45,7 @@ impl fmt::Debug for Hub {
 
 /// A checkpoint that was fetched.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fetched {
+pub(super) struct Fetched {
     pub folder: PathBuf,
     /// The place with the commit that its revision stands for: what the checkpoint is called from now on.
     pub origin: HubPath,
@@ -95,19 +91,11 @@ impl Hub {
         let agent = agent();
         let listing = self.list(&agent, path).map_err(fail)?;
         let commit = &listing.commit;
-        let (total, blobs) = (listing.files.iter().map(|file| file.bytes).sum(), repository.join("blobs"));
-        if total > self.max_bytes {
-            let most = self.max_bytes;
-            return Err(fail(format!("has {total} bytes, expected at most {most} (setting download.max_bytes)")));
-        }
-        std::fs::create_dir_all(&blobs).map_err(|error| fail(format!("{}: {error}", blobs.display())))?;
-        self.download(&agent, path, &listing, &blobs, total, progress).map_err(fail)?;
-        let folder = repository.join("snapshots").join(commit).join(path.subdir());
-        for file in &listing.files {
-            link(&blobs, &folder, path, file).map_err(|error| fail(format!("{}: {error}", folder.join(&file.name).display())))?;
-        }
-        let refs = repository.join("refs");
-        write_whole(&refs, path.revision(), commit).map_err(|error| fail(format!("{}: {error}", refs.display())))?;
+        let within = if path.subdir().is_empty() { String::new() } else { format!("{}/", path.subdir()) };
+        let folder = format!("{}/{}/resolve/{commit}/{within}", self.endpoint, path.repository());
+        let files = HubFiles { agent: &agent, token: self.token.as_deref(), folder };
+        let repository = Repository { root: repository, max_bytes: self.max_bytes, part: self.part, clock: self.clock.clone() };
+        let folder = repository.fetch(&files, &listing, path.subdir(), path.revision(), progress).map_err(fail)?;
         Ok(Fetched { folder, origin: path.at(commit) })
     }
 
@@ -116,40 +104,6 @@ impl Hub {
         let json =
             get(agent, &url, self.token.as_deref(), &self.clock, MAX_LISTING_BYTES).map_err(|problem| format!("{url}: {problem}"))?;
         listing::parse(&json, path.subdir())
-    }
-
-    fn download(
-        &self,
-        agent: &Agent,
-        path: &HubPath,
-        listing: &Listing,
-        blobs: &Path,
-        total: u64,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<(), String> {
-        let (done, ended) = (AtomicU64::new(0), AtomicBool::new(false));
-        let token = self.token.as_deref();
-        let downloader = Downloader { agent, token, clock: &self.clock, part: self.part, threads: THREADS, done: &done };
-        let folder = if path.subdir().is_empty() { String::new() } else { format!("{}/", path.subdir()) };
-        let url = |name: &str| format!("{}/{}/resolve/{}/{folder}{name}", self.endpoint, path.repository(), listing.commit);
-        let teller = std::thread::current();
-        let result = std::thread::scope(|scope| {
-            let fetching = scope.spawn(|| {
-                let result = downloader.fetch(blobs, &listing.files, &url);
-                ended.store(true, Ordering::Release);
-                teller.unpark();
-                result
-            });
-            while !ended.load(Ordering::Acquire) {
-                progress(done.load(Ordering::Relaxed).min(total), total);
-                std::thread::park_timeout(TELL);
-            }
-            fetching.join().unwrap_or_else(|_| Err("the download panicked".to_owned()))
-        });
-        if result.is_ok() {
-            progress(total, total);
-        }
-        result
     }
 
     /// What an earlier download left.
@@ -185,42 +139,6 @@ fn agent() -> Agent {
 fn read_token(file: &Path) -> Option<String> {
     let small = std::fs::metadata(file).is_ok_and(|found| found.is_file() && found.len() <= MAX_TOKEN_BYTES);
     small.then(|| std::fs::read_to_string(file).ok()).flatten().filter(|token| !token.trim().is_empty())
-}
-
-/// Gives a file of the cache its name in the snapshot.
-fn link(blobs: &Path, folder: &Path, path: &HubPath, file: &RemoteFile) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    let name = folder.join(&file.name);
-    let depth = 2 + path.subdir().split('/').filter(|segment| !segment.is_empty()).count();
-    let relative = PathBuf::from("../".repeat(depth)).join("blobs").join(file.digest.hex());
-    if std::fs::read_link(&name).is_ok_and(|found| found == relative) && name.exists() {
-        return Ok(());
-    }
-    // Whatever stands there is of an attempt that did not end, or points nowhere.
-    match std::fs::remove_file(&name) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    #[cfg(unix)]
-    let linked = std::os::unix::fs::symlink(&relative, &name);
-    #[cfg(not(unix))]
-    let linked = Err(std::io::Error::other("no links"));
-    match linked {
-        // Another process was faster.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        Ok(()) => Ok(()),
-        Err(_) => std::fs::copy(blobs.join(file.digest.hex()), &name).map(drop),
-    }
-}
-
-/// Writes a small file so that nobody sees half of it.
-fn write_whole(folder: &Path, name: &str, text: &str) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
-    // Whoever else writes the same, in this process or another, has another name for it meanwhile.
-    static WRITES: AtomicU64 = AtomicU64::new(0);
-    let temporary = folder.join(format!("{name}.{}.{}.tmp", std::process::id(), WRITES.fetch_add(1, Ordering::Relaxed)));
-    std::fs::write(&temporary, text)?;
-    std::fs::rename(temporary, folder.join(name))
 }
 
 #[cfg(test)]

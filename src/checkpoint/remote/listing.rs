@@ -20,13 +20,15 @@ pub(super) enum Digest {
     Sha256(String),
     /// SHA-1 over `blob`, the length and the content, as git names small files.
     GitBlob(String),
+    /// A name of the version, from which nothing can be told of the content.
+    Version(String),
 }
 
 impl Digest {
     /// The name of the content in the cache.
     pub fn hex(&self) -> &str {
         match self {
-            Self::Sha256(hex) | Self::GitBlob(hex) => hex,
+            Self::Sha256(hex) | Self::GitBlob(hex) | Self::Version(hex) => hex,
         }
     }
 }
@@ -61,7 +63,7 @@ struct RawLfs {
 }
 
 /// Whether a file of this name is fetched: weights as safetensors, JSON, and what tokenizers are made of.
-fn is_wanted(name: &str) -> bool {
+pub(super) fn is_wanted(name: &str) -> bool {
     let tokenizer = ["merges.txt", "vocab.txt", "tokenizer.model"].contains(&name);
     let kind = [".safetensors", ".json", ".jinja"].iter().any(|suffix| name.ends_with(suffix));
     // The same weights once more in another tool's layout.
@@ -86,6 +88,12 @@ pub(super) fn parse(json: &[u8], subdir: &str) -> Result<Listing, String> {
             _ => return Err(format!("the hub gives no size and checksum of {:?}", file.rfilename)),
         }
     }
+    check(&files)?;
+    Ok(Listing { commit: raw.sha, files })
+}
+
+/// Whether these are the files of a checkpoint that can be loaded.
+pub(super) fn check(files: &[RemoteFile]) -> Result<(), String> {
     let has = |name: &str| files.iter().any(|file| file.name == name);
     if !has("config.json") && !has("adapter_config.json") {
         return Err("holds no config.json or adapter_config.json, so no checkpoint".to_owned());
@@ -93,7 +101,7 @@ pub(super) fn parse(json: &[u8], subdir: &str) -> Result<Listing, String> {
     if !files.iter().any(|file| file.name.ends_with(".safetensors")) {
         return Err("holds no safetensors; pickled weights are not loaded, because that runs code".to_owned());
     }
-    Ok(Listing { commit: raw.sha, files })
+    Ok(())
 }
 
 pub(super) fn is_hex(text: &str, length: usize) -> bool {
