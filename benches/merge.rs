@@ -47,6 +47,43 @@ fn merge(c: &mut Criterion) {
     group.finish();
 }
 
+/// Adapters of rank 16 on all matrices of one base, against that base alone and as many full checkpoints.
+fn adapters(c: &mut Criterion) {
+    let size = if std::env::args().any(|argument| argument == "--test") { fixture::TINY } else { SIZE };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let full = |seed: u64| {
+        let path = dir.path().join(format!("full-{seed}"));
+        fixture::write(&path, &fixture::config(size), &fixture::llama(size, "BF16", seed), 2).expect("room for the checkpoints");
+        path
+    };
+    let checkpoints: Vec<PathBuf> = (0..4).map(full).collect();
+    let modules =
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
+    let config = serde_json::json!({
+        "peft_type": "LORA", "base_model_name_or_path": "../full-0", "r": 16, "lora_alpha": 32, "target_modules": "all-linear",
+        "modules_to_save": ["score"],
+    });
+    let adapter = |seed: u64| {
+        let path = dir.path().join(format!("rm-{seed}"));
+        fixture::write_lora(&path, &config, &fixture::lora(size, "BF16", 16, &modules, seed)).expect("room for the adapters");
+        path
+    };
+    let adapters: Vec<PathBuf> = (0..4).map(adapter).collect();
+    let mut group = c.benchmark_group("adapters");
+    group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
+    for (name, paths) in [
+        ("full", &checkpoints[..1]),
+        ("full", &checkpoints),
+        ("adapters", &adapters[..1]),
+        ("adapters", &adapters[..2]),
+        ("adapters", &adapters),
+    ] {
+        let id = BenchmarkId::new(format!("{name}-to-bfloat16"), paths.len());
+        group.bench_function(id, |b| b.iter(|| read_merged(plan(paths, "dtype: bfloat16"))));
+    }
+    group.finish();
+}
+
 fn plan(paths: &[PathBuf], more: &str) -> Arc<MergePlan> {
     let recipe = Recipe::from_yaml(&format!("members: {paths:?}\n{more}"), Path::new("")).expect("a good recipe");
     Arc::new(MergePlan::open(&recipe).expect("members that fit together"))
@@ -77,5 +114,5 @@ fn read_files(dir: &Path) {
     }
 }
 
-criterion_group!(benches, merge);
+criterion_group!(benches, merge, adapters);
 criterion_main!(benches);

@@ -1,6 +1,7 @@
 //! The element types that a checkpoint may hold, and buffers of them.
 
 use std::fmt;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -138,6 +139,21 @@ impl Elements {
         each!(self, values => values.resize(len, Default::default()))
     }
 
+    /// Takes the other's elements, into the memory at hand where it is of the same type.
+    pub fn copy_from(&mut self, other: &Self) {
+        match (self, other) {
+            (Self::F64(into), Self::F64(from)) => into.clone_from(from),
+            (Self::F32(into), Self::F32(from)) => into.clone_from(from),
+            (Self::F16(into), Self::F16(from)) => into.clone_from(from),
+            (Self::Bf16(into), Self::Bf16(from)) => into.clone_from(from),
+            (Self::I64(into), Self::I64(from)) => into.clone_from(from),
+            (Self::I32(into), Self::I32(from)) => into.clone_from(from),
+            (Self::I16(into), Self::I16(from)) => into.clone_from(from),
+            (Self::Bytes(into), Self::Bytes(from)) => into.clone_from(from),
+            (into, from) => *into = from.clone(),
+        }
+    }
+
     /// The elements' memory, in the byte order of this machine.
     pub fn bytes(&self) -> &[u8] {
         each!(self, values => bytemuck::cast_slice(values))
@@ -167,6 +183,18 @@ impl Elements {
         }
     }
 
+    /// The floating-point elements `range` as float64, exactly; `into` has as many places, and all values are finite. Of
+    /// integers nothing is taken.
+    pub fn widen(&self, range: Range<usize>, into: &mut [f64]) {
+        match self {
+            Self::F64(values) => copy(values, range, into, |x| x),
+            Self::F32(values) => copy(values, range, into, f64::from),
+            Self::F16(values) => copy(values, range, into, widen_f16),
+            Self::Bf16(values) => copy(values, range, into, widen_bf16),
+            Self::I64(_) | Self::I32(_) | Self::I16(_) | Self::Bytes(_) => {}
+        }
+    }
+
     /// Index and value of the first NaN or infinity; integers have none.
     pub fn first_non_finite(&self) -> Option<(usize, f64)> {
         match self {
@@ -177,6 +205,29 @@ impl Elements {
             Self::I64(_) | Self::I32(_) | Self::I16(_) | Self::Bytes(_) => None,
         }
     }
+}
+
+#[inline(always)]
+fn copy<T: Copy>(values: &[T], range: Range<usize>, into: &mut [f64], widen: impl Fn(T) -> f64) {
+    let values = values.get(range).unwrap_or_default();
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || into.iter_mut().zip(values).for_each(|(into, &value)| *into = widen(value)),
+    );
+}
+
+#[inline(always)]
+pub fn widen_bf16(value: bf16) -> f64 {
+    f64::from(f32::from_bits(u32::from(value.to_bits()) << 16))
+}
+
+/// Exact for finite values: exponent and mantissa move to their places in a float32, and a multiplication by `2^112`
+/// corrects the exponent's bias, for subnormal values too. Unlike the instruction for it, this is vectorised everywhere.
+#[inline(always)]
+pub fn widen_f16(value: f16) -> f64 {
+    let bits = u32::from(value.to_bits());
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    f64::from(f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16))
 }
 
 fn element_size<T>(_: &[T]) -> usize {

@@ -104,6 +104,37 @@ pub fn language_model(size: Size, dtype: &'static str, seed: u64) -> Tensors {
     tensors
 }
 
+/// What PEFT saves of an adapter of [`llama`]: factors of some matrices of every layer, and a head.
+pub fn lora(size: Size, dtype: &'static str, rank: usize, modules: &[&str], seed: u64) -> Tensors {
+    let Size { hidden, intermediate, layers, .. } = size;
+    let mut shapes = vec![("base_model.model.score.weight".to_owned(), vec![1, hidden])];
+    for layer in 0..layers {
+        for module in modules {
+            let (outputs, inputs) = match *module {
+                "mlp.gate_proj" | "mlp.up_proj" => (intermediate, hidden),
+                "mlp.down_proj" => (hidden, intermediate),
+                _ => (hidden, hidden),
+            };
+            let name = |factor: &str| format!("base_model.model.model.layers.{layer}.{module}.lora_{factor}.weight");
+            shapes.extend([(name("A"), vec![rank, inputs]), (name("B"), vec![outputs, rank])]);
+        }
+    }
+    let mut values = noise(seed);
+    let tensor = |(name, shape): (String, Vec<usize>)| {
+        let count = shape.iter().product();
+        let tensor = tensor(dtype, &shape, values.by_ref().take(count));
+        (name, tensor)
+    };
+    shapes.into_iter().map(tensor).collect()
+}
+
+/// Writes the folder of an adapter.
+pub fn write_lora(dir: &Path, config: &Value, tensors: &Tensors) -> std::io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    std::fs::write(dir.join("adapter_config.json"), config.to_string())?;
+    std::fs::write(dir.join("adapter_model.safetensors"), safetensors(tensors))
+}
+
 pub fn config(size: Size) -> Value {
     json!({
         "architectures": ["LlamaForSequenceClassification"],

@@ -21,7 +21,7 @@ const MAX_POSITIONS: usize = 1 << 26;
 
 /// The families that can be served, each with the class that its configuration is read as.
 type Read = fn(&mut Fields, String) -> Architecture;
-const FAMILIES: [(&str, Read); 22] = [
+pub(super) const FAMILIES: [(&str, Read); 22] = [
     ("llama", decoders::llama),
     ("mistral", decoders::mistral),
     ("mixtral", decoders::mistral),

@@ -8,7 +8,8 @@ mod names;
 use std::collections::BTreeSet;
 
 use super::architecture::Architecture;
-use super::manifest::{Manifest, TensorInfo};
+use super::manifest::Manifest;
+use super::names::rides_along;
 pub(crate) use head::reads_steps;
 pub use head::{Gating, HeadForm, HeadKeys, HeadStage, RowKeys};
 
@@ -138,13 +139,14 @@ pub struct DenseKeys {
 
 impl Layout {
     /// Finds the place of every tensor. The error lists each missing, mis-shaped or unknown tensor as a sentence.
-    pub fn new(architecture: &Architecture, manifest: &Manifest) -> Result<Self, Vec<String>> {
-        let mut taker = Taker { manifest, used: BTreeSet::new(), spare: Vec::new(), problems: Vec::new() };
+    pub fn new(architecture: &Architecture, manifest: &Manifest) -> Result<Self, LayoutProblems> {
+        let mut taker = Taker { manifest, used: BTreeSet::new(), spare: Vec::new(), headless: None, problems: Vec::new() };
         let mut layout = backbone::backbone(architecture, &mut taker);
         layout.head = head::find(architecture, &layout.embedding, &mut taker);
         let mut unknown = 0;
         for (name, info) in manifest.iter().filter(|(name, _)| !taker.used.contains(*name)) {
             if rides_along(name, info)
+                || is_leftover(name)
                 || taker.spare.iter().any(|head| name.strip_prefix(head.as_str()).is_some_and(|rest| rest.starts_with('.')))
             {
                 layout.unused.push(name.to_owned());
@@ -158,8 +160,8 @@ impl Layout {
         if unknown > LISTED {
             taker.problems.push(format!("and {} more tensors that the model would not read", unknown - LISTED));
         }
-        if !taker.problems.is_empty() {
-            return Err(taker.problems);
+        if taker.headless.is_some() || !taker.problems.is_empty() {
+            return Err(LayoutProblems { headless: taker.headless, others: taker.problems });
         }
         layout.used = taker.used.into_iter().collect();
         Ok(layout)
@@ -181,26 +183,25 @@ impl Layout {
     }
 }
 
-/// Tensors that checkpoints carry although no reward model reads them: the language-model head, and buffers that are
-/// computed from the configuration.
-fn rides_along(name: &str, info: &TensorInfo) -> bool {
-    // Poolers of encoders whose classifier has a dense layer of its own, and positions of a DeBERTa that has none.
-    let leftovers = ["pooler.dense.weight", "pooler.dense.bias", "embeddings.position_embeddings.weight"];
-    let ends = |part: &&str| name.strip_suffix(*part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-    head::is_language_head(name) || is_recomputed(name, info) || leftovers.iter().any(ends)
+/// Why tensors are not those of a model, as sentences.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayoutProblems {
+    /// That there is no reward head at all, apart from the others: whoever knows how it was lost has more to say.
+    pub headless: Option<String>,
+    pub others: Vec<String>,
 }
 
-/// Buffers that every program computes from the configuration, and that older versions of transformers have stored:
-/// rotary frequencies, positions, and the causal mask of GPT-2, GPT-Neo and GPT-NeoX with the value it masks with.
-pub fn is_recomputed(name: &str, info: &TensorInfo) -> bool {
-    let (before, last) = name.rsplit_once('.').unwrap_or(("", name));
-    let in_attention = matches!(before.rsplit_once('.').map_or(before, |(_, part)| part), "attn" | "attention");
-    match last {
-        "inv_freq" | "position_ids" => true,
-        "masked_bias" => info.elements() == 1,
-        "bias" => in_attention && matches!(info.shape.as_slice(), &[1, 1, rows, columns] if rows == columns),
-        _ => false,
+impl LayoutProblems {
+    pub fn into_sentences(self) -> impl Iterator<Item = String> {
+        self.headless.into_iter().chain(self.others)
     }
+}
+
+/// Poolers of encoders whose classifier has a dense layer of its own, and positions of a DeBERTa that has none: left over
+/// where no layer of the model has taken them.
+fn is_leftover(name: &str) -> bool {
+    let leftovers = ["pooler.dense.weight", "pooler.dense.bias", "embeddings.position_embeddings.weight"];
+    leftovers.iter().any(|part| name.strip_suffix(part).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
 }
 
 /// Takes tensors out of a manifest by name and shape, and remembers what it took and what was wrong.
@@ -209,6 +210,7 @@ struct Taker<'a> {
     used: BTreeSet<String>,
     /// Heads that do not count; their tensors ride along.
     spare: Vec<String>,
+    headless: Option<String>,
     problems: Vec<String>,
 }
 

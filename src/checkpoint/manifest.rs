@@ -53,6 +53,11 @@ impl Manifest {
         self.tensors.get(name)
     }
 
+    /// With the name as it lives here.
+    pub fn get_key_value(&self, name: &str) -> Option<(&str, &TensorInfo)> {
+        self.tensors.get_key_value(name).map(|(name, info)| (name.as_str(), info))
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
         self.tensors.iter().map(|(name, info)| (name.as_str(), info))
     }

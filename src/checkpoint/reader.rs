@@ -1,107 +1,21 @@
-//! A checkpoint folder, opened: facts in memory, weights read by position when they are asked for. Nothing is mapped into
-//! memory, so a file that shrinks while it is served gives an error and never a signal.
+//! Weights in safetensors files, read by position when they are asked for. Nothing is mapped into memory, so a file that
+//! shrinks while it is served gives an error and never a signal.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use serde_json::Value;
 
 use super::manifest::{self, Header};
+use super::names::BackboneNames;
 use super::source::{FileStamp, look_up};
-use super::{Architecture, CheckpointError, Elements, Manifest, SourceError, TensorSource, TextFacts};
+use super::{CheckpointError, Elements, Manifest, SourceError, TensorSource};
 
-/// More than any real `config.json` has by a factor of a hundred.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 const MAX_INDEX_BYTES: u64 = manifest::MAX_HEADER_BYTES;
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-
-/// A Hugging Face checkpoint folder: `config.json`, the tokenizer's files, and weights in one or several safetensors
-/// files. Opening reads headers and configs only.
-#[derive(Debug)]
-pub struct Checkpoint {
-    path: PathBuf,
-    config: Value,
-    architecture: Architecture,
-    text: TextFacts,
-    weights: Arc<Weights>,
-}
-
-/// A checkpoint folder of any family: what this program cannot read of its configuration or its tokenizer is told to
-/// whoever needs that.
-#[derive(Debug)]
-pub struct Folder {
-    pub config: Value,
-    pub weights: Arc<Weights>,
-    pub architecture: Result<Architecture, CheckpointError>,
-    pub text: Result<TextFacts, CheckpointError>,
-}
-
-impl Folder {
-    /// Opens a folder and checks all that can be known without reading weights.
-    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        check_folder(dir)?;
-        let config = read_config(dir)?;
-        let weights = Arc::new(Weights::open(dir)?);
-        let architecture =
-            Architecture::parse(&config).map_err(|problems| CheckpointError::new(dir.join("config.json").display(), problems.join("; ")));
-        Ok(Self { config, weights, architecture, text: TextFacts::open(dir) })
-    }
-}
-
-impl Checkpoint {
-    /// Opens a folder of a family that can be served, with its tokenizer.
-    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let Folder { config, weights, architecture, text } = Folder::open(dir)?;
-        Ok(Self { path: dir.to_owned(), config, architecture: architecture?, text: text?, weights })
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// `config.json` as it stands in the folder.
-    pub fn config(&self) -> &Value {
-        &self.config
-    }
-
-    pub fn text(&self) -> &TextFacts {
-        &self.text
-    }
-
-    pub fn architecture(&self) -> &Architecture {
-        &self.architecture
-    }
-
-    /// The tensors alone, without the memory that config and tokenizer take.
-    pub fn weights(&self) -> Arc<Weights> {
-        Arc::clone(&self.weights)
-    }
-
-    /// Takes the folder's parts: weights, config, architecture, text facts.
-    pub fn into_parts(self) -> (Arc<Weights>, Value, Architecture, TextFacts) {
-        (self.weights, self.config, self.architecture, self.text)
-    }
-}
-
-impl TensorSource for Checkpoint {
-    fn manifest(&self) -> &Manifest {
-        self.weights.manifest()
-    }
-
-    fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
-        self.weights.read(name, range, into)
-    }
-
-    fn files(&self) -> Option<Vec<FileStamp>> {
-        self.weights.files()
-    }
-}
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The safetensors files of one folder, kept open, so that a folder that is replaced while it is being served stays whole.
 #[derive(Debug)]
@@ -109,6 +23,8 @@ pub struct Weights {
     shards: Vec<Shard>,
     manifest: Manifest,
     places: BTreeMap<String, Place>,
+    /// The names in the files of tensors that have another name here.
+    stored: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -163,7 +79,25 @@ impl Weights {
             }
             shards.push(shard);
         }
-        Self { shards, manifest: tensors.into_iter().collect(), places }
+        Self { shards, manifest: tensors.into_iter().collect(), places, stored: BTreeMap::new() }
+    }
+
+    /// Opens one file, whatever its name.
+    pub fn open_file(path: PathBuf) -> Result<Self, CheckpointError> {
+        Ok(Self::new(vec![Shard::open(path)?]))
+    }
+
+    /// The same tensors under the names that the family's sequence classifier has for them.
+    pub fn canonical(self, names: BackboneNames) -> Result<Self, CheckpointError> {
+        let renamed = names.renamed(self.manifest.names()).map_err(|problem| {
+            let file = self.shards.first().map(|shard| shard.path.display().to_string()).unwrap_or_default();
+            CheckpointError::new(file, problem)
+        })?;
+        let name = |stored: &str| renamed.get(stored).cloned().unwrap_or_else(|| stored.to_owned());
+        let manifest = self.manifest.iter().map(|(stored, info)| (name(stored), info.clone())).collect();
+        let places = self.places.iter().map(|(stored, place)| (name(stored), *place)).collect();
+        let stored = renamed.iter().map(|(&stored, name)| (name.clone(), stored.to_owned())).collect();
+        Ok(Self { manifest, places, stored, shards: self.shards })
     }
 }
 
@@ -180,17 +114,16 @@ impl TensorSource for Weights {
         into.reset(info.dtype, range.len());
         let begin = place.begin + range.start as u64 * info.dtype.size() as u64;
         let file = || shard.path.display().to_string();
+        let tensor = || self.stored.get(name).map_or(name, String::as_str).to_owned();
         read_exact_at(&shard.file, into.bytes_mut(), begin).map_err(|error| SourceError::Read {
             file: file(),
-            tensor: name.to_owned(),
+            tensor: tensor(),
             problem: shard.why(&error),
         })?;
         into.from_little_endian();
         match into.first_non_finite() {
             None => Ok(()),
-            Some((index, value)) => {
-                Err(SourceError::NonFinite { file: file(), tensor: name.to_owned(), index: range.start + index, value })
-            }
+            Some((index, value)) => Err(SourceError::NonFinite { file: file(), tensor: tensor(), index: range.start + index, value }),
         }
     }
 
@@ -227,35 +160,6 @@ impl Shard {
             _ => format!("cannot be read: {error}"),
         }
     }
-}
-
-fn check_folder(dir: &Path) -> Result<(), CheckpointError> {
-    let wrong = |problem: String| Err(CheckpointError::new(dir.display(), problem));
-    match std::fs::metadata(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => wrong("there is no such folder".to_owned()),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => wrong("is a file, expected a checkpoint folder".to_owned()),
-        Err(error) => wrong(format!("cannot be opened: {error}")),
-        Ok(found) if !found.is_dir() => wrong("is a file, expected a checkpoint folder".to_owned()),
-        Ok(_) if dir.join("config.json").exists() => Ok(()),
-        Ok(_) if dir.join("adapter_config.json").exists() => wrong(
-            "is a LoRA adapter (adapter_config.json without config.json); LoRA adapters are not supported yet, \
-             merge it into its base first (PEFT: merge_and_unload)"
-                .to_owned(),
-        ),
-        Ok(_) => wrong(
-            "has no config.json; expected a Hugging Face checkpoint folder with config.json, model.safetensors \
-             (or its shards and index) and tokenizer.json"
-                .to_owned(),
-        ),
-    }
-}
-
-fn read_config(dir: &Path) -> Result<Value, CheckpointError> {
-    let path = dir.join("config.json");
-    let bytes = read_capped(&path, MAX_CONFIG_BYTES)?;
-    let config: Value =
-        serde_json::from_slice(&bytes).map_err(|error| CheckpointError::new(path.display(), format!("is not valid JSON: {error}")))?;
-    if config.is_object() { Ok(config) } else { Err(CheckpointError::new(path.display(), "expected a JSON object")) }
 }
 
 /// Says what lies in a folder in place of safetensors weights.
@@ -298,7 +202,7 @@ fn open_file(path: &Path) -> Result<(File, u64), CheckpointError> {
 }
 
 /// Reads a small file whole; one of more than `limit` bytes is refused.
-fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
+pub(super) fn read_capped(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
     let (file, bytes) = open_file(path)?;
     if bytes > limit {
         return Err(CheckpointError::new(path.display(), format!("has {bytes} bytes, expected at most {limit}")));

@@ -2,7 +2,8 @@ use std::fs;
 
 use super::*;
 use crate::checkpoint::fixture::{self, TINY, Tensors};
-use crate::checkpoint::{Dtype, TensorInfo};
+use crate::checkpoint::folder::MAX_CONFIG_BYTES;
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 
 struct Folder(tempfile::TempDir);
 
@@ -150,7 +151,7 @@ fn a_folder_that_is_replaced_while_in_use_is_still_read() {
 #[test]
 fn every_broken_folder_is_refused_with_what_is_wrong() {
     type Break = fn(&Folder);
-    let cases: [(&str, Break, &[&str]); 17] = [
+    let cases: [(&str, Break, &[&str]); 16] = [
         ("no folder", |f| fs::remove_dir_all(f.path("")).unwrap(), &["there is no such folder"]),
         (
             "a file",
@@ -167,11 +168,6 @@ fn every_broken_folder_is_refused_with_what_is_wrong() {
                 fs::create_dir(f.path("")).unwrap();
             },
             &["has no config.json; expected a Hugging Face checkpoint folder"],
-        ),
-        (
-            "an adapter",
-            |f| fs::rename(f.path("config.json"), f.path("adapter_config.json")).unwrap(),
-            &["LoRA adapters are not supported yet"],
         ),
         (
             "config.json is a folder",

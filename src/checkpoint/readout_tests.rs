@@ -33,7 +33,7 @@ fn readout(class: &str, head: &[(&str, Vec<usize>)], choice: Value) -> Result<Re
     let manifest: Manifest = body.chain(head).map(|(name, shape)| (name, TensorInfo { dtype: Dtype::F32, shape })).collect();
     let mut architecture = Architecture::parse(&config)?;
     architecture.head.choice = HeadChoice::parse(choice.get("head"), choice.get("pooling"))?;
-    let layout = Layout::new(&architecture, &manifest)?;
+    let layout = Layout::new(&architecture, &manifest).map_err(|problems| problems.into_sentences().collect::<Vec<_>>())?;
     let names: Vec<String> = (0..layout.outputs()).map(|i| format!("o{i}")).collect();
     Readout::resolve(&architecture, &layout, &names, &Words)
 }

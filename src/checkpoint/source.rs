@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use super::{Dtype, Elements, Manifest, TensorInfo};
+use super::{Adapter, Dtype, Elements, Manifest, TensorInfo};
 
 /// Why a tensor could not be read: the place, what was expected and what was found.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -38,6 +38,11 @@ pub trait TensorSource: Send + Sync {
     /// All files that the tensors come from, as they stand now: as long as they are the same, so are the tensors. `None`
     /// where that cannot be said.
     fn files(&self) -> Option<Vec<FileStamp>> {
+        None
+    }
+
+    /// The adapter that this source is, if it is one on a base: hashes and plans name what is stored, not what is computed.
+    fn adapter(&self) -> Option<&Adapter> {
         None
     }
 }

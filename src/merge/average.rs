@@ -6,7 +6,7 @@
 
 use half::{bf16, f16};
 
-use crate::checkpoint::Elements;
+use crate::checkpoint::{Elements, widen_bf16, widen_f16};
 
 /// Adds `coefficient` times `elements` to `sum`, or starts the sum with it. Starting is not adding to zero: `0 + -0` is
 /// `+0`, and a merge of one must give back its member bit for bit.
@@ -106,20 +106,6 @@ fn narrow<T: Copy>(sum: &[f64], into: &mut [T], to: impl Fn(f64) -> T, infinite:
         return Ok(());
     }
     Err(into.iter().position(|&value| infinite(value)).unwrap_or_default())
-}
-
-#[inline(always)]
-fn widen_bf16(value: bf16) -> f64 {
-    f64::from(f32::from_bits(u32::from(value.to_bits()) << 16))
-}
-
-/// Exact for finite values: exponent and mantissa move to their places in a float32, and a multiplication by `2^112`
-/// corrects the exponent's bias, for subnormal values too.
-#[inline(always)]
-fn widen_f16(value: f16) -> f64 {
-    let bits = u32::from(value.to_bits());
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    f64::from(f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16))
 }
 
 /// The bits of `value` as a float32, rounded to odd: cut off, and the last bit set if anything was cut. Rounding that

@@ -245,19 +245,19 @@ impl TensorSource for Cached<'_> {
     }
 }
 
-/// How many checkpoints a plan reads, those of recipes within it counted.
+/// How many checkpoints a plan reads, those of recipes within it counted; an adapter and its base are two.
 fn checkpoints(plan: &MergePlan) -> usize {
     let count = |source: &PlannedSource| match source.plan() {
         Some(plan) => checkpoints(plan),
-        None => usize::from(!source.reads().is_empty()),
+        None if source.reads().is_empty() => 0,
+        None => 1 + usize::from(source.weights.adapter().is_some()),
     };
     plan.sources().map(count).sum()
 }
 
 /// BLAKE3 over names, dtypes, shapes and bytes of all tensors of a source.
 fn checksum(source: &Remembered) -> Result<String, SourceError> {
-    let names: Vec<String> = source.manifest().names().map(str::to_owned).collect();
-    Ok(blake3::Hash::from(source.content_hash(&names)?).to_hex().to_string())
+    Ok(blake3::Hash::from(source.content_hash(source.manifest().names())?).to_hex().to_string())
 }
 
 fn open_entry(place: &Path, weights_id: WeightsId, manifest: &Manifest) -> Result<(Remembered, Entry), String> {
@@ -270,8 +270,7 @@ fn open_entry(place: &Path, weights_id: WeightsId, manifest: &Manifest) -> Resul
     if weights.manifest() != manifest {
         return Err("its tensors are not those of the plan".to_owned());
     }
-    let names: Vec<String> = manifest.names().map(str::to_owned).collect();
-    Ok((Remembered::new(Arc::new(weights), place.display().to_string(), &names), entry))
+    Ok((Remembered::new(Arc::new(weights), place.display().to_string()), entry))
 }
 
 fn discard(cache: &Cache, place: &Path, problem: &str) {

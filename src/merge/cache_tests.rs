@@ -145,6 +145,38 @@ fn a_file_that_changed_in_any_way_is_read_again() {
 }
 
 #[test]
+fn an_adapter_is_known_by_its_files_its_base_and_its_numbers() {
+    let bench = Bench::new(TINY);
+    let cache = bench.cache(1 << 30);
+    let tensors = fixture::lora(TINY, "F32", 2, &["self_attn.q_proj"], 7);
+    let write = |alpha: f64| {
+        let config = serde_json::json!({
+            "peft_type": "LORA", "base_model_name_or_path": "../a", "r": 2, "lora_alpha": alpha, "target_modules": ["q_proj"],
+            "modules_to_save": ["score"],
+        });
+        fixture::write_lora(&bench.path("rm"), &config, &tensors).unwrap();
+    };
+    write(4.0);
+    let found = || cache.slot(&bench.plan("members: [rm]")).unwrap().find().map(|cached| read_all(&cached));
+    // One adapter is worth keeping: its entry is read instead of base and factors.
+    let merged = bench.keep(&cache, "members: [rm]");
+    assert!(found() == Some(read_all(merged.as_ref())));
+    // The same bytes of weights, and another scale.
+    let config = bench.path("rm/adapter_config.json");
+    fs::write(&config, fs::read_to_string(&config).unwrap().replace("4.0", "5.0")).unwrap();
+    assert!(found().is_none());
+    bench.keep(&cache, "members: [rm]");
+    assert!(found().is_some());
+    for file in ["rm/adapter_model.safetensors", "a/model-00002-of-00002.safetensors"] {
+        flip(&bench.path(file), usize::MAX);
+        assert!(found().is_none(), "{file}");
+        bench.keep(&cache, "members: [rm]");
+        assert!(found().is_some(), "{file}");
+    }
+    assert_eq!(bench.entries().len(), 4);
+}
+
+#[test]
 fn a_file_that_was_just_written_is_not_trusted_to_stay() {
     let bench = Bench::new(TINY);
     let options = CacheOptions { dir: bench.path("cache"), max_bytes: 1 << 30 };

@@ -28,7 +28,7 @@ fn families() -> Vec<PathBuf> {
 }
 
 fn numbers(folder: &Path) -> Numbers {
-    let weights = Folder::open(folder).expect("a checkpoint").weights;
+    let weights = Folder::open(folder, None).expect("a checkpoint").weights;
     let mut numbers = Numbers::new();
     for (name, info) in weights.manifest().iter().filter(|(_, info)| info.dtype.is_float()) {
         let mut elements = Elements::default();

@@ -23,6 +23,8 @@ pub struct Remembered {
     /// The place of the source, for errors.
     place: String,
     blocks: BTreeMap<String, Vec<Slot>>,
+    /// Blocks of one read are hashed in parallel.
+    in_pool: bool,
 }
 
 /// What is remembered of a block.
@@ -34,38 +36,21 @@ struct Slot {
 }
 
 impl Remembered {
-    /// Follows the tensors of `names` that the source has.
-    pub fn new<'n>(source: Arc<dyn TensorSource>, place: String, names: impl IntoIterator<Item = &'n String>) -> Self {
+    /// Follows all tensors of the source.
+    pub fn new(source: Arc<dyn TensorSource>, place: String) -> Self {
         let slots = |info: &TensorInfo| (0..info.elements().div_ceil(BLOCK_ELEMENTS).max(1)).map(|_| Slot::default()).collect();
-        let blocks = names.into_iter().filter_map(|name| Some((name.clone(), slots(source.manifest().get(name)?)))).collect();
-        Self { source, place, blocks }
+        let blocks = source.manifest().iter().map(|(name, info)| (name.to_owned(), slots(info))).collect();
+        Self { source, place, blocks, in_pool: true }
     }
 
-    /// The place of the source, for errors.
-    pub fn place(&self) -> &str {
-        &self.place
-    }
-
-    pub fn manifest(&self) -> &Manifest {
-        self.source.manifest()
-    }
-
-    /// As the source says it.
-    pub fn files(&self) -> Option<Vec<FileStamp>> {
-        self.source.files()
+    /// The same for whoever holds a lock while reading: all is hashed by the thread that reads. One that waits for others of a
+    /// pool may be handed work meanwhile that needs that lock.
+    pub fn on_this_thread(self) -> Self {
+        Self { in_pool: false, ..self }
     }
 
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
         self.source.manifest().get(name)
-    }
-
-    /// Reads like the source itself; blocks that lie wholly within the range are hashed too.
-    pub fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
-        self.follow(name, range, into, |slot, bytes, info, (block, blocks)| {
-            let hash = hash_block(bytes, block, info, blocks);
-            let as_glanced = slot.checksum.get().is_none_or(|&before| before == checksum(bytes));
-            as_glanced && *slot.hash.get_or_init(|| hash) == hash
-        })
     }
 
     /// Reads what will be read again, and hashed then. Until then a checksum tells whether it is still the same: it costs a
@@ -98,8 +83,8 @@ impl Remembered {
         };
         let changed = into.with_little_endian(|bytes| match blocks.len() {
             // Whoever reads block by block does so in parallel already.
-            0 | 1 => blocks.clone().find_map(|block| changed(bytes, block)),
-            _ => blocks.into_par_iter().find_map_first(|block| changed(bytes, block)),
+            2.. if self.in_pool => blocks.into_par_iter().find_map_first(|block| changed(bytes, block)),
+            _ => blocks.clone().find_map(|block| changed(bytes, block)),
         });
         let Some(elements) = changed else { return Ok(()) };
         let problem = format!("elements {elements:?} have changed since they were first read; the file was changed while in use");
@@ -108,30 +93,55 @@ impl Remembered {
 
     /// BLAKE3 over name, dtype, shape and BLAKE3 of the bytes of some of the tensors that are followed, which are given in
     /// name order: the same however the tensors are spread over files. What has not been read yet is read now.
-    pub fn content_hash<'n>(&self, names: impl IntoIterator<Item = &'n String>) -> Result<[u8; 32], SourceError> {
+    pub fn content_hash<'n>(&self, names: impl IntoIterator<Item = &'n str>) -> Result<[u8; 32], SourceError> {
         let mut hasher = blake3::Hasher::new_derive_key("warm checkpoint content 1");
-        for name in names {
-            let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { continue };
-            let complete = |block: usize, slot: &Slot, buffer: &mut Elements| {
-                if slot.hash.get().is_none() {
-                    self.read(name, block_range(info, block), buffer)?;
-                }
-                Ok(slot.hash.get().copied().unwrap_or_default())
-            };
-            let blocks = slots.par_iter().enumerate();
-            let hashes: Vec<Result<[u8; 32], SourceError>> =
-                blocks.map_init(Elements::default, |buffer, (block, slot)| complete(block, slot, buffer)).collect();
-            // Of several errors the first block's is told, whichever thread was first.
-            let hashes = hashes.into_iter().collect::<Result<Vec<_>, _>>()?;
+        for name in names.into_iter().filter(|name| self.blocks.contains_key(*name)) {
             hash_text(&mut hasher, name);
-            hash_text(&mut hasher, info.dtype.safetensors_name());
-            hasher.update(&(info.shape.len() as u64).to_le_bytes());
-            for &dimension in &info.shape {
-                hasher.update(&(dimension as u64).to_le_bytes());
-            }
-            hasher.update(&join(&hashes, info.bytes(), true));
+            self.hash_tensor(name, &mut hasher)?;
         }
         Ok(*hasher.finalize().as_bytes())
+    }
+
+    /// Adds dtype, shape and BLAKE3 of the bytes of a tensor that is followed.
+    pub fn hash_tensor(&self, name: &str, hasher: &mut blake3::Hasher) -> Result<(), SourceError> {
+        let (Some(info), Some(slots)) = (self.get(name), self.blocks.get(name)) else { return Ok(()) };
+        let complete = |block: usize, slot: &Slot, buffer: &mut Elements| {
+            if slot.hash.get().is_none() {
+                self.read(name, block_range(info, block), buffer)?;
+            }
+            Ok(slot.hash.get().copied().unwrap_or_default())
+        };
+        let blocks = slots.par_iter().enumerate();
+        let hashes: Vec<Result<[u8; 32], SourceError>> =
+            blocks.map_init(Elements::default, |buffer, (block, slot)| complete(block, slot, buffer)).collect();
+        // Of several errors the first block's is told, whichever thread was first.
+        let hashes = hashes.into_iter().collect::<Result<Vec<_>, _>>()?;
+        hash_text(hasher, info.dtype.safetensors_name());
+        hasher.update(&(info.shape.len() as u64).to_le_bytes());
+        for &dimension in &info.shape {
+            hasher.update(&(dimension as u64).to_le_bytes());
+        }
+        hasher.update(&join(&hashes, info.bytes(), true));
+        Ok(())
+    }
+}
+
+impl TensorSource for Remembered {
+    fn manifest(&self) -> &Manifest {
+        self.source.manifest()
+    }
+
+    /// Reads like the source itself; blocks that lie wholly within the range are hashed too.
+    fn read(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        self.follow(name, range, into, |slot, bytes, info, (block, blocks)| {
+            let hash = hash_block(bytes, block, info, blocks);
+            let as_glanced = slot.checksum.get().is_none_or(|&before| before == checksum(bytes));
+            as_glanced && *slot.hash.get_or_init(|| hash) == hash
+        })
+    }
+
+    fn files(&self) -> Option<Vec<FileStamp>> {
+        self.source.files()
     }
 }
 

@@ -28,6 +28,7 @@ mod shards;
 mod staging;
 mod summary;
 mod survey;
+mod tracked;
 mod weights_id;
 mod write;
 

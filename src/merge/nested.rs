@@ -79,11 +79,11 @@ impl Opening {
         if self.sources > MAX_SOURCES {
             return Err(wrong(format!("the recipe leads to more than {MAX_SOURCES} checkpoints and recipes")));
         }
+        if path.is_dir() || !is_recipe(path) {
+            return Folder::open(path, base).map(Input::from);
+        }
         if let Some(base) = base {
             return Err(wrong(format!("is no LoRA adapter, so it stands on no base; found base {:?}", base.display().to_string())));
-        }
-        if path.is_dir() || !is_recipe(path) {
-            return Folder::open(path).map(Input::from);
         }
         let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         if self.trail.contains(&place) {
@@ -104,8 +104,8 @@ impl Opening {
 
 impl From<Folder> for Input {
     fn from(folder: Folder) -> Self {
-        let Folder { config, weights, architecture, text } = folder;
-        Self { weights, config, architecture, text, nested: None }
+        let Folder { config, weights, architecture, text, notes, lost_head } = folder;
+        Self { weights, config, architecture, text, notes, lost_head, nested: None }
     }
 }
 
@@ -114,6 +114,7 @@ impl From<Arc<MergePlan>> for Input {
         let (config, text) = (plan.config().clone(), plan.text().cloned().map_err(Clone::clone));
         let architecture = Architecture::parse(&config).map_err(|problems| CheckpointError::new("the merged model", problems.join("; ")));
         let nested = Arc::new(Nested { plan, merged: OnceLock::new() });
-        Self { weights: Arc::clone(&nested) as Arc<dyn TensorSource>, config, architecture, text, nested: Some(nested) }
+        let weights = Arc::clone(&nested) as Arc<dyn TensorSource>;
+        Self { weights, config, architecture, text, notes: Vec::new(), lost_head: None, nested: Some(nested) }
     }
 }

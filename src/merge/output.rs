@@ -76,17 +76,21 @@ pub fn write_checkpoint(merged: &Merged, place: &Path, options: WriteOptions, pr
 fn folders(plan: &MergePlan, into: &mut Vec<PathBuf>) {
     for source in plan.sources() {
         into.push(source.path().to_owned());
+        into.extend(source.base().map(Path::to_owned));
         if let Some(plan) = source.plan() {
             folders(plan, into);
         }
     }
 }
 
-/// Where tokenizer and templates are taken from: the first member, or its first member if it is a recipe.
+/// Where tokenizer and templates are taken from: the first member, or its first member if it is a recipe; of an adapter that
+/// was saved without a tokenizer, its base.
 fn text_folder(plan: &MergePlan) -> PathBuf {
-    match plan.members().first().map(PlannedMember::source) {
-        None => PathBuf::new(),
-        Some(source) => source.plan().map_or_else(|| source.path().to_owned(), |plan| text_folder(plan)),
+    let Some(source) = plan.members().first().map(PlannedMember::source) else { return PathBuf::new() };
+    match (source.plan(), source.weights.adapter()) {
+        (Some(plan), _) => text_folder(plan),
+        (None, Some(adapter)) => adapter.place().text.clone(),
+        (None, None) => source.path().to_owned(),
     }
 }
 

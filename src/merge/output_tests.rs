@@ -174,6 +174,52 @@ fn the_folder_says_what_it_is_and_where_it_comes_from() {
 }
 
 #[test]
+fn a_merge_of_adapters_has_their_text_or_their_bases() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    // The base is a language model.
+    let mut base = fixture::config(TINY);
+    base["architectures"] = json!(["LlamaForCausalLM"]);
+    base.as_object_mut().unwrap().remove("id2label");
+    fixture::write(&at("base"), &base, &fixture::language_model(TINY, "BF16", 1), 1).unwrap();
+    std::fs::write(at("base").join("chat_template.jinja"), "{{ messages }}").unwrap();
+    for (name, seed) in [("rm-0", 1), ("rm-1", 2)] {
+        let config = json!({
+            "peft_type": "LORA", "base_model_name_or_path": "../base", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+            "modules_to_save": ["score"],
+        });
+        fixture::write_lora(&at(name), &config, &fixture::lora(TINY, "F32", 2, &["self_attn.q_proj"], seed)).unwrap();
+    }
+    let check = |out: &str, template: &str| {
+        let recipe = "members: [rm-0, rm-1]";
+        write(dir.path(), recipe, out, WriteOptions::default()).unwrap();
+        assert_eq!(std::fs::read_to_string(at(out).join("chat_template.jinja")).unwrap(), template);
+        assert_eq!(std::fs::read(at(out).join("tokenizer.json")).unwrap(), std::fs::read(at("base/tokenizer.json")).unwrap());
+        let found = Checkpoint::open(&at(out)).unwrap();
+        assert_eq!(found.config()["architectures"], json!(["LlamaForSequenceClassification"]));
+        assert_eq!(found.config()["id2label"], json!({"0": "LABEL_0"}));
+        let merged = merged(dir.path(), recipe);
+        assert_eq!(found.manifest(), merged.manifest());
+        let record: Value = serde_json::from_slice(&std::fs::read(at(out).join("warm.json")).unwrap()).unwrap();
+        assert_eq!(record["inputs"][1]["base"], json!(std::fs::canonicalize(at("base")).unwrap()));
+        let hash = blake3::Hash::from(merged.member_hashes().unwrap()[1]).to_hex();
+        assert_eq!(record["inputs"][1]["content_hash"], json!(hash.as_str()));
+    };
+    check("from-base", "{{ messages }}");
+    // A tokenizer that was saved with the adapters counts more, and its template with it.
+    for name in ["rm-0", "rm-1"] {
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(at("base").join(file), at(name).join(file)).unwrap();
+        }
+        std::fs::write(at(name).join("chat_template.jinja"), "{{ messages[1:] }}").unwrap();
+    }
+    check("from-adapter", "{{ messages[1:] }}");
+    let refused = write(dir.path(), "members: [rm-0, rm-1]", "base", WriteOptions { overwrite: true, ..WriteOptions::default() });
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("which a merge to this place would remove"), "{refused}");
+}
+
+#[test]
 fn a_merge_of_merges_records_what_came_before() {
     let dir = tempfile::tempdir().unwrap();
     for (name, seed) in [("a", 1), ("b", 2), ("c", 3)] {

@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use super::Merged;
 use super::choice::{Treatment, group_of};
-use super::content::Remembered;
 use super::nested::{Nested, Opening};
 use super::recipe::{Granularity, Kind, Method, Recipe, Rule, Take, dtype_name};
 use super::survey::Survey;
+use super::tracked::Tracked;
 use crate::checkpoint::{Architecture, Checkpoint, CheckpointError, Dtype, Layout, Manifest, SourceError, TensorSource, TextFacts};
 use crate::domain::MemberName;
 
@@ -24,13 +24,17 @@ pub struct Input {
     pub architecture: Result<Architecture, CheckpointError>,
     /// Likewise.
     pub text: Result<TextFacts, CheckpointError>,
+    /// What is worth knowing of it and forbids nothing.
+    pub notes: Vec<String>,
+    /// Why it has no reward head, where it has lost it.
+    pub lost_head: Option<String>,
     pub(super) nested: Option<Arc<Nested>>,
 }
 
 impl From<Checkpoint> for Input {
     fn from(checkpoint: Checkpoint) -> Self {
         let (weights, config, architecture, text) = checkpoint.into_parts();
-        Self { weights, config, architecture: Ok(architecture), text: Ok(text), nested: None }
+        Self { weights, config, architecture: Ok(architecture), text: Ok(text), notes: Vec::new(), lost_head: None, nested: None }
     }
 }
 
@@ -73,13 +77,18 @@ pub struct PlannedSource {
     pub(super) bytes: u64,
     /// The tensors that the merge reads of it, sorted.
     pub(super) reads: Vec<String>,
-    pub(super) weights: Remembered,
+    pub(super) weights: Tracked,
     pub(super) nested: Option<Arc<Nested>>,
 }
 
 impl PlannedSource {
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The checkpoint that it stands on, if it is a LoRA adapter.
+    pub fn base(&self) -> Option<&Path> {
+        self.weights.adapter().map(|adapter| adapter.place().base.as_path())
     }
 
     /// What the tensors that are read of it are stored in.
@@ -344,7 +353,8 @@ impl fmt::Display for PlannedSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let dtypes: Vec<_> = self.dtypes.iter().map(|dtype| dtype.safetensors_name()).collect();
         let dtypes = if dtypes.is_empty() { "not read".to_owned() } else { dtypes.join("+") };
-        write!(f, "{:>9}  {dtypes}  {}", Size(self.bytes), self.path.display())
+        write!(f, "{:>9}  {dtypes}  {}", Size(self.bytes), self.path.display())?;
+        self.base().map_or(Ok(()), |base| write!(f, " on {}", base.display()))
     }
 }
 

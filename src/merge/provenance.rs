@@ -39,6 +39,9 @@ impl Provenance {
         let recipe = plan.recipe();
         let source = |name: &str, source: &PlannedSource| {
             let mut input = json!({"name": name, "path": source.path().to_string_lossy(), "content_hash": WeightsId([0; 32]).to_string()});
+            if let Some(base) = source.base() {
+                input["base"] = base.to_string_lossy().into();
+            }
             match (&source.nested, earlier(source.path())) {
                 (Some(_), _) => input["weights_id"] = WeightsId([0; 32]).to_string().into(),
                 (None, Some(record)) => input["weights_id"] = record["weights_id"].clone(),

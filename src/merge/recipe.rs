@@ -140,6 +140,8 @@ pub struct Member {
     pub coefficient: f64,
     /// Where it was fetched from, where `path` is a copy.
     pub origin: Option<String>,
+    /// Likewise of the base.
+    pub base_origin: Option<String>,
 }
 
 /// What is taken where a tensor's name matches, whatever the method.
@@ -312,8 +314,8 @@ impl Recipe {
 
     /// All places, and where those of members were fetched from, for those who fetch them.
     pub fn places_mut(&mut self) -> impl Iterator<Item = (&mut PathBuf, Option<&mut Option<String>>)> {
-        let members = self.members.iter_mut().flat_map(|Member { path, base, origin, .. }| {
-            std::iter::once((path, Some(origin))).chain(base.iter_mut().map(|base| (base, None)))
+        let members = self.members.iter_mut().flat_map(|Member { path, base, origin, base_origin, .. }| {
+            std::iter::once((path, Some(origin))).chain(base.as_mut().zip(Some(Some(base_origin))))
         });
         members.chain(self.init.iter_mut().map(|init| (init, None)))
     }
@@ -349,10 +351,10 @@ impl Recipe {
             resolved.insert("init".to_owned(), init.to_string_lossy().into());
         }
         let member = |member: &Member| {
-            let path = member.origin.as_deref().map_or_else(|| member.path.to_string_lossy(), Into::into);
-            let mut resolved = json!({"path": path, "name": member.name.as_str()});
+            let named = |path: &Path, origin: &Option<String>| origin.clone().unwrap_or_else(|| path.to_string_lossy().into_owned());
+            let mut resolved = json!({"path": named(&member.path, &member.origin), "name": member.name.as_str()});
             if let Some(base) = &member.base {
-                resolved["base"] = base.to_string_lossy().into();
+                resolved["base"] = named(base, &member.base_origin).into();
             }
             if matches!(self.method, Method::Linear) {
                 resolved["coefficient"] = member.coefficient.into();

@@ -258,3 +258,20 @@ proptest! {
         let _ = parse(&format!("members: {text}"));
     }
 }
+
+#[test]
+fn what_was_fetched_is_named_by_where_it_came_from() {
+    let text = "members: [{path: 'hf:org/rm-lora', base: 'hf:org/sft@v2'}, ./rm]\ninit: hf:org/sft@v2";
+    let mut recipe = Recipe::from_yaml(text, Path::new("/here")).unwrap();
+    for (path, origin) in recipe.places_mut() {
+        let Some(name) = path.to_str().unwrap().strip_prefix("hf:org/").map(str::to_owned) else { continue };
+        *path = PathBuf::from("/copies").join(&name);
+        origin.into_iter().for_each(|origin| *origin = Some(format!("hf:org/{name}@0123")));
+    }
+    let member = &recipe.members()[0];
+    assert_eq!((member.path.to_str(), member.base.as_deref()), (Some("/copies/rm-lora"), Some(Path::new("/copies/sft@v2"))));
+    let resolved = recipe.to_json();
+    assert_eq!(resolved["members"][0]["path"], "hf:org/rm-lora@0123");
+    assert_eq!(resolved["members"][0]["base"], "hf:org/sft@v2@0123");
+    assert_eq!(resolved["members"][1]["path"], "/here/./rm");
+}

@@ -67,7 +67,8 @@ impl MergePlan {
         // One block of sums, and one of a member, as wide as elements come; SLERP's first pass keeps all task vectors of
         // a block, and a member and init besides.
         let blocks = if turns(self.recipe()) { self.members().len() + 2 } else { 2 };
-        (threads * blocks * BLOCK_ELEMENTS * size_of::<f64>()) as u64
+        let adapters: u64 = self.sources().map(|source| source.weights.buffer_bytes(threads)).sum();
+        (threads * blocks * BLOCK_ELEMENTS * size_of::<f64>()) as u64 + adapters
     }
 
     /// Bytes of buffers for a merge to disk, at most.

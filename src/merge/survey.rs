@@ -10,12 +10,14 @@ use std::sync::Arc;
 
 use super::choice::{Treatment, treatments};
 use super::compare::{Differences, Facts};
-use super::content::Remembered;
 use super::heads;
 use super::nested::Nested;
 use super::plan::{Input, MergeError, MergePlan, PlannedMember, PlannedSource};
 use super::recipe::{Kind, Member, Recipe};
-use crate::checkpoint::{Architecture, CheckpointError, HeadChoice, HeadKeys, Layout, Manifest, TensorInfo, TensorSource, is_recomputed};
+use super::tracked::{Places, stored};
+use crate::checkpoint::{
+    Architecture, CheckpointError, HeadChoice, HeadKeys, Layout, LayoutProblems, Manifest, TensorInfo, TensorSource, is_recomputed,
+};
 
 /// What is known after some of the members.
 pub struct Survey<'r> {
@@ -37,6 +39,7 @@ struct Source {
     architecture: Option<Architecture>,
     /// To the first member.
     differences: Differences,
+    lost_head: Option<String>,
     nested: Option<Arc<Nested>>,
     /// Its tensors are those of its architecture, so that they can be compared with others'.
     sound: bool,
@@ -74,7 +77,7 @@ impl<'r> Survey<'r> {
     }
 
     fn add_source(&mut self, label: String, input: Result<Input, CheckpointError>) {
-        let Input { weights, config, architecture, text, nested } = match input {
+        let Input { weights, config, architecture, text, notes, lost_head, nested } = match input {
             Ok(input) => input,
             Err(error) => {
                 self.problems.push(format!("{label}: {error}"));
@@ -90,6 +93,7 @@ impl<'r> Survey<'r> {
         } else {
             self.notes.extend(told)
         }
+        self.notes.extend(notes.into_iter().map(|note| format!("{label}: {note}")));
         let known = architecture.as_ref().ok().cloned();
         let facts = Facts { config, architecture, text };
         let differences = self.first.as_ref().map(|(_, first)| first.differences(&facts)).unwrap_or_default();
@@ -97,7 +101,7 @@ impl<'r> Survey<'r> {
             self.first = Some((label.clone(), facts));
         }
         let sound = self.recipe.kind() == Kind::Policy || is_init;
-        self.sources.push(Some(Source { label, weights, architecture: known, differences, nested, sound }));
+        self.sources.push(Some(Source { label, weights, architecture: known, differences, lost_head, nested, sound }));
     }
 
     /// With what the recipe says of the head, where a checkpoint leaves it open.
@@ -125,8 +129,9 @@ impl<'r> Survey<'r> {
             return Err(MergeError { problems: self.problems });
         };
         let recipe = self.recipe;
-        let mut planned: Vec<Option<PlannedSource>> =
-            self.sources.into_iter().enumerate().map(|(index, source)| Some(plan_source(recipe, index, source?, &decided))).collect();
+        let (mut places, sources) = (Places::default(), self.sources.into_iter().enumerate());
+        let planned = sources.map(|(index, source)| Some(plan_source(recipe, index, source?, &decided, &mut places)));
+        let mut planned: Vec<Option<PlannedSource>> = planned.collect();
         let init = planned.drain(recipe.members().len()..).next().flatten();
         let member = |(member, source): (&Member, Option<PlannedSource>)| {
             let (source, lacks) = (source?, Vec::new());
@@ -173,7 +178,12 @@ impl<'r> Survey<'r> {
             let Some(architecture) = architecture else { continue };
             let layout = Layout::new(architecture, &self.completed(source, index, all));
             match layout {
-                Err(problems) => self.problems.extend(problems.into_iter().map(|problem| format!("{}: {problem}", source.label))),
+                Err(problems) => {
+                    // How a head was lost says more than that there is none.
+                    let lost = source.lost_head.clone().filter(|_| problems.headless.is_some());
+                    let problems = LayoutProblems { headless: lost.or(problems.headless), ..problems };
+                    self.problems.extend(problems.into_sentences().map(|problem| format!("{}: {problem}", source.label)));
+                }
                 Ok(layout) => {
                     self.unused.extend(layout.unused().iter().cloned());
                     self.notes.extend(heads::note(&source.label, source.architecture.as_ref().unwrap_or(architecture)));
@@ -200,7 +210,7 @@ impl<'r> Survey<'r> {
                     let gone = all.iter().filter(|&(name, &treatment)| self.lender(name, treatment).is_none());
                     let gone: Vec<String> = gone.filter_map(|(name, treatment)| self.taken_from_nowhere(name, *treatment)).collect();
                     self.problems.extend(gone);
-                    self.problems.extend(problems.into_iter().map(|problem| format!("the merged model: {problem}")));
+                    self.problems.extend(problems.into_sentences().map(|problem| format!("the merged model: {problem}")));
                 }
                 None
             }
@@ -257,7 +267,7 @@ impl<'r> Survey<'r> {
     fn read_of(&self, index: usize, decided: &BTreeMap<String, Treatment>) -> Vec<&TensorInfo> {
         let Some(Some(source)) = self.sources.get(index) else { return Vec::new() };
         let names = decided.iter().filter(|(_, treatment)| treatment.sources(self.recipe).contains(&index));
-        names.filter_map(|(name, _)| source.get(name)).collect()
+        names.flat_map(|(name, _)| stored(&*source.weights, name)).collect()
     }
 }
 
@@ -265,13 +275,11 @@ fn head_tensors(layout: &Layout) -> BTreeSet<String> {
     layout.head.tensors().into_iter().map(str::to_owned).collect()
 }
 
-fn plan_source(recipe: &Recipe, index: usize, source: Source, decided: &BTreeMap<String, Treatment>) -> PlannedSource {
+fn plan_source(recipe: &Recipe, index: usize, source: Source, decided: &BTreeMap<String, Treatment>, places: &mut Places) -> PlannedSource {
     let path: PathBuf = recipe.members().get(index).map(|member| member.path.clone()).or(recipe.init().map(Into::into)).unwrap_or_default();
     let taken = decided.iter().filter(|(_, treatment)| treatment.sources(recipe).contains(&index));
     let reads: Vec<String> = taken.map(|(name, _)| name.clone()).collect();
-    let infos: Vec<&TensorInfo> = reads.iter().filter_map(|name| source.get(name)).collect();
-    let dtypes = infos.iter().map(|info| info.dtype).collect();
-    let bytes = infos.iter().map(|info| info.bytes()).sum();
-    let weights = Remembered::new(Arc::clone(&source.weights), path.display().to_string(), decided.keys());
+    let weights = places.track(&source.weights, &path);
+    let (dtypes, bytes) = places.count(&weights, &reads);
     PlannedSource { path, dtypes, bytes, reads, weights, nested: source.nested }
 }

@@ -36,6 +36,9 @@ pub struct PlanSummary {
 pub struct Source {
     pub name: String,
     pub path: String,
+    /// The checkpoint that a LoRA adapter stands on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Null for init.
     pub coefficient: Option<f64>,
     pub dtypes: Vec<String>,
@@ -62,6 +65,7 @@ impl PlanSummary {
         let source = |name: &str, coefficient: Option<f64>, source: &PlannedSource| Source {
             name: name.to_owned(),
             path: source.path().to_string_lossy().into_owned(),
+            base: source.base().map(|base| base.to_string_lossy().into_owned()),
             coefficient,
             dtypes: source.dtypes().iter().map(|dtype| dtype.safetensors_name().to_owned()).collect(),
             bytes: source.bytes(),

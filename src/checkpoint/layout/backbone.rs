@@ -2,20 +2,21 @@
 
 use super::names::{Inner, Names, Place, Qkv, names};
 use super::{BlockKeys, ConvolutionKeys, DenseKeys, HeadKeys, Layout, LinearKeys, MlpKeys, NormKeys, PartNorms, RelativeKeys, Rows, Taker};
+use crate::checkpoint::names::BackboneNames;
 use crate::checkpoint::{Architecture, Disentangled, Norm, ProjectionPlace, QkNorm, Residual};
 
 /// Everything but the head.
 pub(super) fn backbone(architecture: &Architecture, taker: &mut Taker) -> Layout {
     let names = names(architecture);
-    let holds = |prefix: &&&str| taker.manifest.get(&format!("{prefix}{}.weight", names.tokens)).is_some();
-    let prefix = names.prefixes.iter().find(holds).copied().unwrap_or(names.prefixes[0]);
-    Builder { architecture, names, prefix, taker }.build()
+    // Whatever a checkpoint was saved from, its names have become those of the family's classifier when it was opened.
+    let family = BackboneNames::of(&architecture.model_type);
+    Builder { architecture, names, family, taker }.build()
 }
 
 struct Builder<'a, 't, 'm> {
     architecture: &'a Architecture,
     names: Names,
-    prefix: &'static str,
+    family: BackboneNames,
     taker: &'t mut Taker<'m>,
 }
 
@@ -29,7 +30,7 @@ impl Builder<'_, '_, '_> {
             Some(ProjectionPlace::BeforeNorm) => (narrow, hidden),
             Some(ProjectionPlace::AfterNorm) => (narrow, narrow),
         };
-        let embedding = self.table(names.tokens, architecture.vocab_size, narrow);
+        let embedding = self.table(self.family.tokens(), architecture.vocab_size, narrow);
         let positions = architecture.positions.as_ref().map(|table| self.table(names.positions, table.rows, tables));
         let segments = architecture.token_types;
         let token_types = (segments > 0).then(|| self.table(names.token_types, segments, tables));
@@ -163,7 +164,8 @@ impl Builder<'_, '_, '_> {
 
     fn convolution(&mut self, kernel: usize) -> ConvolutionKeys {
         let hidden = self.architecture.hidden_size;
-        let mut tensor = |part: &str, shape: &[usize]| self.taker.tensor(format!("{}encoder.conv.conv.{part}", self.prefix), shape);
+        let mut tensor =
+            |part: &str, shape: &[usize]| self.taker.tensor(format!("{}encoder.conv.conv.{part}", self.family.prefix()), shape);
         let (weight, bias) = (tensor("weight", &[hidden, hidden, kernel]), tensor("bias", &[hidden]));
         let linear = LinearKeys::plain(weight, Some(bias), hidden * kernel, hidden);
         ConvolutionKeys { linear, norm: self.norm("encoder.conv.LayerNorm", hidden) }
@@ -184,13 +186,13 @@ impl Builder<'_, '_, '_> {
     }
 
     fn table(&mut self, name: &str, rows: usize, columns: usize) -> String {
-        self.taker.tensor(format!("{}{name}.weight", self.prefix), &[rows, columns])
+        self.taker.tensor(format!("{}{name}.weight", self.family.prefix()), &[rows, columns])
     }
 
     fn norm(&mut self, name: &str, width: usize) -> NormKeys {
         let architecture = self.architecture;
         let bias = architecture.norm_bias && matches!(architecture.norm, Norm::Layer { .. });
-        let mut tensor = |part: &str| self.taker.tensor(format!("{}{name}.{part}", self.prefix), &[width]);
+        let mut tensor = |part: &str| self.taker.tensor(format!("{}{name}.{part}", self.family.prefix()), &[width]);
         NormKeys { weight: tensor("weight"), bias: bias.then(|| tensor("bias")), from_one: architecture.norm_from_one }
     }
 
@@ -203,7 +205,7 @@ impl Builder<'_, '_, '_> {
     fn part(&mut self, name: &str, inputs: usize, stored: usize, rows: Rows, outputs: usize, bias: bool) -> LinearKeys {
         let transposed = self.names.transposed;
         let shape = if transposed { [inputs, stored] } else { [stored, inputs] };
-        let mut tensor = |part: &str, shape: &[usize]| self.taker.tensor(format!("{}{name}.{part}", self.prefix), shape);
+        let mut tensor = |part: &str, shape: &[usize]| self.taker.tensor(format!("{}{name}.{part}", self.family.prefix()), shape);
         LinearKeys {
             weight: tensor("weight", &shape),
             bias: bias.then(|| tensor("bias", &[stored])),

@@ -5,6 +5,7 @@ mod candidates;
 
 use super::{LISTED, LinearKeys, NormKeys, Taker};
 use crate::checkpoint::head_config::{At, HeadConfig};
+use crate::checkpoint::names::LANGUAGE_HEADS;
 use crate::checkpoint::{Activation, Architecture, Manifest, Norm, Pooling};
 use candidates::{Candidate, Kind, candidates, choose, pooler_of};
 
@@ -103,9 +104,6 @@ impl HeadKeys {
     }
 }
 
-/// Names of a language-model head.
-const LANGUAGE: [&str; 3] = ["lm_head", "embed_out", "output"];
-
 /// The head of a checkpoint. What is missing, mis-shaped or left open becomes a problem of the taker.
 pub(super) fn find(architecture: &Architecture, embedding: &str, taker: &mut Taker) -> HeadKeys {
     let (config, hidden) = (&architecture.head, architecture.output_size());
@@ -117,8 +115,7 @@ pub(super) fn find(architecture: &Architecture, embedding: &str, taker: &mut Tak
     let chosen = match choose(&found, config) {
         Ok(Some(index)) => index,
         Ok(None) => {
-            let problem = missing(taker.manifest, hidden);
-            taker.problems.push(problem);
+            taker.headless = Some(missing(taker.manifest, hidden));
             return HeadKeys::default();
         }
         Err(problem) => {
@@ -228,7 +225,7 @@ fn gating(hidden: usize, taker: &mut Taker) -> Gating {
 /// The language-model head, tied to the embedding or not.
 fn rows(architecture: &Architecture, embedding: &str, outputs: usize, taker: &mut Taker) -> HeadKeys {
     let (vocab, hidden) = (architecture.vocab_size, architecture.output_size());
-    let own = LANGUAGE.into_iter().find(|name| taker.has(&format!("{name}.weight")));
+    let own = LANGUAGE_HEADS.into_iter().find(|name| taker.has(&format!("{name}.weight")));
     let pooling = architecture.head.choice.pooling.or(Some(Pooling::LastToken));
     let (name, weight, bias) = match own {
         Some(name) => {
@@ -255,7 +252,7 @@ fn is_tied(architecture: &Architecture) -> bool {
 /// Words for a checkpoint without a head.
 fn missing(manifest: &Manifest, hidden: usize) -> String {
     let found: Vec<_> = manifest.names().filter(|name| looks_like_head(name)).take(LISTED).collect();
-    let hint = if LANGUAGE.iter().any(|name| manifest.get(&format!("{name}.weight")).is_some()) {
+    let hint = if LANGUAGE_HEADS.iter().any(|name| manifest.get(&format!("{name}.weight")).is_some()) {
         "; it has a language-model head: a judge that writes its verdict is not served, one whose verdict is a single token is read with \
          `head: {tokens: {plus: [...], minus: [...]}}` in the recipe"
             .to_owned()
@@ -308,11 +305,6 @@ impl Taker<'_> {
         self.used.insert(weight);
         0
     }
-}
-
-/// Whether a tensor belongs to a language-model head, which rides along where nobody reads it.
-pub(super) fn is_language_head(name: &str) -> bool {
-    LANGUAGE.iter().any(|head| name.strip_prefix(head).is_some_and(|rest| rest == ".weight" || rest == ".bias"))
 }
 
 /// Whether a reading at every step is asked for.

@@ -32,7 +32,7 @@ fn decoder(config: Value, head: Shapes) -> Result<Layout, Vec<String>> {
     base_fields.extend(fields);
     let mut architecture = Architecture::parse(&base).expect("valid");
     architecture.head.choice = HeadChoice::parse(head.as_ref(), pooling.as_ref()).expect("valid choice");
-    Layout::new(&architecture, &manifest)
+    Layout::new(&architecture, &manifest).map_err(|problems| problems.into_sentences().collect())
 }
 
 fn stages(layout: &Layout) -> Vec<(&str, bool, Option<Activation>)> {

@@ -44,12 +44,9 @@ pub struct ExpertNames {
     pub down: &'static str,
 }
 
-/// The names of one naming. Those of a layer stand behind `PREFIX LAYERS.N.`.
+/// The names of one naming, behind the prefix that the family has for its backbone. Those of a layer stand behind `LAYERS.N.`.
 #[derive(Clone, Copy)]
 pub struct Names {
-    /// What may stand before all names of the backbone; the first under which the token table is found counts.
-    pub prefixes: &'static [&'static str],
-    pub tokens: &'static str,
     pub positions: &'static str,
     pub token_types: &'static str,
     pub embedding_norm: &'static str,
@@ -73,8 +70,6 @@ pub struct Names {
 use Place::{After, Before, Behind};
 
 const LLAMA: Names = Names {
-    prefixes: &["model.", ""],
-    tokens: "embed_tokens",
     positions: "",
     token_types: "",
     embedding_norm: "",
@@ -99,8 +94,6 @@ const LLAMA: Names = Names {
 };
 
 const BERT: Names = Names {
-    prefixes: &["bert.", "roberta.", "electra.", ""],
-    tokens: "embeddings.word_embeddings",
     positions: "embeddings.position_embeddings",
     token_types: "embeddings.token_type_embeddings",
     embedding_norm: "embeddings.LayerNorm",
@@ -130,7 +123,6 @@ pub fn names(architecture: &Architecture) -> Names {
         },
         Naming::Phi3 => Names { qkv: Qkv::Stacked("self_attn.qkv_proj"), inner: Inner::Stacked("mlp.gate_up_proj"), ..LLAMA },
         Naming::InternLm2 => Names {
-            tokens: "tok_embeddings",
             norms: [&[(Before, "attention_norm")], &[(Before, "ffn_norm")]],
             qkv: Qkv::Grouped("attention.wqkv"),
             output: "attention.wo",
@@ -139,8 +131,6 @@ pub fn names(architecture: &Architecture) -> Names {
             ..LLAMA
         },
         Naming::GptNeox => Names {
-            prefixes: &["gpt_neox.", ""],
-            tokens: "embed_in",
             qkv: Qkv::Grouped("attention.query_key_value"),
             output: "attention.dense",
             inner: Inner::Single("mlp.dense_h_to_4h"),
@@ -149,8 +139,6 @@ pub fn names(architecture: &Architecture) -> Names {
             ..LLAMA
         },
         Naming::Gpt2 => Names {
-            prefixes: &["transformer.", ""],
-            tokens: "wte",
             positions: "wpe",
             layers: "h",
             norms: [&[(Before, "ln_1")], &[(Before, "ln_2")]],
@@ -163,7 +151,6 @@ pub fn names(architecture: &Architecture) -> Names {
             ..LLAMA
         },
         Naming::Opt => Names {
-            prefixes: &["model.decoder.", "decoder.", ""],
             positions: "embed_positions",
             embedding_projection: "project_in",
             norms: if architecture.residual == Residual::PostNorm {
@@ -180,7 +167,6 @@ pub fn names(architecture: &Architecture) -> Names {
         },
         Naming::Bert => BERT,
         Naming::DistilBert => Names {
-            prefixes: &["distilbert.", ""],
             layers: "transformer.layer",
             norms: [&[(After, "sa_layer_norm")], &[(After, "output_layer_norm")]],
             qkv: Qkv::Apart(["attention.q_lin", "attention.k_lin", "attention.v_lin"]),
@@ -190,15 +176,12 @@ pub fn names(architecture: &Architecture) -> Names {
             ..BERT
         },
         Naming::Deberta => Names {
-            prefixes: &["deberta.", ""],
             embedding_projection: "embeddings.embed_proj",
             embedding_projection_bias: false,
             qkv: Qkv::Apart(["attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"]),
             ..BERT
         },
         Naming::ModernBert => Names {
-            prefixes: &["model.", ""],
-            tokens: "embeddings.tok_embeddings",
             embedding_norm: "embeddings.norm",
             norms: [&[(Before, "attn_norm")], &[(Before, "mlp_norm")]],
             qkv: Qkv::Stacked("attn.Wqkv"),

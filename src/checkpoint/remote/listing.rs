@@ -146,6 +146,12 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_is_fetched_as_a_checkpoint_is() {
+        let all = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "training_args.bin"];
+        assert_eq!(listing(&all, "").expect("an adapter"), ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"]);
+    }
+
+    #[test]
     fn what_is_no_checkpoint_says_so() {
         assert!(listing(&["config.json", "pytorch_model.bin"], "").expect_err("no weights").contains("safetensors"));
         assert!(listing(&["model.safetensors"], "").expect_err("no config").contains("config.json"));

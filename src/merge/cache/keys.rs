@@ -44,6 +44,7 @@ fn key(source: &PlannedSource, now: SystemTime, settled: &mut bool) -> Option<[u
         }
         return Some(*hasher.finalize().as_bytes());
     }
+    source.weights.making(source.reads()).iter().for_each(|part| hash_text(&mut hasher, part));
     let files = source.weights.files()?;
     count(&mut hasher, files.len() as u64);
     for file in files {

@@ -32,7 +32,6 @@ pub struct Recorder {
 impl Recorder {
     pub(super) fn new(staging: Staging, merged: &Arc<Merged>) -> Result<Self, FileError> {
         let manifest = merged.manifest();
-        let names: Vec<String> = manifest.names().map(str::to_owned).collect();
         let mut places = BTreeMap::new();
         let (mut path, mut file) = (None, None);
         // One file holds everything: the limit is the largest number there is.
@@ -48,7 +47,7 @@ impl Recorder {
             (path, file) = (Some(at), Some(to));
         }
         let (Some(path), Some(file)) = (path, file) else { return Err(FileError::new(staging.folder(), "has no file")) };
-        let source = Remembered::new(Arc::clone(merged) as Arc<dyn TensorSource>, "the merge".to_owned(), &names);
+        let source = Remembered::new(Arc::clone(merged) as Arc<dyn TensorSource>, "the merge".to_owned());
         Ok(Self { source, staging, path, file, places, written: Mutex::default(), failure: OnceLock::new() })
     }
 

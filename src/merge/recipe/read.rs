@@ -190,7 +190,7 @@ fn finish(frame: Frame, drafts: Vec<Draft>, rules: Option<&Value>, mut problems:
     let shares = shares(&frame, &drafts).map_err(|problem| vec![format!("members: {problem}")])?;
     let member = |(draft, coefficient): (Draft, f64)| {
         let name = MemberName::try_from(draft.name).map_err(|invalid| vec![invalid.to_string()])?;
-        Ok(Member { name, path: draft.path, base: draft.base, coefficient, origin: None })
+        Ok(Member { name, path: draft.path, base: draft.base, coefficient, origin: None, base_origin: None })
     };
     let members = drafts.into_iter().zip(shares).map(member).collect::<Result<_, Vec<String>>>()?;
     let Frame { kind, method, normalize, liti, init, dtype, head } = frame;
