@@ -1,8 +1,13 @@
 //! Assembly: settings to a running server, and its way down. The listener and the wish to stop are parameters, so that
 //! tests use port 0 and no signals.
 
+pub mod calibration;
+mod free_memory;
+mod last_good;
 mod loading;
 mod memory;
+mod reloading;
+mod watching;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -13,15 +18,20 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::clock::Clock;
-use crate::config::{Config, ConfigError};
+use crate::config::{Config, ConfigError, LiveConfig};
 use crate::domain::GenerationId;
-use crate::registry::{Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadEvent, ReloadOutcome};
+use crate::registry::{
+    Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadEvent, ReloadOptions, ReloadOutcome,
+    Reloader, Source, Swap,
+};
 use crate::scorer::{Admission, AdmissionOptions, ScorerMetrics, ScorerOptions};
 use crate::serve::convert::ConvertLimits;
 use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics, Tenants};
 use crate::shutdown::Stop;
 
 pub use loading::{load_spec, loader, with_causes};
+pub use reloading::{SettingsError, SettingsSource, Started};
+use watching::FileWatch;
 
 /// Why the program cannot do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +69,11 @@ pub struct App {
     metrics: prometheus::Registry,
     calls: CallBook,
     grpc: GrpcOptions,
+    reloads: ReloadOptions,
+    live: LiveConfig,
+    reloader: Option<Reloader>,
+    /// What the files to watch are asked from.
+    watched: Option<SettingsSource>,
     drain_delay: Duration,
     drain_deadline: Duration,
 }
@@ -70,7 +85,10 @@ impl App {
         #[cfg(target_os = "linux")]
         metrics.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
         let scorer_metrics = ScorerMetrics::register(&metrics)?;
-        let registry = Registry::new(RegistryMetrics::register(&metrics)?);
+        let live = config.live.clone();
+        // What is replaced in place cannot be held.
+        let keep = if live.swap == Swap::InPlace { 0 } else { live.keep };
+        let registry = Registry::new(RegistryMetrics::register(&metrics)?, keep);
         let admission = Admission::new(
             AdmissionOptions {
                 max_requests: config.admission.max_requests,
@@ -109,7 +127,30 @@ impl App {
         };
         let readiness = Readiness::default();
         let (drain_delay, drain_deadline) = (config.drain_delay, config.drain_deadline);
-        Ok(Self { engine, admission, readiness, metrics, calls, grpc, drain_delay, drain_deadline })
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let reloads = ReloadOptions {
+            swap: live.swap,
+            activation: live.activation,
+            drain: drain_deadline,
+            // A load may take a while; the requests may not.
+            threads: (cores / 4).max(1),
+        };
+        let (reloader, watched) = (None, None);
+        Ok(Self { engine, admission, readiness, metrics, calls, grpc, reloads, live, reloader, watched, drain_delay, drain_deadline })
+    }
+
+    /// Takes further generations from `source`, for calls and signals. Needs a tokio runtime.
+    pub fn reload_from(&mut self, source: Arc<dyn Source>) -> Reloader {
+        let free = Box::new(free_memory::free_memory);
+        let reloader = Reloader::new(self.engine.clone(), source, self.reloads, free, tokio::runtime::Handle::current());
+        self.reloader = Some(reloader.clone());
+        reloader
+    }
+
+    /// Takes further generations from the settings, and watches their files where the settings say so.
+    pub fn reload_from_settings(&mut self, source: SettingsSource) -> Reloader {
+        self.watched = Some(source.clone());
+        self.reload_from(Arc::new(source))
     }
 
     pub fn engine(&self) -> &Engine {
@@ -157,6 +198,7 @@ impl App {
         let edge = Edge {
             engine: self.engine.clone(),
             admission: self.admission.clone(),
+            reloader: self.reloader.clone(),
             readiness: self.readiness.clone(),
             calls: self.calls.clone(),
             options: self.grpc.clone(),
@@ -173,9 +215,14 @@ impl App {
         }
         self.readiness.advance(Phase::Ready);
         tracing::info!("ready");
-        let stop = tokio::select! {
-            ended = &mut server => return server_ended(ended),
-            stop = stop => stop,
+        let _watch = self.keep_up_to_date()?;
+        let mut live = self.engine.registry().watch();
+        let stop = loop {
+            tokio::select! {
+                ended = &mut server => return server_ended(ended),
+                stop = &mut stop => break stop,
+                Ok(()) = live.changed() => self.readiness.pause(live.borrow_and_update().is_none()),
+            }
         };
         self.readiness.advance(Phase::Draining);
         let clock = self.engine.clock();
@@ -197,6 +244,20 @@ impl App {
         }
         tracing::info!("stopped");
         Ok(())
+    }
+}
+
+impl App {
+    /// What sets off reloads by itself, once the first generation is live.
+    fn keep_up_to_date(&self) -> Result<Option<FileWatch>, AppError> {
+        let Some(reloader) = &self.reloader else { return Ok(None) };
+        if self.watched.as_ref().is_some_and(SettingsSource::came_back) {
+            reloader.trigger("start");
+        }
+        let (Some(options), Some(source)) = (self.live.watch.clone(), self.watched.clone()) else { return Ok(None) };
+        let reloader = reloader.clone();
+        let changed = move || reloader.trigger("changed files");
+        Ok(Some(FileWatch::start(options, self.engine.clock().clone(), move || source.watched(), changed)?))
     }
 }
 

@@ -17,6 +17,33 @@ pub enum Stop {
 #[derive(Debug)]
 pub struct Signals(mpsc::UnboundedReceiver<Stop>);
 
+/// SIGHUP, which asks for a reload.
+#[derive(Debug)]
+pub struct Hangups(#[cfg(unix)] tokio::signal::unix::Signal);
+
+impl Hangups {
+    /// Installs the handler, so that the signal does not end the process any more. Needs a tokio runtime.
+    #[cfg(unix)]
+    pub fn listen() -> io::Result<Self> {
+        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).map(Self)
+    }
+
+    /// There is no such signal here.
+    #[cfg(not(unix))]
+    pub fn listen() -> io::Result<Self> {
+        Ok(Self())
+    }
+
+    /// Completes with the next one.
+    pub async fn next(&mut self) {
+        #[cfg(unix)]
+        if self.0.recv().await.is_some() {
+            return;
+        }
+        std::future::pending().await
+    }
+}
+
 /// The exit code after a second signal: 128 and the number of SIGINT, as shells say it.
 const EXIT_AT_ONCE: i32 = 130;
 

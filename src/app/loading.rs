@@ -8,7 +8,8 @@ use crate::checkpoint::remote::Remotes;
 use crate::clock::Clock;
 use crate::config::{CalibrationConfig, Config, EnsembleMode, ModelChoice};
 use crate::merge::{CacheOptions, Recipe};
-use crate::registry::{Calibration, CalibrationChoice, Ensemble, LoadSpec, TextOverrides, load_generation};
+use crate::offline::{Input, Preference, parse_line};
+use crate::registry::{Calibration, CalibrationChoice, Ensemble, LoadSpec, MeasuredMembers, Probes, TextOverrides, load_generation};
 use crate::text::{BosPolicy, EosPolicy, ReasoningPolicy, TemplateChoice};
 
 fn wrong(place: &str, problem: impl ToString) -> AppError {
@@ -28,10 +29,15 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         recipe = recipe.with_dtype(Dtype::F32).ok_or_else(|| wrong("dtype", "no model runs in it"))?;
     }
     recipe = recipe.with_head(config.head.clone(), config.pooling.clone());
+    let mut members = MeasuredMembers::default();
     let calibration = match &config.calibration {
         None => CalibrationChoice::None,
         Some(CalibrationConfig::FromConfig) => CalibrationChoice::FromConfig,
-        Some(CalibrationConfig::File(path)) => CalibrationChoice::Given(calibration_file(path)?),
+        Some(CalibrationConfig::File(path)) => {
+            let (merged, measured) = super::calibration::read(path).map_err(|problem| wrong("calibration.file", problem))?;
+            members = measured;
+            CalibrationChoice::Given(merged)
+        }
         Some(CalibrationConfig::Given { mean, std, samples, source }) => {
             let calibration = Calibration::new(*mean, *std, *samples, source.clone());
             CalibrationChoice::Given(calibration.map_err(|error| wrong("calibration", error))?)
@@ -50,6 +56,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         ensemble: match config.ensemble {
             EnsembleMode::Off => Ensemble::Off,
             EnsembleMode::Resident => Ensemble::Resident,
+            EnsembleMode::Streamed => Ensemble::Streamed,
         },
         text,
         max_tokens: config.max_tokens,
@@ -57,22 +64,30 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         calibration,
         remotes: Some(Remotes::from_environment(&config.remotes.0, config.download_max_bytes as u64, Clock::system())),
         cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),
+        members,
         ..LoadSpec::new(recipe)
     })
 }
 
-/// `{"mean", "std"}`, with what they were measured on.
-fn calibration_file(path: &Path) -> Result<Calibration, AppError> {
-    let refused = |problem: String| wrong("calibration.file", format!("{}: {problem}", path.display()));
-    let text = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
-    let fields: serde_json::Value = serde_json::from_slice(&text).map_err(|error| refused(error.to_string()))?;
-    let number = |name: &str| {
-        let value = fields.get(name).and_then(serde_json::Value::as_f64);
-        value.ok_or_else(|| refused(format!("expected a number `{name}`")))
-    };
-    let samples = fields.get("samples").and_then(serde_json::Value::as_u64).unwrap_or(0);
-    let source = fields.get("source").and_then(serde_json::Value::as_str).map_or_else(|| path.display().to_string(), str::to_owned);
-    Calibration::new(number("mean")?, number("std")?, samples, source).map_err(|error| refused(error.to_string()))
+/// What a new generation is asked before it goes live: the operator's file, or the bundled probes.
+pub(super) fn canary_probes(config: &Config) -> Result<Probes, AppError> {
+    let Some(path) = &config.live.canary else { return Ok(Probes::bundled()) };
+    let refused = |problem: String| wrong("canary", format!("{}: {problem}", path.display()));
+    let (mut samples, mut preferences) = (Vec::new(), Vec::new());
+    let text = std::fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let item = parse_line(line).map_err(|error| refused(format!("line {}: {error}", number + 1)))?;
+        match item.input {
+            Input::One(sample) => samples.push(sample),
+            Input::Group(group) => samples.extend(group.samples()),
+            Input::Preference(pair) => {
+                let Preference { chosen, rejected } = *pair;
+                preferences.push((samples.len(), samples.len() + 1));
+                samples.extend([chosen, rejected]);
+            }
+        }
+    }
+    Probes::new(samples, preferences).map_err(refused)
 }
 
 fn template(given: Option<&str>) -> Result<TemplateChoice, AppError> {

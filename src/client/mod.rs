@@ -129,6 +129,31 @@ impl Client {
         Ok(self.models().get_model(wire::GetModelRequest {}).await?.into_inner())
     }
 
+    /// All generations that the server can still name, the newest first.
+    pub async fn list_generations(&self) -> Result<Vec<wire::Generation>, ClientError> {
+        Ok(self.models().list_generations(wire::ListGenerationsRequest {}).await?.into_inner().generations)
+    }
+
+    /// Reloads, telling every step, and gives back the last one. A reload that fails tells its reason in its last step, too.
+    pub async fn reload(
+        &self,
+        request: wire::ReloadRequest,
+        mut tell: impl FnMut(&wire::ReloadProgress),
+    ) -> Result<wire::ReloadProgress, ClientError> {
+        let mut steps = self.models().reload(request).await?.into_inner();
+        let mut last = wire::ReloadProgress::default();
+        while let Some(step) = steps.message().await? {
+            tell(&step);
+            last = step;
+        }
+        Ok(last)
+    }
+
+    /// Makes a staged or held generation the live one.
+    pub async fn activate(&self, fingerprint: &str) -> Result<wire::Generation, ClientError> {
+        Ok(self.models().activate(wire::ActivateRequest { fingerprint: fingerprint.to_owned() }).await?.into_inner())
+    }
+
     /// Whether `service` (empty for the whole server) says that it serves.
     pub async fn is_serving(&self, service: &str) -> Result<bool, ClientError> {
         let request = HealthCheckRequest { service: service.to_owned() };

@@ -2,8 +2,10 @@
 
 mod arguments;
 mod bench;
+mod compare;
 mod demo;
 mod demo_report;
+mod fleet;
 mod health;
 mod merge;
 mod plan;
@@ -19,8 +21,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::app::{AppError, with_causes};
-use crate::config::{ConfigErrors, FILE_VARIABLE, Resolved, Sources};
+use crate::app::{AppError, SettingsError, Started, with_causes};
+use crate::config::{ConfigErrors, FILE_VARIABLE, Resolved};
 use arguments::ModelArgs;
 
 /// The variables of the process.
@@ -39,6 +41,10 @@ enum Command {
     Serve(ModelArgs),
     /// Score lines of JSON without a network, or through a running server.
     Score(score::ScoreArgs),
+    /// Compare the merged model with its members on lines of JSON, without a network or through a running server.
+    Compare(compare::CompareArgs),
+    /// Measure where rewards lie on a reference set, and write it as the file of `calibration.file`.
+    Calibrate(compare::CalibrateArgs),
     /// Show how one line of JSON is read: rendered text, tokens, decisions, and the token that the head reads.
     Explain(score::ExplainArgs),
     /// Compare with reference scores (tools/golden.py): tokens, the token that is read, score, rank. Exits with 2 where they differ.
@@ -55,6 +61,12 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Put a load on a running server, and say how it bears it.
     Bench(bench::BenchArgs),
+    /// Let running servers read their recipe again, and show how it goes.
+    Reload(fleet::ReloadArgs),
+    /// Make a staged or held generation the live one, on one server or on a whole fleet at once.
+    Activate(fleet::ActivateArgs),
+    /// Show which generations are live, staged and held; the exit code is 0 if all servers agree.
+    Status(fleet::StatusArgs),
     /// Ask a running server whether it serves; the exit code is 0 if it does.
     Health(health::HealthArgs),
     /// Print the version.
@@ -66,6 +78,8 @@ enum Command {
 enum CommandError {
     #[error(transparent)]
     Config(#[from] ConfigErrors),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     #[error(transparent)]
     App(#[from] AppError),
     #[error(transparent)]
@@ -105,6 +119,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
     let result = match cli.command {
         Command::Serve(arguments) => serve::run(arguments, environment),
         Command::Score(arguments) => score::run(arguments, environment),
+        Command::Compare(arguments) => compare::run(arguments, environment),
+        Command::Calibrate(arguments) => compare::calibrate(arguments, environment),
         Command::Explain(arguments) => score::explain(arguments, environment),
         Command::Verify(arguments) => verify::run(arguments, environment),
         Command::Plan(arguments) => plan::run(&arguments),
@@ -113,6 +129,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),
+        Command::Reload(arguments) => fleet::reload(arguments),
+        Command::Activate(arguments) => fleet::activate(arguments),
+        Command::Status(arguments) => fleet::status(arguments),
         Command::Health(arguments) => health::run(&arguments),
         Command::Version => {
             println!("warm {} ({})", crate::domain::VERSION, crate::domain::COMMIT);
@@ -125,19 +144,17 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
     })
 }
 
-/// The settings of a command, from all four sources.
-fn resolve(arguments: ModelArgs, environment: Environment, more: &[(&str, &str)]) -> Result<Resolved, CommandError> {
+/// What a command was started with: the four sources of its settings.
+fn started(arguments: ModelArgs, environment: Environment, more: &[(&str, &str)]) -> Started {
     let named = environment.iter().find(|(name, _)| name == FILE_VARIABLE).map(|(_, path)| PathBuf::from(path));
-    let file = match arguments.config.or(named) {
-        None => None,
-        Some(path) => {
-            let text = std::fs::read_to_string(&path).map_err(|error| CommandError::file(&path, error))?;
-            Some((path, text))
-        }
-    };
     let mut flags = arguments.settings.0;
     flags.extend(more.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-    Ok(Resolved::new(Sources { file, environment, flags, folders: arguments.checkpoints })?)
+    Started { file: arguments.config.or(named), environment, flags, folders: arguments.checkpoints }
+}
+
+/// The settings of a command.
+fn resolve(arguments: ModelArgs, environment: Environment, more: &[(&str, &str)]) -> Result<Resolved, CommandError> {
+    Ok(started(arguments, environment, more).resolve()?)
 }
 
 fn check_config(arguments: ModelArgs, environment: Environment) -> Result<ExitCode, CommandError> {

@@ -20,7 +20,7 @@ use crate::scorer::Permit;
 use crate::telemetry;
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Cut {
+pub(super) enum Cut {
     /// Keep the end of a sample that is too long.
     Left,
     /// Keep its beginning.
@@ -28,7 +28,7 @@ enum Cut {
 }
 
 impl Cut {
-    fn truncation(cut: Option<Self>) -> Truncation {
+    pub(super) fn truncation(cut: Option<Self>) -> Truncation {
         match cut {
             None => Truncation::Refuse,
             Some(Self::Left) => Truncation::Left,
@@ -93,6 +93,7 @@ pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Resul
     let samples = match item.input {
         Input::One(sample) => vec![sample],
         Input::Group(group) => group.samples().collect(),
+        Input::Preference(pair) => vec![pair.chosen, pair.rejected],
     };
     let (app, spec) = load(arguments.model, environment, false)?;
     let (_, text, _) = open_text(&spec, &Clock::system()).map_err(|error| CommandError::Other(error.to_string()))?;
@@ -114,7 +115,9 @@ pub(super) fn load(
     members: bool,
 ) -> Result<(App, crate::registry::LoadSpec), CommandError> {
     let instance = instance(&environment);
-    let more: &[(&str, &str)] = if members { &[("ensemble", "resident")] } else { &[] };
+    // Streamed members are members, too.
+    let given = arguments.settings.0.iter().any(|(key, _)| key == "ensemble");
+    let more: &[(&str, &str)] = if members && !given { &[("ensemble", "resident")] } else { &[] };
     let config = resolve(arguments, environment, more)?.config;
     telemetry::start(config.log_format, &config.log_filter)?;
     let spec = load_spec(&config)?;
@@ -129,7 +132,7 @@ pub(super) fn load(
     Ok((app, spec))
 }
 
-fn open(path: &Path) -> Result<Box<dyn BufRead>, CommandError> {
+pub(super) fn open(path: &Path) -> Result<Box<dyn BufRead>, CommandError> {
     if path == Path::new("-") {
         return Ok(Box::new(BufReader::new(io::stdin())));
     }
@@ -137,7 +140,7 @@ fn open(path: &Path) -> Result<Box<dyn BufRead>, CommandError> {
     Ok(Box::new(BufReader::new(file)))
 }
 
-fn create(path: &Path) -> Result<Box<dyn Write>, CommandError> {
+pub(super) fn create(path: &Path) -> Result<Box<dyn Write>, CommandError> {
     if path == Path::new("-") {
         return Ok(Box::new(BufWriter::new(io::stdout())));
     }

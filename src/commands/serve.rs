@@ -5,16 +5,18 @@ use std::process::ExitCode;
 
 use super::arguments::ModelArgs;
 use super::progress::Reports;
-use super::{CommandError, Environment, instance, resolve, runtime};
-use crate::app::{App, AppError, load_spec, loader};
+use super::{CommandError, Environment, instance, runtime, started};
+use crate::app::{App, AppError, SettingsSource, load_spec};
 use crate::clock::Clock;
 use crate::serve::Admin;
-use crate::shutdown::Signals;
+use crate::shutdown::{Hangups, Signals};
 use crate::telemetry::{self, TraceOptions};
 
 pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<ExitCode, CommandError> {
     let instance = instance(&environment);
-    let config = resolve(arguments, environment, &[])?.config;
+    let started = started(arguments, environment, &[]);
+    let resolved = started.resolve()?;
+    let config = resolved.config.clone();
     let runtime = runtime()?;
     let traces = config.traces_endpoint.clone().map(|endpoint| {
         let (share, instance) = (config.traces_share, instance.clone());
@@ -25,11 +27,24 @@ pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<Exit
         let _inside = runtime.enter();
         telemetry::start_with(config.log_format, &config.log_filter, traces.as_ref())?
     };
-    let spec = load_spec(&config)?;
+    // Before anything is opened: a recipe that cannot be read is a mistake of whoever sits in front of it, unless what was
+    // good before can take its place.
+    if config.live.state.is_none() {
+        load_spec(&config)?;
+    }
     let clock = Clock::system();
+    let source = SettingsSource::new(started, resolved, clock.clone());
     let result = runtime.block_on(async {
         let signals = Signals::listen().map_err(AppError::Thread)?;
-        let app = App::new(&config, clock.clone(), instance)?;
+        let mut hangups = Hangups::listen().map_err(AppError::Thread)?;
+        let mut app = App::new(&config, clock.clone(), instance)?;
+        let reloader = app.reload_from_settings(source.clone());
+        tokio::spawn(async move {
+            loop {
+                hangups.next().await;
+                reloader.trigger("SIGHUP");
+            }
+        });
         let listen = |address: std::net::SocketAddr, error: std::io::Error| AppError::Listen {
             address: address.to_string(),
             problem: error.to_string(),
@@ -45,7 +60,8 @@ pub(super) fn run(arguments: ModelArgs, environment: Environment) -> Result<Exit
                 tracing::info!("{words}");
             }
         };
-        let loaded = app.load_in_background(loader(spec, clock.clone()), Box::new(progress))?;
+        let first = source.first(app.engine().registry().metrics().clone());
+        let loaded = app.load_in_background(first, Box::new(progress))?;
         app.serve(listener, loaded, signals.first()).await?;
         // Probes answer until the very end.
         drop(admin);

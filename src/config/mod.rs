@@ -2,9 +2,11 @@
 //! every value remembers where it comes from. Pure: files and variables are handed in.
 
 mod layers;
+mod live;
 mod parse;
 mod remotes;
 mod settings;
+mod values;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,57 +15,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use layers::{ConfigError, Given, Origin};
+pub use live::{LiveConfig, WatchConfig};
 pub use parse::{duration as parse_duration, size as parse_size};
 pub use remotes::RemoteVariables;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
+pub use values::{AdmissionConfig, CacheConfig, CalibrationConfig, EnsembleMode, MessageConfig, ModelChoice, TextConfig};
 
 use crate::checkpoint::HeadChoice;
 use crate::checkpoint::remote::Remotes;
 use crate::merge::Recipe;
 use crate::telemetry::LogFormat;
 use layers::Layer;
-
-/// What is to be served.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ModelChoice {
-    /// A recipe file.
-    RecipeFile(PathBuf),
-    /// A recipe that stands in the configuration file; paths in it are relative to `base`.
-    Recipe { yaml: String, base: PathBuf },
-    /// The uniform average of these folders; of one, the checkpoint itself.
-    Folders(Vec<PathBuf>),
-}
-
-/// Where merged weights are kept, and how many.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CacheConfig {
-    pub dir: PathBuf,
-    pub max_bytes: usize,
-}
-
-/// Which models of the merge are kept loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EnsembleMode {
-    /// The merged model alone.
-    Off,
-    /// Every member beside it.
-    Resident,
-}
-
-/// Where calibrated scores come from.
-#[derive(Clone, Debug, PartialEq)]
-pub enum CalibrationConfig {
-    Given {
-        mean: f64,
-        std: f64,
-        samples: u64,
-        source: String,
-    },
-    /// A JSON file of the same four.
-    File(PathBuf),
-    /// The config of a single member.
-    FromConfig,
-}
 
 /// All settings, checked one by one. What depends on the model is checked when it is loaded.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,6 +60,7 @@ pub struct Config {
     pub drain_deadline: Duration,
     pub text: TextConfig,
     pub calibration: Option<CalibrationConfig>,
+    pub live: LiveConfig,
     pub log_format: LogFormat,
     pub log_filter: String,
     /// From 0 to 1.
@@ -113,35 +76,6 @@ pub struct Config {
     pub traces_share: f64,
     /// Empty: the first that call.
     pub tenants: Vec<String>,
-}
-
-/// Bounds on what is in flight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AdmissionConfig {
-    pub max_requests: usize,
-    pub max_bytes: usize,
-    pub max_tokens: usize,
-    pub max_queue: usize,
-    pub retry_after: Duration,
-}
-
-/// Bounds on one message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MessageConfig {
-    pub max_decode: usize,
-    pub max_encode: usize,
-    pub max_samples: usize,
-    pub max_expanded: usize,
-}
-
-/// What becomes of text, where the model's own files are not to decide.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TextConfig {
-    pub bos: String,
-    pub eos: String,
-    pub reasoning: String,
-    pub template: Option<String>,
-    pub template_date: Option<jiff::civil::Date>,
 }
 
 /// What a configuration is made from.
@@ -201,6 +135,13 @@ impl Resolved {
         let told = sources.environment.iter().filter(|(name, _)| Remotes::is_variable(name));
         config.remotes = RemoteVariables(told.cloned().collect());
         if errors.is_empty() { Ok(Self { config, values: values.0 }) } else { Err(ConfigErrors(errors)) }
+    }
+
+    /// The settings that have another value in `other`, in the order of the table: key, value here, value there.
+    pub fn changes<'a>(&'a self, other: &'a Self) -> Vec<(&'static str, &'a str, &'a str)> {
+        let text = |resolved: &'a Self, key| resolved.values.get(key).map_or("", |given| given.text.as_str());
+        let both = SETTINGS.iter().map(|setting| (setting.key, text(self, setting.key), text(other, setting.key)));
+        both.filter(|(_, here, there)| here != there).collect()
     }
 
     /// `key = value  (origin)`, one line each, in the order of the table: what `warm check-config` prints.
@@ -354,7 +295,10 @@ impl Reader<'_> {
             listen: self.get("listen", parse::address),
             admin_listen: self.get("admin.listen", parse::address),
             cache: self.cache(base),
-            ensemble: self.get("ensemble", parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident)])),
+            ensemble: self.get(
+                "ensemble",
+                parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident), ("streamed", EnsembleMode::Streamed)]),
+            ),
             head: self.get("head", parse::head),
             pooling: self.get("pooling", parse::pooling),
             dtype: self.get("dtype", parse::choice(&[("", None), ("float32", Some("float32"))])).map(str::to_owned),
@@ -382,6 +326,7 @@ impl Reader<'_> {
             drain_deadline: self.get("drain.deadline", parse::duration),
             text: self.text(base),
             calibration: self.calibration(base),
+            live: self.live(base),
             log_format: self.get("log.format", parse::choice(&[("text", LogFormat::Text), ("json", LogFormat::Json)])),
             log_filter: self.get("log.filter", parse::text),
             log_successes: self.get("log.successes", parse::share),

@@ -76,6 +76,17 @@ pub(super) fn tenants(text: &str) -> Result<Vec<String>, String> {
     }
 }
 
+/// A number within these bounds.
+pub(super) fn within(least: f64, most: f64) -> impl Fn(&str) -> Result<f64, String> {
+    move |text| {
+        let value: Option<f64> = text.parse().ok();
+        value.filter(|value| (least..=most).contains(value)).ok_or_else(|| match most {
+            f64::MAX => format!("expected a finite number of at least {least}"),
+            _ => format!("expected a number from {least} to {most}"),
+        })
+    }
+}
+
 /// `512`, `64KiB`, `64 MiB`, `1GiB`; also `kB`, `MB`, `GB` in powers of ten.
 pub fn size(text: &str) -> Result<usize, String> {
     let expected = || "expected a size such as 64MiB, of at least 1 byte".to_owned();

@@ -91,8 +91,56 @@ impl GroupAgreement {
     }
 }
 
+/// The unit of merged and member rewards in a comparison, each by its own statistics. Bradley-Terry rewards are free up to
+/// a constant, so order statistics over raw members (minimum, UWO) say which member sits lowest, not which is in doubt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemberScale {
+    #[default]
+    Raw,
+    /// Less the mean.
+    Centered,
+    /// Less the mean, divided by the standard deviation.
+    Standardized,
+}
+
+impl MemberScale {
+    /// One raw reward in this unit.
+    pub fn apply(self, raw: f64, mean: f64, std: f64) -> f64 {
+        match self {
+            Self::Raw => raw,
+            Self::Centered => raw - mean,
+            Self::Standardized => (raw - mean) / std,
+        }
+    }
+}
+
+/// What merged model and ensemble say of one preference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PairAgreement {
+    /// The probability under Bradley-Terry that chosen wins, by the merged model.
+    pub p_chosen_merged: f64,
+    /// The same by the ensemble's mean.
+    pub p_chosen_mean: f64,
+    /// Members that put chosen above rejected.
+    pub votes: usize,
+    /// Whether merged model and mean prefer different answers.
+    pub disagree: bool,
+}
+
+impl PairAgreement {
+    /// `merged` and `mean` are the rewards of chosen and rejected; so is each of `members`.
+    pub fn new(merged: [f64; 2], mean: [f64; 2], members: impl IntoIterator<Item = [f64; 2]>) -> Self {
+        Self {
+            p_chosen_merged: bradley_terry(merged[0], merged[1]),
+            p_chosen_mean: bradley_terry(mean[0], mean[1]),
+            votes: members.into_iter().filter(|[chosen, rejected]| chosen > rejected).count(),
+            disagree: (merged[0] > merged[1]) != (mean[0] > mean[1]),
+        }
+    }
+}
+
 /// The probability under Bradley-Terry that the first of two rewards wins: `sigmoid(first - second)`.
-pub fn bradley_terry(first: f64, second: f64) -> f64 {
+fn bradley_terry(first: f64, second: f64) -> f64 {
     1.0 / (1.0 + (second - first).exp())
 }
 
@@ -163,6 +211,21 @@ mod tests {
         assert_eq!(bradley_terry(3.0, 3.0), 0.5);
         assert_eq!(bradley_terry(1e30, -1e30), 1.0);
         assert_eq!(bradley_terry(-1e30, 1e30), 0.0);
+    }
+
+    #[test]
+    fn a_scale_moves_each_model_by_its_own_statistics() {
+        assert_eq!(MemberScale::Raw.apply(7.0, 3.0, 2.0), 7.0);
+        assert_eq!(MemberScale::Centered.apply(7.0, 3.0, 2.0), 4.0);
+        assert_eq!(MemberScale::Standardized.apply(7.0, 3.0, 2.0), 2.0);
+    }
+
+    #[test]
+    fn a_pair_is_voted_on_by_every_member() {
+        let pair = PairAgreement::new([1.0, 0.0], [-1.0, 0.0], [[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]]);
+        assert_eq!((pair.votes, pair.disagree), (1, true), "a tie is no vote");
+        assert!((pair.p_chosen_merged - 1.0 / (1.0 + (-1f64).exp())).abs() < 1e-15);
+        assert!((pair.p_chosen_merged + pair.p_chosen_mean - 1.0).abs() < 1e-15);
     }
 
     proptest! {

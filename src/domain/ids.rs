@@ -41,6 +41,16 @@ pub struct WeightsId(pub [u8; 32]);
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 
+impl Fingerprint {
+    /// Reads 64 hexadecimal digits, as they are printed or in capitals.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let digits: Vec<u8> = text.bytes().map(digit).collect::<Option<_>>()?;
+        let bytes: Vec<u8> = digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit)).collect();
+        if digits.len() == 64 { bytes.try_into().ok().map(Self) } else { None }
+    }
+}
+
 impl fmt::Display for WeightsId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_hex(&self.0, f)
@@ -92,8 +102,16 @@ mod tests {
     }
 
     #[test]
-    fn ids_print_as_hex() {
+    fn ids_print_as_hex_and_are_read_again() {
         let id = WeightsId([0xab; 32]);
         assert_eq!(id.to_string(), "ab".repeat(32));
+        let mut bytes = [0; 32];
+        bytes.iter_mut().zip(7..).for_each(|(byte, value)| *byte = value);
+        let fingerprint = Fingerprint(bytes);
+        assert_eq!(Fingerprint::from_hex(&fingerprint.to_string()), Some(fingerprint));
+        assert_eq!(Fingerprint::from_hex(&fingerprint.to_string().to_uppercase()), Some(fingerprint));
+        for bad in ["", "ab", &"ab".repeat(33), &"0g".repeat(32), &format!("{}ü", "a".repeat(62))] {
+            assert_eq!(Fingerprint::from_hex(bad), None, "{bad}");
+        }
     }
 }

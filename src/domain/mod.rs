@@ -4,10 +4,12 @@ mod build;
 mod conversation;
 mod ensemble;
 mod ids;
+mod moments;
 mod score;
 
 pub use build::{COMMIT, VERSION};
 pub use conversation::{Completion, Conversation, InvalidInput, Prompt, PromptGroup, Sample, Turn};
-pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, bradley_terry, kendall_tau_b};
+pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, MemberScale, PairAgreement, kendall_tau_b};
 pub use ids::{Fingerprint, GenerationId, InvalidMemberName, MemberName, WeightsId};
+pub use moments::{JointMoments, Moments};
 pub use score::{Failure, FailureKind, NonFinite, Score, ScoreDetails, Scored, Step, Truncation};

@@ -133,11 +133,17 @@ impl Cache {
 }
 
 impl<'c> Slot<'c> {
-    /// The merged weights, if they were kept. An entry that is visibly broken is dropped.
-    pub fn find(&self) -> Option<Cached<'c>> {
+    /// The name of the merged weights and the content hash of every member, if the content of every source is remembered.
+    /// Reads none of them.
+    pub fn remembered(&self) -> Option<(WeightsId, Vec<[u8; 32]>)> {
         let hashes: Vec<[u8; 32]> = self.keys.sources.iter().map(|key| self.cache.hashes.get(key)).collect::<Option<_>>()?;
         let (members, init) = hashes.split_at_checked(self.plan.members().len())?;
-        let weights_id = self.plan.weights_id(members, init.first().copied());
+        Some((self.plan.weights_id(members, init.first().copied()), members.to_vec()))
+    }
+
+    /// The merged weights, if they were kept. An entry that is visibly broken is dropped.
+    pub fn find(&self) -> Option<Cached<'c>> {
+        let (weights_id, members) = self.remembered()?;
         let place = self.cache.weights().join(weights_id.to_string());
         if !place.exists() {
             return None;
@@ -146,7 +152,7 @@ impl<'c> Slot<'c> {
         match open_entry(&place, weights_id, self.plan.manifest()) {
             Ok((source, entry)) => {
                 cache.touch(&place);
-                Some(Cached { cache, place, weights_id, members: members.to_vec(), source, entry })
+                Some(Cached { cache, place, weights_id, members, source, entry })
             }
             Err(problem) => {
                 discard(cache, &place, &problem);

@@ -86,7 +86,7 @@ fn case_of(value: &Value) -> Result<Case, String> {
         (true, Some(ids)) => Sample::Tokens(ids.clone()),
         _ => match parse_fields(input).map_err(|error| error.to_string())?.input {
             Input::One(sample) => sample,
-            Input::Group(_) => return Err("expected one completion, found several".to_owned()),
+            Input::Group(_) | Input::Preference(_) => return Err("expected one completion, found several".to_owned()),
         },
     };
     let position = fields.get("pooled_position").and_then(Value::as_u64).map(|position| position as usize);

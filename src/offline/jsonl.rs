@@ -12,11 +12,19 @@ pub struct Item {
     pub input: Input,
 }
 
-/// One sample, or one prompt with many completions.
+/// One sample, one prompt with many completions, or one prompt with two answers of which one is known to be better.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
     One(Sample),
     Group(PromptGroup),
+    Preference(Box<Preference>),
+}
+
+/// Two answers to one prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preference {
+    pub chosen: Sample,
+    pub rejected: Sample,
 }
 
 /// A line that is not valid input.
@@ -30,10 +38,11 @@ impl From<InvalidInput> for LineError {
     }
 }
 
-const FORMS: &str = "expected one of: text (with text_pair), messages, prompt with completion or completions, input_ids";
+const FORMS: &str =
+    "expected one of: text (with text_pair), messages, prompt with completion, completions, or chosen and rejected, input_ids";
 
 /// Reads one line: `{"text"}`, `{"text", "text_pair"}`, `{"messages"}`, `{"prompt", "completion"}`,
-/// `{"prompt", "completions"}` or `{"input_ids"}`, each with an optional `"id"`. A string `prompt` is one user message; with
+/// `{"prompt", "completions"}`, `{"prompt", "chosen", "rejected"}` or `{"input_ids"}`, each with an optional `"id"`. A string `prompt` is one user message; with
 /// `"raw": true` it is text that the completion follows without a separator.
 pub fn parse_line(line: &str) -> Result<Item, LineError> {
     let value: Value = serde_json::from_str(line).map_err(|error| LineError(format!("expected a JSON object: {error}")))?;
@@ -88,6 +97,9 @@ fn prompted(fields: &mut Map<String, Value>) -> Result<Input, LineError> {
         }
         _ => Prompt::Conversation(conversation(fields, "prompt")?),
     };
+    if fields.contains_key("chosen") || fields.contains_key("rejected") {
+        return preference(prompt, fields);
+    }
     match (fields.shift_remove("completion"), fields.shift_remove("completions")) {
         (Some(one), None) => {
             let group = PromptGroup::new(prompt, vec![completion("completion", one)?])?;
@@ -101,6 +113,19 @@ fn prompted(fields: &mut Map<String, Value>) -> Result<Input, LineError> {
         (None, Some(other)) => Err(LineError(format!("completions: expected a list, found {}", kind(&other)))),
         (Some(_), Some(_)) => Err(LineError("expected either completion or completions, found both".to_owned())),
         (None, None) => Err(LineError("expected completion or completions beside prompt, found neither".to_owned())),
+    }
+}
+
+fn preference(prompt: Prompt, fields: &mut Map<String, Value>) -> Result<Input, LineError> {
+    let mut side = |field: &str| {
+        let answer = fields.shift_remove(field).ok_or_else(|| LineError(format!("{field}: expected an answer beside the other one")))?;
+        completion(field, answer)
+    };
+    let group = PromptGroup::new(prompt, vec![side("chosen")?, side("rejected")?])?;
+    let mut samples = group.samples();
+    match (samples.next(), samples.next()) {
+        (Some(chosen), Some(rejected)) => Ok(Input::Preference(Box::new(Preference { chosen, rejected }))),
+        _ => Err(LineError("chosen and rejected: expected two answers".to_owned())),
     }
 }
 
@@ -190,7 +215,7 @@ mod tests {
     fn one(value: Value) -> Sample {
         match parse(value).expect("valid").input {
             Input::One(sample) => sample,
-            Input::Group(group) => panic!("{group:?}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -212,8 +237,11 @@ mod tests {
                 let samples: Vec<_> = group.samples().collect();
                 assert_eq!(samples, ["a", "b"].map(|answer| Sample::Conversation(user.answered(answer))));
             }
-            Input::One(sample) => panic!("{sample:?}"),
+            other => panic!("{other:?}"),
         }
+        let preference = parse(json!({"prompt": "q", "chosen": "a", "rejected": "b"})).expect("valid").input;
+        let [chosen, rejected] = ["a", "b"].map(|answer| Sample::Conversation(user.answered(answer)));
+        assert_eq!(preference, Input::Preference(Box::new(Preference { chosen, rejected })));
     }
 
     #[test]
@@ -232,6 +260,8 @@ mod tests {
             (json!({"text": 1}), "text: expected a string, found a number"),
             (json!({"text": "a", "txt_pair": "b"}), "`txt_pair` does not belong"),
             (json!({"prompt": "a"}), "found neither"),
+            (json!({"prompt": "a", "chosen": "b"}), "rejected: expected an answer"),
+            (json!({"prompt": "a", "chosen": "b", "rejected": "c", "completion": "d"}), "`completion` does not belong"),
             (json!({"prompt": "a", "completion": "b", "completions": []}), "found both"),
             (json!({"prompt": "a", "completions": []}), "at least one completion"),
             (json!({"prompt": "a", "completions": "b"}), "expected a list"),
@@ -258,7 +288,7 @@ mod tests {
         fn no_object_of_known_keys_makes_it_panic(
             keys in prop::collection::vec(prop_oneof![
                 Just("text"), Just("text_pair"), Just("messages"), Just("prompt"), Just("completion"),
-                Just("completions"), Just("input_ids"), Just("id"), Just("raw"), Just("tools"),
+                Just("completions"), Just("chosen"), Just("rejected"), Just("input_ids"), Just("id"), Just("raw"), Just("tools"),
             ], 0..5),
             values in prop::collection::vec(prop_oneof![
                 Just(json!(null)), Just(json!("x")), Just(json!(3)), Just(json!([])), Just(json!(["x"])), Just(json!(true)),

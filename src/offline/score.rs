@@ -1,26 +1,15 @@
-//! Lines in, scores out, in order: read in chunks that are scored like requests, with a few chunks under way, so that
-//! memory is bounded whatever the length of the input.
+//! Lines in, scores out, in order.
 
-use std::collections::VecDeque;
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, Write};
 
 use serde_json::{Map, Value, json};
-use tokio::task::JoinHandle;
 
-use super::jsonl::{Input, Item, parse_line};
+use super::lines::{Answers, Line, each_line, write_line};
 use crate::client::{Client, ClientError, sample_to_wire};
 use crate::domain::{Failure, Sample, Scored, Truncation};
 use crate::registry::{CallOptions, CompareOptions, Engine, EngineError};
 use crate::scorer::Permit;
 use crate::wire;
-
-/// The longest line that is read.
-const MAX_LINE_BYTES: u64 = 64 << 20;
-/// A chunk ends with the line that fills it.
-const CHUNK_SAMPLES: usize = 256;
-const CHUNK_BYTES: usize = 4 << 20;
-/// Chunks under way: while one is in the forward, the next is tokenised.
-const CHUNKS_AHEAD: usize = 2;
 
 /// Why scoring ended early. What was written before is complete lines.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +20,8 @@ pub enum OfflineError {
     Read(std::io::Error),
     #[error("cannot write the output: {0}")]
     Write(std::io::Error),
+    #[error("the server's answer does not have one score per sample")]
+    Short,
     #[error(transparent)]
     Engine(#[from] EngineError),
     #[error(transparent)]
@@ -64,132 +55,41 @@ pub struct Summary {
 }
 
 /// One sample's part of an output line.
-type Row = Map<String, Value>;
+pub(super) type Row = Map<String, Value>;
 
 /// Scores every line of `input`. Needs a multi-threaded tokio runtime. Blank lines are skipped.
 pub async fn score_lines(
-    mut input: impl BufRead,
+    input: impl BufRead,
     mut output: impl Write,
     scorer: &Scorer,
     options: ScoreOptions,
 ) -> Result<Summary, OfflineError> {
     let mut summary = Summary::default();
-    let mut under_way: VecDeque<Chunk> = VecDeque::new();
-    let mut line = 0;
-    let mut end = None;
-    while end.is_none() {
-        let items = match read_chunk(&mut input, &mut line) {
-            (items, Ok(more)) => {
-                end = (!more).then_some(Ok(()));
-                items
-            }
-            // What stands before a bad line is still scored and written.
-            (items, Err(error)) => {
-                end = Some(Err(error));
-                items
-            }
-        };
-        if !items.is_empty() {
-            under_way.push_back(Chunk::start(items, scorer.clone(), options));
+    let scorer = scorer.clone();
+    let score = move |samples| {
+        let scorer = scorer.clone();
+        async move { rows(&scorer, samples, options).await }
+    };
+    each_line(input, score, |line: Line<Row>| {
+        for row in line.answers.iter() {
+            let counter = if row.contains_key("failure") { &mut summary.failed } else { &mut summary.scored };
+            *counter += 1;
+            summary.tokens += row.get("tokens").and_then(Value::as_u64).unwrap_or(0);
         }
-        while under_way.len() >= CHUNKS_AHEAD {
-            finish(&mut under_way, &mut output, &mut summary).await?;
+        summary.lines += 1;
+        let mut object: Row = line.id.map(|id| ("id".to_owned(), id)).into_iter().collect();
+        match line.answers {
+            Answers::One(row) => object.extend(row),
+            Answers::Group(rows) => _ = object.insert("scores".to_owned(), rows.into_iter().map(Value::Object).collect()),
+            Answers::Preference(rows) => {
+                object.extend(["chosen", "rejected"].map(str::to_owned).into_iter().zip(rows.map(Value::Object)));
+            }
         }
-    }
-    while !under_way.is_empty() {
-        finish(&mut under_way, &mut output, &mut summary).await?;
-    }
+        write_line(&mut output, &object)
+    })
+    .await?;
     output.flush().map_err(OfflineError::Write)?;
-    end.unwrap_or(Ok(())).map(|()| summary)
-}
-
-/// Lines that are scored together.
-struct Chunk {
-    /// The id of each line, and its completions if it is a group.
-    shape: Vec<(Option<Value>, Option<usize>)>,
-    rows: JoinHandle<Result<Vec<Row>, OfflineError>>,
-}
-
-impl Chunk {
-    fn start(items: Vec<Item>, scorer: Scorer, options: ScoreOptions) -> Self {
-        let mut samples = Vec::new();
-        let shape = items.into_iter().map(|Item { id, input }| match input {
-            Input::One(sample) => {
-                samples.push(sample);
-                (id, None)
-            }
-            Input::Group(group) => {
-                samples.extend(group.samples());
-                (id, Some(group.completions().len()))
-            }
-        });
-        let shape = shape.collect();
-        Self { shape, rows: tokio::spawn(async move { rows(&scorer, samples, options).await }) }
-    }
-}
-
-async fn finish(under_way: &mut VecDeque<Chunk>, output: &mut impl Write, summary: &mut Summary) -> Result<(), OfflineError> {
-    let Some(chunk) = under_way.pop_front() else { return Ok(()) };
-    let rows = chunk.rows.await.map_err(|panic| OfflineError::Panicked(panic.to_string()))??;
-    let mut rows = rows.into_iter().inspect(|row| {
-        let counter = if row.contains_key("failure") { &mut summary.failed } else { &mut summary.scored };
-        *counter += 1;
-        summary.tokens += row.get("tokens").and_then(Value::as_u64).unwrap_or(0);
-    });
-    let mut lines = 0;
-    for (id, completions) in chunk.shape {
-        let mut object: Row = id.map(|id| ("id".to_owned(), id)).into_iter().collect();
-        match completions {
-            None => object.extend(rows.next().unwrap_or_default()),
-            Some(count) => {
-                let scores = rows.by_ref().take(count).map(Value::Object).collect();
-                object.insert("scores".to_owned(), Value::Array(scores));
-            }
-        }
-        serde_json::to_writer(&mut *output, &object).map_err(|error| OfflineError::Write(error.into()))?;
-        output.write_all(b"\n").map_err(OfflineError::Write)?;
-        lines += 1;
-    }
-    drop(rows);
-    summary.lines += lines;
-    Ok(())
-}
-
-/// Reads until the chunk is full; true if there may be more. What was read before an error comes with it.
-fn read_chunk(input: &mut impl BufRead, line: &mut u64) -> (Vec<Item>, Result<bool, OfflineError>) {
-    let (mut items, mut samples, mut bytes) = (Vec::new(), 0, 0);
-    while samples < CHUNK_SAMPLES && bytes < CHUNK_BYTES {
-        let mut buffer = Vec::new();
-        let read = match input.by_ref().take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut buffer) {
-            Ok(0) => return (items, Ok(false)),
-            Ok(read) => read,
-            Err(error) => return (items, Err(OfflineError::Read(error))),
-        };
-        *line += 1;
-        let parsed = if read as u64 > MAX_LINE_BYTES {
-            Err(format!("expected at most {MAX_LINE_BYTES} bytes"))
-        } else {
-            match std::str::from_utf8(&buffer) {
-                Ok(text) if text.trim().is_empty() => continue,
-                Ok(text) => parse_line(text).map_err(|error| error.to_string()),
-                Err(error) => Err(format!("expected UTF-8: {error}")),
-            }
-        };
-        match parsed {
-            Ok(item) => {
-                let completions = match &item.input {
-                    Input::One(_) => 1,
-                    Input::Group(group) => group.completions().len(),
-                };
-                samples += completions;
-                // A group's prompt stands before each of its completions.
-                bytes += read.saturating_mul(completions.div_ceil(8));
-                items.push(item);
-            }
-            Err(problem) => return (items, Err(OfflineError::Line { line: *line, problem })),
-        }
-    }
-    (items, Ok(true))
+    Ok(summary)
 }
 
 async fn rows(scorer: &Scorer, samples: Vec<Sample>, options: ScoreOptions) -> Result<Vec<Row>, OfflineError> {
@@ -220,11 +120,7 @@ async fn rows(scorer: &Scorer, samples: Vec<Sample>, options: ScoreOptions) -> R
 }
 
 async fn remote_rows(client: &Client, samples: &[Sample], options: ScoreOptions) -> Result<Vec<Row>, OfflineError> {
-    let truncation = match options.truncation {
-        Truncation::Refuse => wire::Truncation::Refuse,
-        Truncation::Left => wire::Truncation::Left,
-        Truncation::Right => wire::Truncation::Right,
-    };
+    let truncation = truncation_to_wire(options.truncation);
     let samples = samples.iter().map(sample_to_wire).collect();
     let asked = Some(wire::ScoreOptions { truncation: truncation.into(), ..Default::default() });
     if !options.members {
@@ -243,6 +139,14 @@ async fn remote_rows(client: &Client, samples: &[Sample], options: ScoreOptions)
     Ok(compared.collect())
 }
 
+pub(super) fn truncation_to_wire(truncation: Truncation) -> wire::Truncation {
+    match truncation {
+        Truncation::Refuse => wire::Truncation::Refuse,
+        Truncation::Left => wire::Truncation::Left,
+        Truncation::Right => wire::Truncation::Right,
+    }
+}
+
 fn wire_row(score: wire::Score) -> Row {
     match score.failure {
         Some(failure) => {
@@ -256,7 +160,7 @@ fn wire_row(score: wire::Score) -> Row {
     }
 }
 
-fn scored_row(scored: &Scored) -> Row {
+pub(super) fn scored_row(scored: &Scored) -> Row {
     let steps = scored.steps.iter().map(|step| (step.position as u64, step.reward.get(), step.outputs.as_slice()));
     row(scored.reward.get(), &scored.outputs, steps, scored.tokens as u64, scored.truncated)
 }
@@ -279,22 +183,22 @@ fn row<'a>(reward: f32, outputs: &[f32], steps: impl Iterator<Item = (u64, f32, 
     row
 }
 
-fn with_members(mut row: Row, names: &[String], rewards: impl Iterator<Item = f32>) -> Row {
+pub(super) fn with_members(mut row: Row, names: &[String], rewards: impl Iterator<Item = f32>) -> Row {
     let members: Row = names.iter().cloned().zip(rewards.map(number)).collect();
     row.insert("members".to_owned(), Value::Object(members));
     row
 }
 
-fn failed(failure: &Failure) -> Row {
+pub(super) fn failed(failure: &Failure) -> Row {
     failure_row(failure.kind.name(), &failure.message)
 }
 
-fn failure_row(kind: &str, message: &str) -> Row {
+pub(super) fn failure_row(kind: &str, message: &str) -> Row {
     Row::from_iter([("failure".to_owned(), json!({ "kind": kind, "message": message }))])
 }
 
 /// The shortest decimal that reads back as the same float32; its float64 twin would show digits that mean nothing.
-fn number(value: f32) -> Value {
+pub(super) fn number(value: f32) -> Value {
     let shortest: Option<f64> = value.to_string().parse().ok();
     shortest.map_or(Value::Null, |value| json!(value))
 }

@@ -72,6 +72,12 @@ pub enum EngineError {
     MembersNotLoaded,
     #[error("calibrated rewards were asked for, but no calibration is loaded for what scores")]
     CalibrationMissing,
+    #[error(
+        "{who} has no calibration, and only {seen} of its samples were seen here ({} are enough): \
+         `warm calibrate` writes a file for `calibration.file`",
+        super::members::MIN_RUNNING
+    )]
+    ScaleMissing { who: String, seen: u64 },
     #[error("sample {index}: {failure}")]
     Strict { index: usize, failure: Failure },
     #[error("the device worker has stopped")]

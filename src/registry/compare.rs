@@ -1,9 +1,13 @@
 //! The merged model beside the ensemble of its members: tokenised once, packed once, every model over the same packs.
 
-use super::engine::{Row, member, reward, scored};
+use super::engine::Row;
 use super::generation::{Generation, Lane};
+use super::members::{ScaleSource, Scales};
+use super::outcomes::{member, non_finite, resident, reward, scored};
 use super::{CallOptions, ComparedPoint, Engine, EngineError, ModelStamp, Timing};
-use crate::domain::{DEFAULT_UWO_LAMBDA, EnsembleStats, Failure, FailureKind, GroupAgreement, MemberName, Sample, Score, Scored};
+use crate::domain::{
+    DEFAULT_UWO_LAMBDA, EnsembleStats, Failure, FailureKind, GroupAgreement, MemberName, MemberScale, PairAgreement, Sample, Score, Scored,
+};
 use crate::scorer::Permit;
 
 /// What a comparison adds to a call.
@@ -13,6 +17,8 @@ pub struct CompareOptions {
     pub members: Vec<String>,
     /// The weight of the variance in UWO, finite and at least 0; `None` for [`DEFAULT_UWO_LAMBDA`].
     pub uwo_lambda: Option<f64>,
+    /// The unit of all rewards, each model's by its own statistics.
+    pub scale: MemberScale,
 }
 
 /// One sample, as the merged model and every member see it.
@@ -33,6 +39,8 @@ pub struct CompareReply {
     pub timing: Timing,
     /// What was used.
     pub uwo_lambda: f64,
+    pub scale: MemberScale,
+    pub scale_source: ScaleSource,
 }
 
 pub(super) async fn run(
@@ -54,10 +62,22 @@ pub(super) async fn run(
     }
     let generation = engine.pin(options)?;
     let (members, lane) = choose(&generation, &compare.members)?;
-    let run = engine.run(&generation, lane, samples, options, permit).await?;
+    let scales = Scales::new(&generation, &members, compare.scale)?;
+    let run = match lane {
+        Some(lane) => engine.run(&generation, lane, samples, options, permit).await?,
+        None => {
+            let mut run = engine.run(&generation, generation.merged.clone(), samples, options, permit.clone()).await?;
+            for name in &members {
+                let (model, _slot) = engine.streamed(&generation, name).await?;
+                engine.run_again(&mut run, Lane::new([model]), options, permit.clone()).await?;
+            }
+            run
+        }
+    };
     let fold = |row: Row| {
-        let compared = fold(row, &members, uwo_lambda, options.details)?;
-        engine.registry().metrics().rewarded(compared.merged.reward);
+        let (compared, raw) = fold(row, &members, &scales, uwo_lambda, options.details)?;
+        engine.registry().metrics().rewarded(raw.merged);
+        generation.running.push(raw.merged, members.iter().zip(raw.members));
         Ok(compared)
     };
     let outcomes = engine.close(run.rows.into_iter().map(fold).collect(), options)?;
@@ -67,42 +87,75 @@ pub(super) async fn run(
         std: compared.stats.std as f32,
     };
     engine.registry().recent().compared(outcomes.iter().flatten().map(point));
-    Ok(CompareReply { outcomes, members, stamp: run.stamp, timing: run.timing, uwo_lambda })
+    Ok(CompareReply {
+        outcomes,
+        members,
+        stamp: run.stamp,
+        timing: run.timing,
+        uwo_lambda,
+        scale: compare.scale,
+        scale_source: scales.source,
+    })
 }
 
-/// The members asked for, and the lane that runs the merged model and them.
-fn choose(generation: &Generation, names: &[String]) -> Result<(Vec<MemberName>, Lane), EngineError> {
-    let mut chosen: Vec<usize> = Vec::new();
+/// The members asked for, and the lane that runs the merged model and them; no lane where members are streamed.
+fn choose(generation: &Generation, names: &[String]) -> Result<(Vec<MemberName>, Option<Lane>), EngineError> {
+    let mut chosen: Vec<MemberName> = Vec::new();
     for (i, name) in names.iter().enumerate() {
-        let index = member(generation, name)?;
-        if chosen.contains(&index) {
-            return Err(EngineError::invalid(format!("members[{i}]"), format!("{name:?} is named twice")));
+        let name = member(generation, name)?;
+        if chosen.contains(&name) {
+            return Err(EngineError::invalid(format!("members[{i}]"), format!("{:?} is named twice", name.as_str())));
         }
-        chosen.push(index);
+        chosen.push(name);
     }
+    let all: Vec<MemberName> = match (generation.members_loaded(), generation.members_streamed()) {
+        (true, _) => generation.resident().cloned().collect(),
+        (false, true) => generation.info.members.iter().map(|member| member.name.clone()).collect(),
+        (false, false) => return Err(EngineError::MembersNotLoaded),
+    };
+    let chosen = if chosen.is_empty() { all.clone() } else { chosen };
     if !generation.members_loaded() {
-        return Err(EngineError::MembersNotLoaded);
+        return Ok((chosen, None));
     }
-    let all: Vec<usize> = (0..generation.resident.len()).collect();
-    if chosen.is_empty() || chosen == all {
-        return Ok((generation.resident().cloned().collect(), generation.ensemble.clone()));
+    if chosen == all {
+        return Ok((chosen, Some(generation.ensemble.clone())));
     }
     // Some of the members: their packs hold this request alone, and nothing is run that was not asked for.
-    let members = chosen.iter().map(|&i| generation.resident[i].0.clone()).collect();
-    let models = chosen.iter().map(|&i| generation.resident[i].1.models[0].clone());
-    Ok((members, Lane::new(std::iter::once(generation.merged.models[0].clone()).chain(models))))
+    let models = chosen.iter().filter_map(|name| resident(generation, name)).map(|lane| lane.models[0].clone());
+    let lane = Lane::new(std::iter::once(generation.merged.models[0].clone()).chain(models));
+    Ok((chosen, Some(lane)))
 }
 
-fn fold(row: Row, names: &[MemberName], uwo_lambda: f64, details: bool) -> Result<Compared, Failure> {
+/// The rewards of one sample before they are scaled.
+struct Raw {
+    merged: Score,
+    members: Vec<Score>,
+}
+
+fn fold(row: Row, names: &[MemberName], scales: &Scales, uwo_lambda: f64, details: bool) -> Result<(Compared, Raw), Failure> {
     let (encoding, outputs) = row?;
     let none = || Failure::new(FailureKind::NonFinite, "a model has no output");
     let (merged, members) = outputs.split_first().ok_or_else(none)?;
-    let merged = scored(&encoding, merged, details)?;
+    let mut merged = scored(&encoding, merged, details)?;
     let within = |name: &MemberName, failure: Failure| Failure { message: format!("member {name}: {}", failure.message), ..failure };
     let members = names.iter().zip(members).map(|(name, output)| reward(output).map_err(|failure| within(name, failure)));
-    let members = members.collect::<Result<Vec<_>, _>>()?;
+    let raw = Raw { merged: merged.reward, members: members.collect::<Result<_, _>>()? };
+    merged.reward = scales.merged(raw.merged).map_err(non_finite)?;
+    let scale =
+        |(place, (name, raw)): (usize, (&MemberName, &Score))| scales.member(place, *raw).map_err(|error| within(name, non_finite(error)));
+    let members = names.iter().zip(&raw.members).enumerate().map(scale).collect::<Result<Vec<_>, _>>()?;
     let stats = EnsembleStats::new(merged.reward, &members, uwo_lambda).ok_or_else(none)?;
-    Ok(Compared { merged, members, stats })
+    Ok((Compared { merged, members, stats }, raw))
+}
+
+/// What merged model and ensemble say of one preference.
+pub fn pair_agreement(chosen: &Compared, rejected: &Compared) -> PairAgreement {
+    let members = chosen.members.iter().zip(&rejected.members);
+    PairAgreement::new(
+        [chosen, rejected].map(|side| f64::from(side.merged.reward.get())),
+        [chosen.stats.mean, rejected.stats.mean],
+        members.map(|(chosen, rejected)| [chosen, rejected].map(|score| f64::from(score.get()))),
+    )
 }
 
 /// How merged model and ensemble rank the completions of one group, over those that have a score; indices are those of

@@ -8,11 +8,13 @@ use rayon::prelude::*;
 use tokio::sync::oneshot;
 use tracing::Instrument;
 
+use super::canary::Answers;
 use super::generation::{Encode, Generation, Lane};
+use super::outcomes::{answer, first, first_failure, member, non_finite, outcome, resident, scored};
 use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing};
 use crate::clock::Clock;
-use crate::domain::{Failure, FailureKind, Sample, Score, ScoreDetails, Scored, Step, Truncation};
-use crate::model::{Output, StepOutput};
+use crate::domain::{Failure, Fingerprint, MemberName, Sample, Truncation};
+use crate::model::{Output, RewardModel};
 use crate::scorer::{Permit, Reply, SampleError, ScorerHandle, Submission, panic_message};
 use crate::text::Encoding;
 
@@ -33,6 +35,11 @@ impl Default for EngineOptions {
     }
 }
 
+/// Samples of a canary that are submitted together: no request waits for more than these.
+const ANSWERS_AT_ONCE: usize = 8;
+/// How often a full queue is tried again for one chunk of a canary.
+const ANSWER_TRIES: usize = 120;
+
 /// What the engine stands on.
 #[derive(Clone)]
 pub struct EngineParts {
@@ -49,6 +56,7 @@ struct Inner {
     parts: EngineParts,
     options: EngineOptions,
     pool: rayon::ThreadPool,
+    slot: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A sample that went through the models: what was read, and one output per model of the lane.
@@ -69,7 +77,7 @@ impl Engine {
             .thread_name(|i| format!("warm-tokenizer-{i}"))
             .build()
             .map_err(std::io::Error::other)?;
-        Ok(Self(Arc::new(Inner { parts, options, pool })))
+        Ok(Self(Arc::new(Inner { parts, options, pool, slot: Arc::default() })))
     }
 
     pub fn registry(&self) -> &Registry {
@@ -107,9 +115,14 @@ impl Engine {
 
     async fn score_now(&self, samples: Vec<Sample>, options: &CallOptions, permit: Permit) -> Result<ScoreReply, EngineError> {
         let generation = self.pin(options)?;
-        let lane = scorer_lane(&generation, options)?;
+        let (lane, _slot) = self.scorer_lane(&generation, options).await?;
         let run = self.run(&generation, lane, samples, options, permit).await?;
-        let calibration = if options.calibrated { generation.calibration.as_ref() } else { None };
+        let scorer = options.scorer.as_deref().filter(|name| !name.is_empty());
+        let own = match scorer {
+            None => generation.calibration.as_ref(),
+            Some(name) => generation.member_calibrations.iter().find(|(member, _)| member.as_str() == name).map(|(_, own)| own),
+        };
+        let calibration = own.filter(|_| options.calibrated);
         let score = |row: Row| {
             let (encoding, outputs) = row?;
             let output = first(&outputs)?;
@@ -135,14 +148,39 @@ impl Engine {
         self.in_time(options.deadline, super::compare::run(self, samples, &options, compare, permit)).await
     }
 
-    /// The generation that answers a call: the live one, which must be the one that was asked for.
+    /// The raw rewards of some samples by a generation that need not be live, as a canary wants them: what the generation
+    /// cannot read has none, and what is not finite is NaN. A queue that is full is waited for.
+    pub(super) async fn answers(&self, generation: &Generation, samples: &[Sample]) -> Result<Answers, EngineError> {
+        let options = CallOptions { truncation: Truncation::Left, ..CallOptions::default() };
+        let mut answers = Vec::with_capacity(samples.len());
+        for chunk in samples.chunks(ANSWERS_AT_ONCE) {
+            let mut tries = 0;
+            let run = loop {
+                let lane = generation.merged.clone();
+                match self.run(generation, lane, chunk.to_vec(), &options, Permit::unlimited()).await {
+                    Err(EngineError::Overloaded { retry_after, .. }) if tries < ANSWER_TRIES => {
+                        tries += 1;
+                        self.clock().sleep_until(self.clock().now() + retry_after).await;
+                    }
+                    other => break other?,
+                }
+            };
+            answers.extend(
+                run.rows.into_iter().map(|row| answer(row.and_then(|(encoding, outputs)| scored(&encoding, first(&outputs)?, false)))),
+            );
+        }
+        Ok(answers)
+    }
+
+    /// The generation that answers a call: the one that was asked for, which must be live or held, or else the live one.
     pub(super) fn pin(&self, options: &CallOptions) -> Result<Arc<Generation>, EngineError> {
-        let generation = self.registry().current().ok_or_else(|| EngineError::NotReady("none has been loaded yet".to_owned()))?;
-        match options.fingerprint.as_deref() {
-            Some(asked) if !asked.is_empty() && !asked.eq_ignore_ascii_case(&generation.fingerprint.to_string()) => {
-                Err(EngineError::FingerprintNotServed { asked: asked.chars().take(128).collect(), live: generation.fingerprint })
-            }
-            _ => Ok(generation),
+        let live =
+            || self.registry().current().ok_or_else(|| EngineError::NotReady("none is live, because one is being loaded".to_owned()));
+        let Some(asked) = options.fingerprint.as_deref().filter(|asked| !asked.is_empty()) else { return live() };
+        let served = Fingerprint::from_hex(asked).and_then(|fingerprint| self.registry().serving(fingerprint));
+        match served {
+            Some(generation) => Ok(generation),
+            None => Err(EngineError::FingerprintNotServed { asked: asked.chars().take(128).collect(), live: live()?.fingerprint }),
         }
     }
 
@@ -176,46 +214,110 @@ impl Engine {
         let reply = if encodings.is_empty() {
             Reply { outcomes: Vec::new(), queue: Duration::ZERO, forward: Duration::ZERO }
         } else {
-            // From the queue to the reply; the packs that it rides in refer to it.
-            let span = tracing::debug_span!(
-                "device",
-                samples = encodings.len(),
-                tokens = encodings.iter().map(|encoding| encoding.tokens()).sum::<usize>(),
-                queue_us = tracing::field::Empty,
-                forward_us = tracing::field::Empty
-            );
-            let submission = Submission {
-                models: lane.models,
-                lane: lane.number,
-                encodings,
-                deadline: options.deadline,
-                tenant: options.tenant.clone().unwrap_or_default(),
-                priority: options.priority,
-                permit,
-                span: span.clone(),
-            };
-            let reply = self.scorer().submit(submission)?.await?;
-            span.record("queue_us", reply.queue.as_micros() as u64);
-            span.record("forward_us", reply.forward.as_micros() as u64);
-            reply
+            self.submit(lane, encodings, options, permit).await?
         };
-        let expired = |outcome: &Result<_, SampleError>| matches!(outcome, Err(SampleError::Expired));
-        if reply.outcomes.iter().any(expired) && (options.strict || reply.outcomes.iter().all(expired)) {
-            return Err(EngineError::DeadlineExceeded);
-        }
         let mut outcomes = reply.outcomes.into_iter();
         let rows = encoded.into_iter().map(|encoding| {
             let encoding = encoding?;
-            match outcomes.next() {
-                Some(Ok(outputs)) => Ok((encoding, outputs)),
-                Some(Err(error @ SampleError::Expired)) => Err(Failure::new(FailureKind::Expired, error.to_string())),
-                None => Err(Failure::new(FailureKind::Expired, "the device worker gave no answer for the sample")),
-            }
+            Ok((encoding, outcome(outcomes.next())?))
         });
         let rows = rows.collect();
         let total = clock.now().saturating_duration_since(started);
         let timing = Timing { queue: reply.queue, tokenize, forward: reply.forward, total };
         Ok(Run { rows, stamp: self.stamp(generation), timing })
+    }
+
+    /// The same samples by further models: their outputs stand behind those that the rows have already.
+    pub(super) async fn run_again(&self, run: &mut Run, lane: Lane, options: &CallOptions, permit: Permit) -> Result<(), EngineError> {
+        let started = self.clock().now();
+        let encodings: Vec<_> = run.rows.iter().flatten().map(|(encoding, _)| encoding.clone()).collect();
+        if encodings.is_empty() {
+            return Ok(());
+        }
+        let reply = self.submit(lane, encodings, options, permit).await?;
+        let mut outcomes = reply.outcomes.into_iter();
+        for row in &mut run.rows {
+            let Ok((_, outputs)) = row else { continue };
+            match outcome(outcomes.next()) {
+                Ok(more) => outputs.extend(more),
+                Err(failure) => *row = Err(failure),
+            }
+        }
+        run.timing.queue += reply.queue;
+        run.timing.forward += reply.forward;
+        run.timing.total += self.clock().now().saturating_duration_since(started);
+        Ok(())
+    }
+
+    /// Queues encodings for the models of a lane and waits. Where all of them expired, or one of a strict call, the call has.
+    async fn submit(&self, lane: Lane, encodings: Vec<Arc<Encoding>>, options: &CallOptions, permit: Permit) -> Result<Reply, EngineError> {
+        // From the queue to the reply; the packs that it rides in refer to it.
+        let span = tracing::debug_span!(
+            "device",
+            samples = encodings.len(),
+            tokens = encodings.iter().map(|encoding| encoding.tokens()).sum::<usize>(),
+            queue_us = tracing::field::Empty,
+            forward_us = tracing::field::Empty
+        );
+        let submission = Submission {
+            models: lane.models,
+            lane: lane.number,
+            encodings,
+            deadline: options.deadline,
+            tenant: options.tenant.clone().unwrap_or_default(),
+            priority: options.priority,
+            permit,
+            span: span.clone(),
+        };
+        let reply = self.scorer().submit(submission)?.await?;
+        span.record("queue_us", reply.queue.as_micros() as u64);
+        span.record("forward_us", reply.forward.as_micros() as u64);
+        let expired = |outcome: &Result<_, SampleError>| matches!(outcome, Err(SampleError::Expired));
+        if reply.outcomes.iter().any(expired) && (options.strict || reply.outcomes.iter().all(expired)) {
+            return Err(EngineError::DeadlineExceeded);
+        }
+        Ok(reply)
+    }
+
+    /// Loads a member that does not stand on the device. There is one place for such members, and who waits for it waits
+    /// until the slot that comes with the model is dropped.
+    pub(super) async fn streamed(&self, generation: &Generation, name: &MemberName) -> Result<(Arc<dyn RewardModel>, Slot), EngineError> {
+        let index = generation.info.members.iter().position(|member| member.name == *name);
+        let (Some(members), Some(index)) = (generation.streamed.clone(), index) else { return Err(EngineError::MembersNotLoaded) };
+        let slot = self.0.slot.clone().lock_owned().await;
+        let (done, loaded) = oneshot::channel();
+        let load = move || {
+            let result = catch_unwind(AssertUnwindSafe(|| members.load(index)));
+            // A caller that has gone leaves the place free, but only once there is nothing in it.
+            let _ = done.send((result, slot));
+        };
+        let failed = |problem: String| EngineError::Forward(format!("member {name} cannot be loaded: {problem}"));
+        std::thread::Builder::new().name("warm-stream".to_owned()).spawn(load).map_err(|error| failed(error.to_string()))?;
+        match loaded.await {
+            Ok((Ok(Ok(model)), slot)) => Ok((model, slot)),
+            Ok((Ok(Err(problem)), _)) => Err(failed(problem)),
+            Ok((Err(panic), _)) => Err(failed(format!("panicked: {}", panic_message(panic.as_ref())))),
+            Err(_) => Err(failed("the loading thread has gone".to_owned())),
+        }
+    }
+
+    /// The models of a call, and the place that one of them takes if it is streamed.
+    async fn scorer_lane(&self, generation: &Generation, options: &CallOptions) -> Result<(Lane, Option<Slot>), EngineError> {
+        let Some(name) = options.scorer.as_deref().filter(|name| !name.is_empty()) else {
+            if options.calibrated && generation.calibration.is_none() {
+                return Err(EngineError::CalibrationMissing);
+            }
+            return Ok((generation.merged.clone(), None));
+        };
+        let name = member(generation, name)?;
+        if options.calibrated && !generation.member_calibrations.contains_key(&name) {
+            return Err(EngineError::CalibrationMissing);
+        }
+        if let Some(lane) = resident(generation, &name) {
+            return Ok((lane.clone(), None));
+        }
+        let (model, slot) = self.streamed(generation, &name).await?;
+        Ok((Lane::new([model]), Some(slot)))
     }
 
     /// Small requests are encoded here, others in the pool, so that no thread of the runtime is held up.
@@ -279,69 +381,5 @@ impl Engine {
     }
 }
 
-fn first_failure<T>(outcomes: &[Result<T, Failure>]) -> Result<(), EngineError> {
-    let failed = outcomes.iter().enumerate().find_map(|(index, outcome)| Some((index, outcome.as_ref().err()?)));
-    failed.map_or(Ok(()), |(index, failure)| Err(EngineError::Strict { index, failure: failure.clone() }))
-}
-
-fn scorer_lane(generation: &Generation, options: &CallOptions) -> Result<Lane, EngineError> {
-    let Some(name) = options.scorer.as_deref().filter(|name| !name.is_empty()) else {
-        if options.calibrated && generation.calibration.is_none() {
-            return Err(EngineError::CalibrationMissing);
-        }
-        return Ok(generation.merged.clone());
-    };
-    let lane = member(generation, name)?;
-    // The calibration is the merged model's; a member's rewards have another mean and scale.
-    if options.calibrated { Err(EngineError::CalibrationMissing) } else { Ok(generation.resident[lane].1.clone()) }
-}
-
-/// The index of a member on the device.
-pub(super) fn member(generation: &Generation, name: &str) -> Result<usize, EngineError> {
-    if let Some(index) = generation.resident.iter().position(|(member, _)| member.as_str() == name) {
-        return Ok(index);
-    }
-    let known: Vec<_> = generation.info.members.iter().map(|member| member.name.clone()).collect();
-    if known.iter().any(|member| member.as_str() == name) {
-        return Err(EngineError::MembersNotLoaded);
-    }
-    Err(EngineError::UnknownMember { name: name.chars().take(128).collect(), known })
-}
-
-pub(super) fn non_finite(error: crate::domain::NonFinite) -> Failure {
-    Failure::new(FailureKind::NonFinite, error.to_string())
-}
-
-fn first(outputs: &[Output]) -> Result<&Output, Failure> {
-    outputs.first().ok_or_else(|| Failure::new(FailureKind::NonFinite, "the model has no output"))
-}
-
-/// The reward; every number beside it must be finite too.
-pub(super) fn reward(output: &Output) -> Result<Score, Failure> {
-    let beside = output.values.iter().chain(output.steps.iter().flat_map(|step| step.outputs.iter()));
-    if let Some(bad) = beside.copied().find_map(|value| Score::try_from(value).err()) {
-        return Err(non_finite(bad));
-    }
-    Score::try_from(output.reward).map_err(non_finite)
-}
-
-pub(super) fn scored(encoding: &Encoding, output: &Output, details: bool) -> Result<Scored, Failure> {
-    let reward = reward(output)?;
-    let step = |step: &StepOutput| {
-        let reward = Score::try_from(step.reward).map_err(non_finite)?;
-        Ok(Step { position: step.position, reward, outputs: step.outputs.clone() })
-    };
-    Ok(Scored {
-        reward,
-        outputs: if output.values.len() > 1 { output.values.clone() } else { Vec::new() },
-        steps: output.steps.iter().map(step).collect::<Result<_, Failure>>()?,
-        tokens: encoding.tokens(),
-        truncated: encoding.truncated(),
-        details: details.then(|| ScoreDetails {
-            token_ids: encoding.ids().to_vec(),
-            pooled_position: output.pooled_position,
-            shared_tokens: output.shared_tokens,
-            rendered: encoding.rendered().unwrap_or_default().to_owned(),
-        }),
-    })
-}
+/// The one place for a member that is loaded for a call.
+pub(super) type Slot = tokio::sync::OwnedMutexGuard<()>;

@@ -1,10 +1,15 @@
 //! One generation: everything that scores a request, and the fingerprint that names it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use super::ModelStamp;
+use super::lease::{Lease, leased};
+use super::members::{Running, StreamedMembers};
+use super::table::Keyed;
 use crate::domain::{Failure, Fingerprint, GenerationId, MemberName, Sample, Score, Truncation, WeightsId};
 use crate::model::{Limits, RewardModel};
 use crate::text::Encoding;
@@ -98,6 +103,8 @@ pub struct GenerationInfo {
     /// As resolved.
     pub recipe: String,
     pub loaded: SystemTime,
+    /// How the members can be asked: `resident`, `streamed` or `off`.
+    pub ensemble: String,
     pub text: TextInfo,
     /// Rows of the embedding: token ids are below this.
     pub vocabulary: usize,
@@ -125,7 +132,11 @@ pub struct GenerationParts {
     pub merged: Arc<dyn RewardModel>,
     /// In the order of `info.members`; empty where the ensemble is not resident.
     pub resident: Vec<LoadedMember>,
+    /// Where members are loaded from for each call that asks for them; only where none is resident.
+    pub streamed: Option<Arc<dyn StreamedMembers>>,
     pub calibration: Option<Calibration>,
+    /// Of the members that have one.
+    pub member_calibrations: BTreeMap<MemberName, Calibration>,
     pub info: GenerationInfo,
 }
 
@@ -156,14 +167,88 @@ pub struct Generation {
     pub(super) resident: Vec<(MemberName, Lane)>,
     /// The merged model, then every resident member.
     pub(super) ensemble: Lane,
+    /// Dropped last: each model has a share of it.
+    pub(super) lease: Arc<Lease>,
+    pub(super) streamed: Option<Arc<dyn StreamedMembers>>,
+    pub(super) member_calibrations: BTreeMap<MemberName, Calibration>,
+    /// Where rewards lie, as far as members were asked.
+    pub(super) running: Running,
+}
+
+/// What is known of a generation, whether or not its weights are still there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Described {
+    pub id: GenerationId,
+    pub fingerprint: Fingerprint,
+    pub weights_id: WeightsId,
+    pub info: GenerationInfo,
+    pub calibration: Option<Calibration>,
+    /// Of the merged model.
+    pub limits: Limits,
+    /// Bytes that the merged model and the resident members take on the device.
+    pub device_bytes: u64,
+    /// Whether the members stand on the device beside the merged model.
+    pub members_loaded: bool,
+}
+
+impl Described {
+    /// As replies carry it.
+    pub fn stamp(&self, instance: &str) -> ModelStamp {
+        let Self { id, fingerprint, weights_id, .. } = self;
+        ModelStamp { fingerprint: *fingerprint, generation: *id, instance: instance.to_owned(), weights_id: *weights_id }
+    }
+}
+
+impl Keyed for Generation {
+    type Key = Fingerprint;
+
+    fn key(&self) -> Fingerprint {
+        self.fingerprint
+    }
 }
 
 impl Generation {
     pub fn new(parts: GenerationParts) -> Self {
-        let GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info } = parts;
-        let ensemble = Lane::new(std::iter::once(merged.clone()).chain(resident.iter().map(|member| member.model.clone())));
-        let resident = resident.into_iter().map(|member| (member.name, Lane::new([member.model]))).collect();
-        Self { id, fingerprint, weights_id, text, calibration, info, merged: Lane::new([merged]), resident, ensemble }
+        let GenerationParts { id, fingerprint, weights_id, text, merged, resident, streamed, calibration, member_calibrations, info } =
+            parts;
+        let lease = Lease::new();
+        let bare = merged.clone();
+        let merged = leased(merged, &lease);
+        // The merge of one may be that one.
+        let lease_member = |model: Arc<dyn RewardModel>| if Arc::ptr_eq(&model, &bare) { merged.clone() } else { leased(model, &lease) };
+        let resident: Vec<_> = resident.into_iter().map(|member| (member.name, lease_member(member.model))).collect();
+        let ensemble = Lane::new(std::iter::once(merged.clone()).chain(resident.iter().map(|(_, model)| model.clone())));
+        let resident = resident.into_iter().map(|(name, model)| (name, Lane::new([model]))).collect();
+        let (merged, running) = (Lane::new([merged]), Running::default());
+        Self {
+            id,
+            fingerprint,
+            weights_id,
+            text,
+            calibration,
+            info,
+            merged,
+            resident,
+            ensemble,
+            lease,
+            streamed,
+            member_calibrations,
+            running,
+        }
+    }
+
+    /// What stays known of it when it has gone.
+    pub fn describe(&self) -> Described {
+        Described {
+            id: self.id,
+            fingerprint: self.fingerprint,
+            weights_id: self.weights_id,
+            info: self.info.clone(),
+            calibration: self.calibration.clone(),
+            limits: self.limits(),
+            device_bytes: self.device_bytes(),
+            members_loaded: self.members_loaded(),
+        }
     }
 
     /// Limits of the merged model.
@@ -181,10 +266,29 @@ impl Generation {
         self.resident.iter().map(|(name, _)| name)
     }
 
+    /// Whether members can be asked one after another, each loaded for the call.
+    pub fn members_streamed(&self) -> bool {
+        self.streamed.is_some()
+    }
+
+    /// What stands beside the merged model and reaches no score of it, hence no fingerprint: two generations of one
+    /// fingerprint may differ in it.
+    pub fn equipment(&self) -> String {
+        equipment(&self.info.ensemble, &self.member_calibrations)
+    }
+
     /// Bytes that the merged model and the resident members take on the device.
     pub fn device_bytes(&self) -> u64 {
-        self.ensemble.models.iter().map(|model| model.limits().device_bytes).sum()
+        let (merged, members) = (&self.merged.models[0], self.ensemble.models.iter().skip(1));
+        let others = members.filter(|member| !Arc::ptr_eq(member, merged)).map(|member| member.limits().device_bytes);
+        merged.limits().device_bytes + others.sum::<u64>()
     }
+}
+
+/// The equipment of a generation with this ensemble and these calibrations of its members.
+pub(super) fn equipment(ensemble: &str, calibrations: &BTreeMap<MemberName, Calibration>) -> String {
+    let calibrations = calibrations.iter().map(|(name, calibration)| format!("{name} {:?} {:?}", calibration.mean, calibration.std));
+    format!("ensemble {ensemble}; {}", calibrations.collect::<Vec<_>>().join(", "))
 }
 
 impl fmt::Debug for Generation {

@@ -1,4 +1,4 @@
-//! From a recipe to a generation that has answered: plan, merge while loading, members, warm-up.
+//! What is to be loaded, how its text and its head are read, and what a loaded model must answer.
 
 mod describe;
 
@@ -9,13 +9,12 @@ use jiff::civil::DateTime;
 
 use describe::{describe, output_names, place, remarks};
 
-use super::generation::{Encode, FingerprintParts};
-use super::weights::{MergedModel, load_merged};
-use super::{Calibration, Generation, GenerationInfo, GenerationParts, LoadedMember, MemberInfo, TextInfo};
+use super::generation::Encode;
+use super::{Calibration, GenerationInfo, MemberInfo, TextInfo};
 use crate::checkpoint::remote::{Remotes, is_remote};
-use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, SourceError, TensorSource, reads_steps};
+use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, SourceError, reads_steps};
 use crate::clock::Clock;
-use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
+use crate::domain::{Conversation, Failure, MemberName, Sample, Score, Truncation};
 use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
 use crate::model::{self, Pack, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
@@ -25,7 +24,20 @@ use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoic
 pub enum Ensemble {
     #[default]
     Off,
+    /// All of them, for as long as the generation is there.
     Resident,
+    /// Each is loaded for every call that asks for it, one after another through one place.
+    Streamed,
+}
+
+impl Ensemble {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Resident => "resident",
+            Self::Streamed => "streamed",
+        }
+    }
 }
 
 /// What the operator says of the text, over what the checkpoints say.
@@ -54,6 +66,17 @@ pub struct LoadSpec {
     pub remotes: Option<Remotes>,
     /// Where merged weights are kept; `None` for nowhere.
     pub cache: Option<CacheOptions>,
+    /// What the calibration was measured on, where that is known, and those of the members.
+    pub members: MeasuredMembers,
+}
+
+/// Calibrations of members, and the weights that all of them were measured on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MeasuredMembers {
+    /// Of the merged model, in hex; `None` where nobody says.
+    pub weights_id: Option<String>,
+    /// Name, content hash in hex where one is known, and statistics.
+    pub members: Vec<(MemberName, Option<String>, Calibration)>,
 }
 
 /// Where calibrated rewards come from.
@@ -79,6 +102,7 @@ impl LoadSpec {
             calibration: CalibrationChoice::None,
             remotes: None,
             cache: None,
+            members: MeasuredMembers::default(),
         }
     }
 
@@ -116,6 +140,12 @@ pub struct Progress {
     /// Bytes where `total` is a number of bytes, else steps.
     pub done: u64,
     pub total: u64,
+}
+
+impl Progress {
+    pub fn step(stage: &str, done: u64, total: u64) -> Self {
+        Self { stage: stage.to_owned(), done, total }
+    }
 }
 
 /// Why there is no generation.
@@ -159,76 +189,7 @@ pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, Text
     Ok((plan, text.reading(readout.clone()), readout))
 }
 
-/// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
-/// probes. Blocks for as long as it takes; reading runs in the current rayon pool. `progress` is called often.
-pub fn load_generation(
-    spec: &LoadSpec,
-    id: GenerationId,
-    clock: &Clock,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<Generation, LoadError> {
-    let mut report = |stage: &str, done: u64, total: u64| progress(Progress { stage: stage.to_owned(), done, total });
-    let spec = &spec.localized(&mut |place, done, total| report(&format!("download {place}"), done, total))?;
-    report("plan", 0, 1);
-    let (plan, text, readout) = open_text(spec, clock)?;
-    let (Reward { architecture, layout, .. }, text) = (plan.reward()?, Arc::new(text));
-    let max_tokens = max_tokens(spec, architecture)?;
-    let lent = plan.members().iter().find_map(|member| Some((member.name(), member.lacks().first()?)));
-    if let (Ensemble::Resident, Some((member, tensor))) = (spec.ensemble, lent) {
-        let problem = format!(
-            "expected off, found resident: member {member} has no {tensor}, which a rule takes elsewhere, so it cannot score alone"
-        );
-        return Err(LoadError::Options { field: "ensemble", problem });
-    }
-    report("plan", 1, 1);
-
-    let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
-        let mut tell = |done, total| report(stage, done, total);
-        model::load(source, architecture, layout, &readout, max_tokens, &mut tell)
-            .map_err(|source| LoadError::Model { what: what.to_owned(), source })
-    };
-    let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
-    let MergedModel { model: merged, weights_id, members: hashes, notes } = load_merged(&plan, spec.cache.as_ref(), clock, &mut load_it)?;
-    let mut resident = Vec::new();
-    if spec.ensemble == Ensemble::Resident {
-        for (index, member) in plan.members().iter().enumerate() {
-            let name = member.name().clone();
-            let model = match plan.member_source(index)? {
-                // The merge of one is that one.
-                _ if plan.members().len() == 1 => merged.clone(),
-                Some(source) => load(&format!("member {name}"), &format!("member {name}"), &source)?,
-                None => unreachable!("every index below the number of members has a source"),
-            };
-            resident.push(LoadedMember { name, model });
-        }
-    }
-    let models = 1 + resident.len() as u64;
-    let probes = probes(text.as_ref(), &readout)?;
-    warm_up("the merged model", merged.as_ref(), &probes)?;
-    report("warm-up", 1, models);
-    for (done, member) in resident.iter().enumerate() {
-        warm_up(&format!("member {}", member.name), member.model.as_ref(), &probes)?;
-        report("warm-up", done as u64 + 2, models);
-    }
-
-    let dtype = dtype_name(spec.recipe.dtype());
-    // What is read and how is as much a part of a score as the body is.
-    let canonical = serde_json::to_string(&(architecture, &readout))
-        .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
-    let calibration = calibration(spec, architecture)?;
-    let parts =
-        FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
-    let fingerprint = parts.fingerprint();
-    let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), &readout, clock);
-    info.notes.extend(notes);
-    if max_tokens > architecture.max_positions {
-        let made_for = architecture.max_positions;
-        info.notes.push(format!("max_tokens is {max_tokens}; the model's config says that it is made for {made_for} positions"));
-    }
-    Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
-}
-
-fn max_tokens(spec: &LoadSpec, architecture: &Architecture) -> Result<usize, LoadError> {
+pub(super) fn max_tokens(spec: &LoadSpec, architecture: &Architecture) -> Result<usize, LoadError> {
     let (model, pack) = (architecture.max_positions, spec.max_pack_tokens);
     let wrong = |problem| Err(LoadError::Options { field: "max_tokens", problem });
     match spec.max_tokens {
@@ -258,7 +219,7 @@ fn text_options(spec: &LoadSpec, architecture: &Architecture, layout: &Layout, m
     }
 }
 
-fn calibration(spec: &LoadSpec, architecture: &Architecture) -> Result<Option<Calibration>, LoadError> {
+pub(super) fn calibration(spec: &LoadSpec, architecture: &Architecture) -> Result<Option<Calibration>, LoadError> {
     let wrong = |problem: String| LoadError::Options { field: "calibration", problem };
     match &spec.calibration {
         CalibrationChoice::None => Ok(None),
@@ -278,7 +239,7 @@ fn calibration(spec: &LoadSpec, architecture: &Architecture) -> Result<Option<Ca
 
 /// What a model must answer before it goes live: a conversation, where there is a template for it, texts of a few lengths,
 /// and the tokens that its head looks for.
-fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<Encoding>>, LoadError> {
+pub(super) fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<Encoding>>, LoadError> {
     let chat = Conversation::user("What is the capital of France?").answered("The capital of France is Paris.");
     let long = "A longer answer names its reasons one by one, and says what it does not know. ".repeat(8);
     let mut samples = vec![Sample::Conversation(chat), Sample::Text("Hello.".to_owned()), Sample::Text(long)];
@@ -298,7 +259,7 @@ fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<Encoding>>, 
 }
 
 /// Every probe gets a finite score.
-fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Result<(), LoadError> {
+pub(super) fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Result<(), LoadError> {
     let wrong = |problem: String| LoadError::WarmUp { what: what.to_owned(), problem };
     let outputs = model.forward(&Pack::new(probes)).map_err(|error| wrong(error.to_string()))?;
     if outputs.len() != probes.len() {
@@ -315,7 +276,7 @@ fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Res
     Ok(())
 }
 
-fn info(
+pub(super) fn info(
     spec: &LoadSpec,
     plan: &MergePlan,
     reward: Reward<'_>,
@@ -328,7 +289,7 @@ fn info(
     let members = plan.members().iter().zip(hashes).map(|(member, hash)| MemberInfo {
         name: member.name().clone(),
         coefficient: member.coefficient(),
-        content_hash: blake3::Hash::from(*hash).to_hex().to_string(),
+        content_hash: hex(hash),
     });
     let outputs = output_names(plan, layout);
     GenerationInfo {
@@ -339,6 +300,7 @@ fn info(
         devices: vec!["cpu".to_owned()],
         recipe: spec.recipe.to_resolved_string(),
         loaded: clock.wall(),
+        ensemble: spec.ensemble.name().to_owned(),
         text: TextInfo {
             bos: policy.bos.name().to_owned(),
             eos: policy.closing.map_or_else(|| policy.eos.name().to_owned(), |id| format!("ensure token {id}")),
@@ -354,7 +316,12 @@ fn info(
     }
 }
 
-fn dtype_name(dtype: Dtype) -> &'static str {
+/// A hash as people read it.
+pub(super) fn hex(hash: &[u8; 32]) -> String {
+    blake3::Hash::from(*hash).to_hex().to_string()
+}
+
+pub(super) fn dtype_name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::F32 => "float32",
         Dtype::Bf16 => "bfloat16",
@@ -363,7 +330,3 @@ fn dtype_name(dtype: Dtype) -> &'static str {
         other => other.safetensors_name(),
     }
 }
-
-#[cfg(test)]
-#[path = "load_tests.rs"]
-mod tests;

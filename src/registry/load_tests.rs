@@ -1,10 +1,13 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
+use super::super::CalibrationChoice;
 use super::*;
 use crate::checkpoint::fixture::{self, TINY, Tensors};
-use crate::domain::Truncation;
+use crate::domain::Sample;
+use crate::merge::{CacheOptions, Recipe};
+use crate::text::Encoding;
 
 fn member(dir: &Path, name: &str, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {
     let mut tensors = fixture::llama(TINY, "F32", seed);
@@ -319,4 +322,62 @@ fn a_merge_that_was_kept_loads_as_the_same_generation_and_a_broken_one_is_made_a
     std::fs::remove_dir_all(&cache.dir).expect("removed");
     std::fs::write(&cache.dir, b"no folder").expect("written");
     same(&load(&spec));
+}
+
+#[test]
+fn the_name_is_known_before_the_weights_are_loaded_and_streamed_members_are_the_resident_ones() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths = [member(dir.path(), "rm-0", |_| {}, 1), member(dir.path(), "rm-1", |_| {}, 2)];
+    let spec = LoadSpec { ensemble: Ensemble::Resident, ..LoadSpec::uniform(&paths).expect("two folders") };
+    let prepared = Prepared::open(&spec, &Clock::manual(), &mut |_| {}).expect("a plan");
+    let name = prepared.fingerprint(&mut |_| {}).expect("a name");
+    let resident = prepared.load(GenerationId(1), &mut |_| {}).expect("loads");
+    assert_eq!(resident.fingerprint, name);
+    assert_eq!(resident.equipment(), prepared.equipment().expect("read already"));
+    // The plan is right about memory, but for the padding of narrow products.
+    let (planned, found) = (prepared.device_bytes(), resident.device_bytes());
+    assert!(planned <= found, "{planned} {found}");
+
+    let streaming = LoadSpec { ensemble: Ensemble::Streamed, ..spec };
+    let (streamed, _) = load(&streaming).expect("loads");
+    assert_eq!(streamed.fingerprint, name);
+    assert_ne!(streamed.equipment(), resident.equipment());
+    assert!(!streamed.members_loaded() && streamed.members_streamed());
+    assert_eq!(streamed.device_bytes(), streamed.limits().device_bytes, "no member stands there");
+    assert!(streamed.info.notes.iter().any(|note| note.contains("streamed")), "{:?}", streamed.info.notes);
+    let stream = streamed.streamed.as_ref().expect("streams");
+    let expected = rewards(&resident, &resident.ensemble);
+    for index in 0..2 {
+        let lane = super::super::generation::Lane::new([stream.load(index).expect("loads")]);
+        assert_eq!(rewards(&streamed, &lane), [expected[index + 1]]);
+    }
+    assert!(stream.load(2).is_err());
+    // A member whose file has changed since is not the one that was merged.
+    member(dir.path(), "rm-1", |_| {}, 3);
+    let error = stream.load(1).err().expect("changed");
+    assert!(error.contains("changed"), "{error}");
+}
+
+#[test]
+fn statistics_of_other_weights_are_not_used() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths = [member(dir.path(), "rm-0", |_| {}, 1), member(dir.path(), "rm-1", |_| {}, 2)];
+    let plain = LoadSpec::uniform(&paths).expect("two folders");
+    let (bare, _) = load(&plain).expect("loads");
+    let calibration = Calibration::new(1.0, 2.0, 9, "x").expect("valid");
+    let name = |name: &str| MemberName::try_from(name.to_owned()).expect("plain");
+    let measured = |weights_id: String, hash: String| MeasuredMembers {
+        weights_id: Some(weights_id),
+        members: vec![(name("rm-0"), Some(hash), calibration.clone()), (name("rm-1"), None, calibration.clone())],
+    };
+    let with = |members| LoadSpec { calibration: CalibrationChoice::Given(calibration.clone()), members, ..plain.clone() };
+    let hash = bare.info.members[0].content_hash.clone();
+    let (right, _) = load(&with(measured(bare.weights_id.to_string(), hash))).expect("loads");
+    assert_eq!((right.calibration.as_ref(), right.member_calibrations.len()), (Some(&calibration), 2));
+    assert_ne!(right.fingerprint, bare.fingerprint);
+    let (wrong, _) = load(&with(measured("00".repeat(32), "00".repeat(32)))).expect("loads");
+    assert_eq!((wrong.calibration.as_ref(), wrong.member_calibrations.len()), (None, 1));
+    assert_eq!(wrong.fingerprint, bare.fingerprint, "as without a calibration");
+    let notes = wrong.info.notes.join("; ");
+    assert!(notes.contains("the calibration was measured on other weights") && notes.contains("member rm-0"), "{notes}");
 }

@@ -1,56 +1,111 @@
 //! Which generation is live, and scoring by it.
 
 mod call;
+mod canary;
+mod candidate;
 mod compare;
 mod engine;
 mod generation;
+mod lease;
 mod load;
+mod members;
 mod metrics;
+mod outcomes;
+mod prepared;
 mod recent;
+mod reload;
+mod room;
+mod table;
 mod weights;
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
 pub use call::{CallOptions, EngineError, ModelStamp, ScoreReply, Timing};
-pub use compare::{CompareOptions, CompareReply, Compared, group_agreement};
+pub use canary::{Answers, CanaryBounds, CanaryError, Figures, MAX_PROBES, Probes, examine};
+pub use candidate::{
+    Activation, Candidate, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning, ReloadStep, Source,
+};
+pub use compare::{CompareOptions, CompareReply, Compared, group_agreement, pair_agreement};
 pub use engine::{Engine, EngineOptions, EngineParts};
 pub use generation::{
-    Calibration, Encode, FingerprintParts, Generation, GenerationInfo, GenerationParts, InvalidCalibration, LoadedMember, MemberInfo,
-    SCORE_SEMANTICS, TextInfo,
+    Calibration, Described, Encode, FingerprintParts, Generation, GenerationInfo, GenerationParts, InvalidCalibration, LoadedMember,
+    MemberInfo, SCORE_SEMANTICS, TextInfo,
 };
-pub use load::{CalibrationChoice, Ensemble, LoadError, LoadSpec, Progress, TextOverrides, load_generation, open_text};
+pub use lease::LeaseEnd;
+pub use load::{CalibrationChoice, Ensemble, LoadError, LoadSpec, MeasuredMembers, Progress, TextOverrides, open_text};
+pub use members::{MIN_RUNNING, ScaleSource, StreamedMembers};
 pub use metrics::{RegistryMetrics, ReloadOutcome};
+pub use prepared::{Prepared, first_canary, load_generation};
+pub use reload::Reloader;
+pub use room::Swap;
+pub use table::GenerationState;
+
+use crate::domain::{Fingerprint, GenerationId};
 pub use recent::{ComparedPoint, Problem, Recent, ReloadEvent};
+use table::Table;
 
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-/// Holds the live generation. Clones are handles of the same; readers pin a generation by its `Arc` and hold no lock.
+/// Holds the generations. Clones are handles of the same; readers pin a generation by its `Arc` and hold no lock.
 #[derive(Clone, Debug)]
 pub struct Registry(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// The same live generation as in `state`, where readers find it without its lock.
     live: watch::Sender<Option<Arc<Generation>>>,
+    state: Mutex<State>,
     last_id: AtomicU64,
     metrics: RegistryMetrics,
     recent: Recent,
 }
 
+#[derive(Debug)]
+struct State {
+    table: Table<Generation>,
+    /// What is retiring or gone, the newest first.
+    past: VecDeque<(Described, LeaseEnd)>,
+}
+
+/// Generations that are gone and still listed, at most.
+const MAX_PAST: usize = 16;
+
+/// No generation of this name is staged or held.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no generation with fingerprint {asked} is staged or held here; {}", here(.known))]
+pub struct NotHere {
+    pub asked: Fingerprint,
+    pub known: Vec<(Fingerprint, GenerationState)>,
+}
+
+fn here(known: &[(Fingerprint, GenerationState)]) -> String {
+    let words: Vec<_> = known.iter().map(|(fingerprint, state)| format!("{fingerprint} is {}", state.name())).collect();
+    if words.is_empty() { "none is loaded".to_owned() } else { words.join(", ") }
+}
+
 impl Registry {
-    /// Nothing is live yet.
-    pub fn new(metrics: RegistryMetrics) -> Self {
-        Self(Arc::new(Inner { live: watch::Sender::new(None), last_id: AtomicU64::new(0), metrics, recent: Recent::default() }))
+    /// Nothing is live yet. `keep` generations are held after they were live, with their weights on the device.
+    pub fn new(metrics: RegistryMetrics, keep: usize) -> Self {
+        let state = Mutex::new(State { table: Table::new(keep), past: VecDeque::new() });
+        let (live, last_id, recent) = (watch::Sender::new(None), AtomicU64::new(0), Recent::default());
+        Self(Arc::new(Inner { live, state, last_id, metrics, recent }))
     }
 
-    /// The live generation; `None` before the first one.
+    /// The live generation; `None` before the first one, and while one is replaced in place.
     pub fn current(&self) -> Option<Arc<Generation>> {
         self.0.live.borrow().clone()
+    }
+
+    /// The generation that scores requests which name this fingerprint: live or held.
+    pub fn serving(&self, fingerprint: Fingerprint) -> Option<Arc<Generation>> {
+        self.state().table.serving(fingerprint).cloned()
     }
 
     /// The live generation as it changes: readiness follows it.
@@ -59,15 +114,89 @@ impl Registry {
     }
 
     /// The number of the next generation of this process.
-    pub fn next_id(&self) -> crate::domain::GenerationId {
-        crate::domain::GenerationId(self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1)
+    pub fn next_id(&self) -> GenerationId {
+        GenerationId(self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// Makes a generation the live one and gives back the one before, which goes when its last request ends.
+    /// Makes a generation the live one and gives back the one before, which is held, or goes when its last request ends.
     pub fn install(&self, generation: Generation) -> Option<Arc<Generation>> {
+        let before = self.current();
+        self.change(|table| ((), table.install(Arc::new(generation))));
+        before
+    }
+
+    /// Keeps a generation ready beside the live one.
+    pub fn stage(&self, generation: Generation) -> Arc<Generation> {
         let generation = Arc::new(generation);
-        self.0.metrics.show_generation(&generation);
-        self.0.live.send_replace(Some(generation))
+        self.change(|table| (generation.clone(), table.stage(generation.clone())))
+    }
+
+    /// Makes a staged or held generation the live one. The live one may be named, too; then nothing changes.
+    pub fn activate(&self, fingerprint: Fingerprint) -> Result<Arc<Generation>, NotHere> {
+        self.change(|table| match table.activate(fingerprint) {
+            Some((generation, out)) => (Ok(generation), out),
+            None => {
+                let known = table.all().map(|(generation, state)| (generation.fingerprint, state)).collect();
+                (Err(NotHere { asked: fingerprint, known }), Vec::new())
+            }
+        })
+    }
+
+    /// Lets go of what is staged and held; each end says when its memory is free.
+    pub fn release(&self) -> Vec<LeaseEnd> {
+        self.let_go(Table::release)
+    }
+
+    /// Lets go of everything: nothing is live until the next generation is installed.
+    pub fn vacate(&self) -> Vec<LeaseEnd> {
+        self.let_go(Table::vacate)
+    }
+
+    /// Makes a generation the live one again that was let go and has not ended.
+    pub(crate) fn come_back(&self, generation: Arc<Generation>) {
+        self.state().past.retain(|(described, _)| described.id != generation.id);
+        generation.lease.come_back();
+        self.change(|table| ((), table.install(generation)));
+    }
+
+    fn let_go(&self, which: impl FnOnce(&mut Table<Generation>) -> Vec<Arc<Generation>>) -> Vec<LeaseEnd> {
+        self.change(|table| {
+            let out = which(table);
+            (out.iter().map(|generation| generation.lease.end()).collect(), out)
+        })
+    }
+
+    /// The generation with this fingerprint, staged, live or held.
+    pub fn here(&self, fingerprint: Fingerprint) -> Option<Arc<Generation>> {
+        let state = self.state();
+        state.table.all().find(|(generation, _)| generation.fingerprint == fingerprint).map(|(generation, _)| generation.clone())
+    }
+
+    /// The state of the generation with this fingerprint, if its weights are here.
+    pub fn state_of(&self, fingerprint: Fingerprint) -> Option<GenerationState> {
+        self.state().table.state(fingerprint)
+    }
+
+    /// Everything that this process can still name, the newest first.
+    pub fn list(&self) -> Vec<(Described, GenerationState)> {
+        let state = self.state();
+        let here = state.table.all().map(|(generation, state)| (generation.describe(), state));
+        let past = state
+            .past
+            .iter()
+            .map(|(described, end)| (described.clone(), if end.has_come() { GenerationState::Gone } else { GenerationState::Retiring }));
+        let mut list: Vec<_> = here.chain(past).collect();
+        list.sort_by_key(|(described, _)| std::cmp::Reverse(described.id));
+        list
+    }
+
+    /// Bytes on the device of the live generation, and of what is staged or held beside it.
+    pub fn device_bytes(&self) -> (u64, u64) {
+        let state = self.state();
+        state.table.all().fold((0, 0), |(live, idle), (generation, state)| match state {
+            GenerationState::Live => (live + generation.device_bytes(), idle),
+            _ => (live, idle + generation.device_bytes()),
+        })
     }
 
     pub fn metrics(&self) -> &RegistryMetrics {
@@ -77,5 +206,43 @@ impl Registry {
     /// What happened lately.
     pub fn recent(&self) -> &Recent {
         &self.0.recent
+    }
+
+    /// One change under the lock: what comes out of the table retires, and what is live is shown to readers before the
+    /// lock is released, so that they see changes in their order.
+    fn change<T>(&self, change: impl FnOnce(&mut Table<Generation>) -> (T, Vec<Arc<Generation>>)) -> T {
+        let (result, out) = {
+            let mut state = self.state();
+            let (result, out) = change(&mut state.table);
+            for generation in &out {
+                generation.lease.retire(&self.0.metrics.retiring());
+                state.past.push_front((generation.describe(), generation.lease.end()));
+            }
+            // What retires is always listed, for as long as it takes.
+            while state.past.len() > MAX_PAST {
+                let Some(oldest) = state.past.iter().rposition(|(_, end)| end.has_come()) else { break };
+                state.past.remove(oldest);
+            }
+            let live = state.table.live().cloned();
+            self.0.metrics.show(live.as_deref(), state.table.all().map(|(_, state)| state));
+            self.0.live.send_if_modified(|shown| {
+                let same = match (&*shown, &live) {
+                    (Some(shown), Some(live)) => Arc::ptr_eq(shown, live),
+                    (None, None) => true,
+                    _ => false,
+                };
+                *shown = live;
+                !same
+            });
+            (result, out)
+        };
+        // Dropped without the lock: it may be the last reference.
+        drop(out);
+        result
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change leaves the table whole, whatever panics elsewhere.
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

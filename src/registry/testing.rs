@@ -113,7 +113,9 @@ pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<
         text: Arc::new(FakeText),
         merged,
         resident: members.iter().map(|(member, model)| LoadedMember { name: name(member), model: model.clone() }).collect(),
+        streamed: None,
         calibration: None,
+        member_calibrations: std::collections::BTreeMap::new(),
         info: GenerationInfo {
             method: "linear".to_owned(),
             members: ["rm-0", "rm-1"]
@@ -124,6 +126,7 @@ pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<
             devices: vec!["cpu".to_owned()],
             recipe: String::new(),
             loaded: std::time::SystemTime::UNIX_EPOCH,
+            ensemble: if members.is_empty() { "off" } else { "resident" }.to_owned(),
             text: TextInfo::default(),
             vocabulary: 256,
             head: String::new(),
@@ -139,9 +142,14 @@ pub(crate) fn stepped(options: ScorerOptions, clock: Clock) -> (Engine, Worker) 
     (engine_on(scorer, clock), worker)
 }
 
-/// An engine without a generation.
+/// An engine without a generation, which holds none after it was live.
 pub(crate) fn engine_on(scorer: ScorerHandle, clock: Clock) -> Engine {
-    let parts = EngineParts { registry: Registry::new(RegistryMetrics::unregistered()), scorer, clock };
+    engine_keeping(scorer, clock, 0)
+}
+
+/// An engine without a generation.
+pub(crate) fn engine_keeping(scorer: ScorerHandle, clock: Clock, keep: usize) -> Engine {
+    let parts = EngineParts { registry: Registry::new(RegistryMetrics::unregistered(), keep), scorer, clock };
     let options = EngineOptions { instance: "test".to_owned(), tokenizer_threads: 1, ..EngineOptions::default() };
     Engine::new(parts, options).expect("a thread")
 }

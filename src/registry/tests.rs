@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::testing::*;
 use super::*;
 use crate::clock::Clock;
-use crate::domain::{Conversation, FailureKind, Sample, Truncation};
+use crate::domain::{Conversation, FailureKind, MemberScale, Sample, Truncation};
 use crate::scorer::{Admission, AdmissionOptions, Permit, ScorerMetrics, ScorerOptions, Worker};
 
 type Call<T> = Pin<Box<dyn Future<Output = Result<T, EngineError>>>>;
@@ -229,12 +229,133 @@ fn a_comparison_shows_the_members_beside_the_merged_model() {
 #[test]
 fn a_comparison_of_some_members_runs_no_other() {
     let mut bench = Bench::new();
-    let some = CompareOptions { members: vec!["rm-1".into()], uwo_lambda: Some(0.0) };
+    let some = CompareOptions { members: vec!["rm-1".into()], uwo_lambda: Some(0.0), ..CompareOptions::default() };
     let call = compare(&bench.engine, vec![tokens(&[1])], CallOptions::default(), some);
     let reply = bench.finish(call).expect("compared");
     let compared = reply.outcomes[0].as_ref().expect("compared");
     assert_eq!((compared.members.len(), compared.stats.mean, compared.stats.uwo), (1, -4.0, -4.0));
     assert_eq!(bench.members[0].forwards.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn every_model_is_scaled_by_its_own_statistics() {
+    let mut bench = Bench::new();
+    let scaled = |scale| CompareOptions { scale, ..CompareOptions::default() };
+    let call = |bench: &Bench, scale| compare(&bench.engine, vec![tokens(&[10])], CallOptions::default(), scaled(scale));
+    let standardized = call(&bench, MemberScale::Standardized);
+    let missing = bench.finish(standardized).expect_err("no statistics");
+    assert!(matches!(&missing, EngineError::ScaleMissing { who, seen: 0 } if who == "the merged model"), "{missing}");
+
+    let mut calibrated = generation(2, FakeModel::new(1.0), &[("rm-0", FakeModel::new(2.0)), ("rm-1", FakeModel::new(-4.0))]);
+    calibrated.calibration = Some(Calibration::new(4.0, 2.0, 9, "x").expect("valid"));
+    for (name, mean, std) in [("rm-0", 10.0, 5.0), ("rm-1", -50.0, 20.0)] {
+        let name = crate::domain::MemberName::try_from(name.to_owned()).expect("plain");
+        calibrated.member_calibrations.insert(name, Calibration::new(mean, std, 9, "x").expect("valid"));
+    }
+    bench.engine.registry().install(calibrated);
+    // Raw rewards are 10, 20 and -40.
+    for (scale, merged, members) in
+        [(MemberScale::Raw, 10.0, [20.0, -40.0]), (MemberScale::Centered, 6.0, [10.0, 10.0]), (MemberScale::Standardized, 3.0, [2.0, 0.5])]
+    {
+        let call = call(&bench, scale);
+        let reply = bench.finish(call).expect("compared");
+        let compared = reply.outcomes[0].as_ref().expect("compared");
+        assert_eq!(compared.merged.reward.get(), merged);
+        assert_eq!(compared.members.iter().map(|score| score.get()).collect::<Vec<_>>(), members);
+        assert_eq!(compared.stats.gap, f64::from(merged - (members[0] + members[1]) / 2.0), "statistics are in the scale");
+        let source = if scale == MemberScale::Raw { ScaleSource::None } else { ScaleSource::Calibration };
+        assert_eq!((reply.scale, reply.scale_source), (scale, source));
+    }
+    // A member that scores alone has its own calibration, too.
+    let options = CallOptions { scorer: Some("rm-0".into()), calibrated: true, ..CallOptions::default() };
+    assert_eq!(bench.score(vec![tokens(&[10])], options).expect("scored").outcomes[0].as_ref().expect("scored").reward.get(), 2.0);
+}
+
+#[test]
+fn without_calibrations_what_was_seen_so_far_is_the_scale() {
+    let mut bench = Bench::new();
+    let samples: Vec<Sample> = (0..MIN_RUNNING as u32).map(|i| tokens(&[i % 2 * 2])).collect();
+    let call = compare(&bench.engine, samples, CallOptions::default(), CompareOptions::default());
+    bench.finish(call).expect("compared");
+    // Half of the samples are 0 and half 2: the merged model's mean is 1 and its deviation 1, rm-0's twice that.
+    let scaled = CompareOptions { scale: MemberScale::Standardized, ..CompareOptions::default() };
+    let call = compare(&bench.engine, vec![tokens(&[3])], CallOptions::default(), scaled);
+    let reply = bench.finish(call).expect("compared");
+    assert_eq!(reply.scale_source, ScaleSource::Running);
+    let compared = reply.outcomes[0].as_ref().expect("compared");
+    let found: Vec<f32> =
+        std::iter::once(compared.merged.reward).chain(compared.members.iter().copied()).map(|score| score.get()).collect();
+    assert!(found.iter().zip([2.0, 2.0, -2.0]).all(|(found, expected)| (found - expected).abs() < 1e-5), "{found:?}");
+}
+
+/// Members that are made when they are asked for; counts how many are there at once.
+struct Streams(Arc<std::sync::atomic::AtomicI64>, Arc<std::sync::atomic::AtomicI64>);
+
+struct Streamed(Arc<FakeModel>, Arc<std::sync::atomic::AtomicI64>);
+
+impl crate::model::RewardModel for Streamed {
+    fn forward(&self, pack: &crate::model::Pack) -> Result<Vec<crate::model::Output>, crate::model::ModelError> {
+        self.0.forward(pack)
+    }
+
+    fn limits(&self) -> crate::model::Limits {
+        self.0.limits()
+    }
+}
+
+impl Drop for Streamed {
+    fn drop(&mut self) {
+        self.1.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl StreamedMembers for Streams {
+    fn load(&self, index: usize) -> Result<Arc<dyn crate::model::RewardModel>, String> {
+        let here = self.0.fetch_add(1, Ordering::SeqCst) + 1;
+        self.1.fetch_max(here, Ordering::SeqCst);
+        match index {
+            0 => Ok(Arc::new(Streamed(FakeModel::new(2.0), self.0.clone()))),
+            1 => Ok(Arc::new(Streamed(FakeModel::new(-4.0), self.0.clone()))),
+            _ => Err("no such member".to_owned()),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streamed_members_say_what_resident_ones_say_and_never_stand_there_together() {
+    let clock = Clock::system();
+    let options = ScorerOptions { threads: 1, ..ScorerOptions::default() };
+    let (scorer, _thread) = crate::scorer::spawn(options, clock.clone(), ScorerMetrics::unregistered()).expect("threads");
+    let engine = engine_on(scorer, clock);
+    let samples = || vec![tokens(&[1]), tokens(&[]), tokens(&[3])];
+    let ask = async |engine: &Engine, members: &[&str]| {
+        let compare = CompareOptions { members: members.iter().map(|name| (*name).to_owned()).collect(), ..CompareOptions::default() };
+        engine.compare(samples(), CallOptions::default(), compare, Permit::unlimited()).await.map(|reply| (reply.outcomes, reply.members))
+    };
+    engine.registry().install(generation(1, FakeModel::new(1.0), &[("rm-0", FakeModel::new(2.0)), ("rm-1", FakeModel::new(-4.0))]));
+    let (all, one) = (ask(&engine, &[]).await.expect("compared"), ask(&engine, &["rm-1"]).await.expect("compared"));
+    let mut streamed = generation(2, FakeModel::new(1.0), &[]);
+    let (here, most) = (Arc::<std::sync::atomic::AtomicI64>::default(), Arc::<std::sync::atomic::AtomicI64>::default());
+    streamed.streamed = Some(Arc::new(Streams(here.clone(), most.clone())));
+    engine.registry().install(streamed);
+    let calls = (0..8).map(|_| {
+        let engine = engine.clone();
+        tokio::spawn(async move {
+            engine.compare(vec![tokens(&[1])], CallOptions::default(), CompareOptions::default(), Permit::unlimited()).await
+        })
+    });
+    let calls: Vec<_> = calls.collect();
+    assert_eq!(ask(&engine, &[]).await.expect("compared"), all);
+    assert_eq!(ask(&engine, &["rm-1"]).await.expect("compared"), one);
+    for call in calls {
+        call.await.expect("no panic").expect("compared");
+    }
+    let member = CallOptions { scorer: Some("rm-1".into()), ..CallOptions::default() };
+    let scored = engine.score(vec![tokens(&[3])], member, Permit::unlimited()).await.expect("scored");
+    assert_eq!(scored.outcomes[0].as_ref().expect("scored").reward.get(), -12.0);
+    assert_eq!(most.load(Ordering::SeqCst), 1, "one place for all calls");
+    let unknown = ask(&engine, &["rm-9"]).await.expect_err("unknown");
+    assert!(matches!(unknown, EngineError::UnknownMember { .. }));
 }
 
 #[test]
@@ -251,7 +372,7 @@ fn a_comparison_refuses_what_it_cannot_mean() {
     assert_eq!(refused(&mut bench, calibrated, CompareOptions::default()), "options.scale");
     let member = CallOptions { scorer: Some("rm-0".into()), ..CallOptions::default() };
     assert_eq!(refused(&mut bench, member, CompareOptions::default()), "options.scorer");
-    let twice = CompareOptions { members: vec!["rm-0".into(), "rm-0".into()], uwo_lambda: None };
+    let twice = CompareOptions { members: vec!["rm-0".into(), "rm-0".into()], ..CompareOptions::default() };
     assert_eq!(refused(&mut bench, CallOptions::default(), twice), "members[1]");
     for lambda in [f64::NAN, -1.0, f64::INFINITY] {
         let wrong = CompareOptions { uwo_lambda: Some(lambda), ..CompareOptions::default() };
@@ -580,7 +701,7 @@ fn the_metrics_are_there_before_the_first_request_and_name_one_generation() {
     ] {
         assert!(text().contains(series), "{series} is not in\n{}", text());
     }
-    let live = Registry::new(metrics.clone());
+    let live = Registry::new(metrics.clone(), 0);
     let readiness = live.watch();
     assert!(readiness.borrow().is_none());
     for id in 1..=2 {

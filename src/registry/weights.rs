@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::LoadError;
-use crate::checkpoint::TensorSource;
+use crate::checkpoint::{SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::WeightsId;
 use crate::merge::{Cache, CacheOptions, Cached, MergePlan, Merged, Slot};
@@ -23,8 +23,17 @@ pub(super) struct MergedModel {
 /// Makes a model of a source.
 pub(super) type Load<'l> = &'l mut dyn FnMut(&dyn TensorSource) -> Result<Arc<dyn RewardModel>, LoadError>;
 
+/// Makes the merge of the plan, or gives it back where it was made already.
+pub(super) type Merge<'m> = &'m dyn Fn() -> Result<Arc<Merged>, SourceError>;
+
+/// The name of a plan's merged weights and the content hashes of its members, as the cache remembers them without reading.
+pub(super) fn remembered(plan: &Arc<MergePlan>, options: Option<&CacheOptions>, clock: &Clock) -> Option<(WeightsId, Vec<[u8; 32]>)> {
+    Cache::open(options?, clock.clone()).ok()?.slot(plan)?.remembered()
+}
+
 pub(super) fn load_merged(
     plan: &Arc<MergePlan>,
+    merged: Merge<'_>,
     options: Option<&CacheOptions>,
     clock: &Clock,
     load: Load<'_>,
@@ -37,10 +46,10 @@ pub(super) fn load_merged(
         }
     });
     let slot = cache.as_ref().and_then(|cache| cache.slot(plan));
-    let Some(slot) = slot else { return merge(&Arc::new(Merged::new(Arc::clone(plan))?), load) };
+    let Some(slot) = slot else { return merge(&*merged()?, load) };
     match slot.find().and_then(|cached| from_cache(cached, load)) {
         Some(model) => Ok(model),
-        None => merge_and_keep(&slot, plan, load),
+        None => merge_and_keep(&slot, &merged()?, load),
     }
 }
 
@@ -70,22 +79,21 @@ fn name(merged: &Merged, model: Arc<dyn RewardModel>) -> Result<MergedModel, Loa
     Ok(MergedModel { model, weights_id: merged.weights_id()?, members: merged.member_hashes()?, notes: merged.notes() })
 }
 
-fn merge_and_keep(slot: &Slot<'_>, plan: &Arc<MergePlan>, load: Load<'_>) -> Result<MergedModel, LoadError> {
-    let merged = Arc::new(Merged::new(Arc::clone(plan))?);
-    let recorder = match slot.record(&merged) {
+fn merge_and_keep(slot: &Slot<'_>, merged: &Arc<Merged>, load: Load<'_>) -> Result<MergedModel, LoadError> {
+    let recorder = match slot.record(merged) {
         Ok(Some(recorder)) => recorder,
         Ok(None) => {
             tracing::info!("another process is keeping the same merged weights");
-            return merge(&merged, load);
+            return merge(merged, load);
         }
         Err(error) => {
             tracing::warn!(%error, "merged weights cannot be kept");
-            return merge(&merged, load);
+            return merge(merged, load);
         }
     };
     let model = load(&recorder)?;
-    let named = name(&merged, model)?;
-    match slot.keep(recorder, &merged) {
+    let named = name(merged, model)?;
+    match slot.keep(recorder, merged) {
         Ok(()) => tracing::info!(weights_id = %named.weights_id, "merged weights are kept in the cache"),
         Err(error) => tracing::warn!(%error, "merged weights cannot be kept"),
     }

@@ -11,14 +11,14 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::calls::{Answered, CallBook, CallFacts};
-use super::convert::{self, Asked, ConvertLimits, MemberScale};
+use super::convert::{self, Asked, ConvertLimits};
 use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
 use super::{health, status, stream};
 use crate::domain::Failure;
-use crate::registry::{CallOptions, CompareOptions, Engine, EngineError, ModelStamp, Timing};
+use crate::registry::{CallOptions, CompareOptions, Engine, ModelStamp, Reloader, Timing};
 use crate::scorer::{Admission, Permit};
-use crate::wire::model_service_server::{ModelService, ModelServiceServer};
+use crate::wire::model_service_server::ModelServiceServer;
 use crate::wire::reward_service_server::{RewardService, RewardServiceServer};
 use crate::wire::{self};
 
@@ -49,6 +49,8 @@ pub struct ServeError(String);
 pub struct Edge {
     pub engine: Engine,
     pub admission: Admission,
+    /// Absent where there is nothing to load from.
+    pub reloader: Option<Reloader>,
     pub readiness: Readiness,
     pub calls: CallBook,
     pub options: GrpcOptions,
@@ -98,8 +100,8 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
         .map_err(|error| failed(&error))
 }
 
-struct Handlers {
-    edge: Edge,
+pub(super) struct Handlers {
+    pub edge: Edge,
 }
 
 /// Metadata by which gateways tell whose share of the device a call belongs to.
@@ -208,10 +210,6 @@ impl RewardService for Handlers {
         let Admitted { permit, tenant, deadline, facts } = Admitted::take_message(&mut request)?;
         let parsed =
             convert::parse_compare(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
-        if parsed.member_scale != MemberScale::Raw {
-            // Members have no calibrations of their own yet.
-            return Err(status::status(EngineError::CalibrationMissing));
-        }
         let (request_id, batch) = (parsed.request_id, parsed.batch);
         facts.asked(&request_id, batch.samples.len());
         if self.edge.calls.logs_content() {
@@ -220,6 +218,7 @@ impl RewardService for Handlers {
         let compare = CompareOptions {
             members: parsed.members.iter().map(ToString::to_string).collect(),
             uwo_lambda: parsed.uwo_lambda.map(f64::from),
+            scale: parsed.member_scale,
         };
         let options = call_options(parsed.asked, tenant, deadline);
         let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
@@ -233,29 +232,10 @@ impl RewardService for Handlers {
             pairs: folded.pairs.into_iter().map(|(chosen, rejected)| convert::compare_pair(chosen, rejected)).collect(),
             model: Some(convert::stamp(reply.stamp)),
             members: reply.members.iter().map(ToString::to_string).collect(),
-            member_scale: wire::MemberScale::Raw.into(),
+            member_scale: convert::member_scale(reply.scale).into(),
+            scale_source: reply.scale_source.name().to_owned(),
             uwo_lambda: reply.uwo_lambda as f32,
             timing: Some(convert::timing(reply.timing)),
         }))
-    }
-}
-
-#[tonic::async_trait]
-impl ModelService for Handlers {
-    async fn get_model(&self, _: Request<wire::GetModelRequest>) -> Result<Response<wire::Generation>, Status> {
-        let not_ready = || status::status(EngineError::NotReady("none has been loaded yet".to_owned()));
-        self.live().map(Response::new).ok_or_else(not_ready)
-    }
-
-    async fn list_generations(&self, _: Request<wire::ListGenerationsRequest>) -> Result<Response<wire::ListGenerationsResponse>, Status> {
-        Ok(Response::new(wire::ListGenerationsResponse { generations: self.live().into_iter().collect() }))
-    }
-}
-
-impl Handlers {
-    fn live(&self) -> Option<wire::Generation> {
-        let engine = &self.edge.engine;
-        let live = engine.registry().current()?;
-        Some(convert::generation(&live, engine.stamp(&live), self.edge.options.max_pack_tokens))
     }
 }

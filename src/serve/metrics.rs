@@ -10,7 +10,7 @@ use crate::scorer::SECONDS_BUCKETS;
 use crate::wire::code_name;
 
 /// The calls that are counted, by the last part of their path.
-pub(super) const RPCS: [&str; 5] = ["Score", "ScoreStream", "Compare", "GetModel", "ListGenerations"];
+pub(super) const RPCS: [&str; 7] = ["Score", "ScoreStream", "Compare", "GetModel", "ListGenerations", "Reload", "Activate"];
 /// What the requests on streams are counted as; the streams are counted as calls.
 pub(super) const STREAMED: &str = "ScoreStream.request";
 

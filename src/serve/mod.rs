@@ -7,6 +7,7 @@ mod gate;
 mod grpc;
 mod health;
 mod metrics;
+mod models;
 mod page;
 mod readiness;
 mod status;

@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
 use super::convert::{Violation, Violations};
-use crate::registry::EngineError;
+use crate::registry::{EngineError, NotHere, ReloadFailure, ReloadRunning};
 use crate::scorer::Shed;
 use crate::wire;
 
@@ -25,9 +25,10 @@ pub fn status(error: EngineError) -> Status {
         EngineError::NotReady(_) => retry(Code::Unavailable, words, NOT_READY_RETRY),
         EngineError::Draining { retry_after } => retry(Code::Unavailable, words, retry_after),
         EngineError::UnknownMember { .. } => Status::not_found(cut(words)),
-        EngineError::FingerprintNotServed { .. } | EngineError::MembersNotLoaded | EngineError::CalibrationMissing => {
-            Status::failed_precondition(cut(words))
-        }
+        EngineError::FingerprintNotServed { .. }
+        | EngineError::MembersNotLoaded
+        | EngineError::CalibrationMissing
+        | EngineError::ScaleMissing { .. } => Status::failed_precondition(cut(words)),
         EngineError::Strict { index, failure } => {
             let problem = format!("{}: {}", failure.kind.name(), failure.message);
             invalid(&Violations::one(format!("sample {index}"), problem))
@@ -40,6 +41,21 @@ pub fn status(error: EngineError) -> Status {
             Status::internal("scoring failed inside the server; its log has the details")
         }
     }
+}
+
+/// A reload that changed nothing, with its reason.
+pub(super) fn reload(failure: &ReloadFailure) -> Status {
+    Status::failed_precondition(cut(failure.to_string()))
+}
+
+/// Another reload is running.
+pub(super) fn reload_running(running: ReloadRunning) -> Status {
+    Status::aborted(running.to_string())
+}
+
+/// There is no generation to activate.
+pub(super) fn not_here(not_here: &NotHere) -> Status {
+    Status::failed_precondition(cut(not_here.to_string()))
 }
 
 /// A request that was not let in.
@@ -105,6 +121,7 @@ mod tests {
             (EngineError::FingerprintNotServed { asked: "x".into(), live: Fingerprint([0; 32]) }, Code::FailedPrecondition),
             (EngineError::MembersNotLoaded, Code::FailedPrecondition),
             (EngineError::CalibrationMissing, Code::FailedPrecondition),
+            (EngineError::ScaleMissing { who: "x".into(), seen: 1 }, Code::FailedPrecondition),
             (EngineError::Strict { index: 3, failure }, Code::InvalidArgument),
             (EngineError::Invalid { field: "f".into(), problem: "p".into() }, Code::InvalidArgument),
             (EngineError::WorkerGone, Code::Unavailable),

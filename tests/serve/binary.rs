@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use warm::client::Client;
 use warm::wire::{self, sample::Input};
 
-fn warm() -> Command {
+pub fn warm() -> Command {
     let mut command = crate::program::warm();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -50,7 +50,7 @@ pub fn terminate(server: &Child) {
 }
 
 /// The answer of the admin port.
-fn admin(address: &str, path: &str) -> String {
+pub fn admin(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).expect("admin port");
     write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("request");
     let mut answer = String::new();

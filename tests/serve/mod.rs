@@ -7,6 +7,10 @@ mod faults;
 #[cfg(unix)]
 mod fleet;
 mod inputs;
+#[cfg(unix)]
+mod live;
+#[cfg(unix)]
+mod live_binary;
 mod parity;
 pub mod running;
 #[cfg(unix)]

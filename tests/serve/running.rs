@@ -1,10 +1,10 @@
 //! A server of real checkpoints on a free port, and its way down.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use warm::app::{App, AppError, load_spec, loader};
+use warm::app::{App, AppError, SettingsSource, Started, load_spec, loader};
 use warm::client::Client;
 use warm::clock::Clock;
 use warm::config::{Resolved, Sources};
@@ -26,6 +26,22 @@ impl Running {
         let clock = Clock::system();
         let app = App::new(&config, clock.clone(), "test".to_owned()).expect("app");
         app.load(loader(load_spec(&config).expect("recipe"), clock), &mut |_| {}).expect("loaded");
+        Self::serve(app).await
+    }
+
+    /// Serves what a configuration file names, as `warm serve --config` does, with reloads.
+    pub async fn start_from(file: &Path) -> Self {
+        let started = Started { file: Some(file.to_owned()), ..Started::default() };
+        let resolved = started.resolve().expect("settings");
+        let clock = Clock::system();
+        let mut app = App::new(&resolved.config, clock.clone(), "test".to_owned()).expect("app");
+        let source = SettingsSource::new(started, resolved, clock);
+        app.reload_from_settings(source.clone());
+        app.load(source.first(app.engine().registry().metrics().clone()), &mut |_| {}).expect("loaded");
+        Self::serve(app).await
+    }
+
+    async fn serve(app: App) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("free port");
         let address = listener.local_addr().expect("address").to_string();
         let metrics = app.metrics().clone();

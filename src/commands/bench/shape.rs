@@ -57,6 +57,7 @@ impl Group {
             Self::Lengths { completions, .. } => completions.len(),
             Self::Given(Input::Group(group)) => group.completions().len(),
             Self::Given(Input::One(_)) => 1,
+            Self::Given(Input::Preference(_)) => 2,
         }
     }
 }
@@ -157,6 +158,9 @@ impl Shape {
             }
             Group::Given(Input::Group(group)) => groups(group_to_wire(group)),
             Group::Given(Input::One(sample)) => samples(sample_to_wire(sample)),
+            Group::Given(Input::Preference(pair)) => {
+                wire::ScoreRequest { samples: [&pair.chosen, &pair.rejected].map(sample_to_wire).into(), ..Default::default() }
+            }
         }
     }
 
@@ -171,6 +175,7 @@ impl Shape {
                 group.samples().nth(completion).map_or_else(Default::default, |sample| samples(sample_to_wire(&sample)))
             }
             Group::Given(Input::One(sample)) => samples(sample_to_wire(sample)),
+            Group::Given(Input::Preference(pair)) => samples(sample_to_wire(if completion == 0 { &pair.chosen } else { &pair.rejected })),
         }
     }
 

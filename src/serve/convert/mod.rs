@@ -6,7 +6,7 @@ mod request;
 mod response;
 mod violations;
 
-pub use parsed::{Asked, Batch, ConvertLimits, Folded, MemberScale, ParsedCompare, ParsedScore, Shape};
+pub use parsed::{Asked, Batch, ConvertLimits, Folded, ParsedCompare, ParsedScore, Shape};
 pub use request::{parse_compare, parse_score};
-pub use response::{compare_group, compare_pair, comparison, generation, outcome, stamp, timing};
+pub use response::{compare_group, compare_pair, comparison, generation, member_scale, outcome, reload_step, stamp, timing};
 pub use violations::{Violation, Violations};

@@ -1,6 +1,6 @@
 //! What a checked request is made of.
 
-use crate::domain::{MemberName, Sample, Truncation};
+use crate::domain::{MemberName, MemberScale, Sample, Truncation};
 
 /// Bounds of one request, beside the size of its message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,15 +73,6 @@ pub struct ParsedScore {
     pub request_id: String,
     pub batch: Batch,
     pub asked: Asked,
-}
-
-/// The unit of merged and member rewards in a comparison.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MemberScale {
-    #[default]
-    Raw,
-    Centered,
-    Standardized,
 }
 
 /// A checked `CompareRequest`.

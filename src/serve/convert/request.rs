@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::parsed::{Asked, Batch, ConvertLimits, MemberScale, ParsedCompare, ParsedScore};
+use super::parsed::{Asked, Batch, ConvertLimits, ParsedCompare, ParsedScore};
 use super::violations::{Path, Violations};
-use crate::domain::{Completion, Conversation, InvalidInput, MemberName, Prompt, PromptGroup, Sample, Truncation, Turn};
+use crate::domain::{Completion, Conversation, InvalidInput, MemberName, MemberScale, Prompt, PromptGroup, Sample, Truncation, Turn};
 use crate::wire;
 
 const MAX_JSON_BYTES: usize = 1 << 20;

@@ -1,7 +1,7 @@
 //! Answers: domain to wire.
 
-use crate::domain::{Failure, FailureKind, Scored, Step, bradley_terry};
-use crate::registry::{Compared, Generation, MemberInfo, ModelStamp, Timing, group_agreement};
+use crate::domain::{Failure, FailureKind, MemberScale, Scored, Step};
+use crate::registry::{Compared, Described, GenerationState, MemberInfo, ModelStamp, ReloadStep, Timing, group_agreement, pair_agreement};
 use crate::wire;
 
 /// A scored sample.
@@ -91,15 +91,22 @@ pub fn compare_group(completions: Vec<Result<Compared, Failure>>) -> wire::Group
 pub fn compare_pair(chosen: Result<Compared, Failure>, rejected: Result<Compared, Failure>) -> wire::PairComparison {
     let mut pair = wire::PairComparison::default();
     if let (Ok(chosen), Ok(rejected)) = (&chosen, &rejected) {
-        let merged = [chosen, rejected].map(|side| f64::from(side.merged.reward.get()));
-        let mean = [chosen.stats.mean, rejected.stats.mean];
-        let votes = chosen.members.iter().zip(&rejected.members).filter(|(chosen, rejected)| chosen > rejected).count();
-        pair.p_chosen_merged = Some(bradley_terry(merged[0], merged[1]) as f32);
-        pair.p_chosen_mean = Some(bradley_terry(mean[0], mean[1]) as f32);
-        pair.votes = Some(saturating(votes));
-        pair.disagree = Some((merged[0] > merged[1]) != (mean[0] > mean[1]));
+        let agreement = pair_agreement(chosen, rejected);
+        pair.p_chosen_merged = Some(agreement.p_chosen_merged as f32);
+        pair.p_chosen_mean = Some(agreement.p_chosen_mean as f32);
+        pair.votes = Some(saturating(agreement.votes));
+        pair.disagree = Some(agreement.disagree);
     }
     wire::PairComparison { chosen: Some(comparison(chosen)), rejected: Some(comparison(rejected)), ..pair }
+}
+
+/// The unit of a comparison.
+pub fn member_scale(scale: MemberScale) -> wire::MemberScale {
+    match scale {
+        MemberScale::Raw => wire::MemberScale::Raw,
+        MemberScale::Centered => wire::MemberScale::Centered,
+        MemberScale::Standardized => wire::MemberScale::Standardized,
+    }
 }
 
 /// What scored.
@@ -123,12 +130,29 @@ pub fn timing(timing: Timing) -> wire::Timing {
     }
 }
 
-/// The live generation, as it describes itself.
-pub fn generation(generation: &Generation, stamped: ModelStamp, max_pack_tokens: usize) -> wire::Generation {
-    let (info, limits) = (&generation.info, generation.limits());
+/// One step of a reload.
+pub fn reload_step(step: ReloadStep) -> wire::ReloadProgress {
+    let ReloadStep { stage, done, total, message } = step;
+    wire::ReloadProgress { stage, done, total, message, ..Default::default() }
+}
+
+fn state(state: GenerationState) -> wire::generation::State {
+    use wire::generation::State;
+    match state {
+        GenerationState::Staged => State::Staged,
+        GenerationState::Live => State::Live,
+        GenerationState::Held => State::Held,
+        GenerationState::Retiring => State::Retiring,
+        GenerationState::Gone => State::Gone,
+    }
+}
+
+/// A generation, as it describes itself.
+pub fn generation(generation: &Described, in_state: GenerationState, instance: &str, max_pack_tokens: usize) -> wire::Generation {
+    let (info, limits) = (&generation.info, generation.limits);
     let loaded = info.loaded.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     wire::Generation {
-        stamp: Some(stamp(stamped)),
+        stamp: Some(stamp(generation.stamp(instance))),
         method: info.method.clone(),
         members: info.members.iter().map(member).collect(),
         architecture: info.architecture.clone(),
@@ -138,11 +162,11 @@ pub fn generation(generation: &Generation, stamped: ModelStamp, max_pack_tokens:
         max_pack_tokens: saturating(max_pack_tokens.max(limits.max_tokens)),
         outputs: saturating(limits.outputs),
         parameters: limits.parameters,
-        device_bytes: generation.device_bytes(),
-        members_loaded: generation.members_loaded(),
+        device_bytes: generation.device_bytes,
+        members_loaded: generation.members_loaded,
         recipe: info.recipe.clone(),
         loaded_unix_ms: i64::try_from(loaded.as_millis()).unwrap_or(i64::MAX),
-        state: wire::generation::State::Live.into(),
+        state: state(in_state).into(),
         text: Some(wire::TextPolicy {
             bos: info.text.bos.clone(),
             eos: info.text.eos.clone(),
@@ -161,6 +185,7 @@ pub fn generation(generation: &Generation, stamped: ModelStamp, max_pack_tokens:
         vocabulary: saturating(info.vocabulary),
         head: info.head.clone(),
         notes: info.notes.clone(),
+        ensemble: info.ensemble.clone(),
     }
 }
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::convert;
 use super::readiness::Readiness;
-use crate::registry::{ComparedPoint, Engine};
+use crate::registry::{ComparedPoint, Engine, GenerationState};
 use history::{Buckets, Flow, History, Totals};
 
 /// The page.
@@ -103,7 +103,7 @@ impl Page {
     fn model(&self) -> Option<Value> {
         let live = self.engine.registry().current()?;
         let max_pack_tokens = self.engine.scorer().options().max_pack_tokens;
-        let wire = convert::generation(&live, self.engine.stamp(&live), max_pack_tokens);
+        let wire = convert::generation(&live.describe(), GenerationState::Live, self.engine.instance(), max_pack_tokens);
         let resident: Vec<&str> = live.resident().map(|name| name.as_str()).collect();
         let members: Vec<Value> = wire
             .members

@@ -1,0 +1,148 @@
+//! When the memory of a generation is free again.
+//!
+//! A generation goes when its last request ends, and that may be anywhere: in a handler, in the device worker, in a caller
+//! that hung up. Freeing gigabytes takes the operating system a good part of a second, which none of them has to give, so
+//! weights are handed to a thread of their own that does nothing else.
+
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use prometheus::IntGauge;
+use tokio::sync::watch;
+
+use crate::model::{Limits, ModelError, Output, Pack, PrefixKey, RewardModel};
+
+/// Held by whatever keeps the weights of one generation: the generation itself and each of its models.
+#[derive(Debug)]
+pub(super) struct Lease {
+    /// Closed when the last holder has gone.
+    open: watch::Sender<()>,
+    /// Counts this generation for as long as it is retiring.
+    retiring: Mutex<Option<IntGauge>>,
+}
+
+impl Lease {
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { open: watch::Sender::new(()), retiring: Mutex::new(None) })
+    }
+
+    /// Sees the end of this lease without prolonging it.
+    pub fn end(&self) -> LeaseEnd {
+        LeaseEnd(self.open.subscribe())
+    }
+
+    /// Counts the lease in `gauge` until it ends or is not retiring any more.
+    pub fn retire(&self, gauge: &IntGauge) {
+        let mut retiring = self.retiring.lock().unwrap_or_else(PoisonError::into_inner);
+        if retiring.is_none() {
+            gauge.inc();
+            *retiring = Some(gauge.clone());
+        }
+    }
+
+    pub fn come_back(&self) {
+        if let Some(gauge) = self.retiring.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            gauge.dec();
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.come_back();
+    }
+}
+
+/// Whether the memory of one generation is free.
+#[derive(Clone, Debug)]
+pub struct LeaseEnd(watch::Receiver<()>);
+
+impl LeaseEnd {
+    pub fn has_come(&self) -> bool {
+        self.0.has_changed().is_err()
+    }
+
+    /// Completes when the memory is free.
+    pub async fn comes(mut self) {
+        // Nothing is ever sent, so the only change is the end.
+        while self.0.changed().await.is_ok() {}
+    }
+}
+
+/// A model that holds its generation's lease, and whose memory is freed on the thread for that.
+struct Leased {
+    /// Always there, but for the moment of the drop.
+    model: Option<Arc<dyn RewardModel>>,
+    lease: Arc<Lease>,
+}
+
+/// The same model under a lease.
+pub(super) fn leased(model: Arc<dyn RewardModel>, lease: &Arc<Lease>) -> Arc<dyn RewardModel> {
+    Arc::new(Leased { model: Some(model), lease: lease.clone() })
+}
+
+impl RewardModel for Leased {
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        match &self.model {
+            Some(model) => model.forward(pack),
+            None => Err(ModelError("the model has been freed".to_owned())),
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        let none = Limits { max_tokens: 0, outputs: 0, parameters: 0, device_bytes: 0 };
+        self.model.as_ref().map_or(none, |model| model.limits())
+    }
+
+    fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
+        self.model.as_ref()?.prefix_key(tokens)
+    }
+
+    fn token_cost(&self, from: usize, to: usize) -> usize {
+        self.model.as_ref().map_or(to - from, |model| model.token_cost(from, to))
+    }
+}
+
+impl Drop for Leased {
+    fn drop(&mut self) {
+        if let Some(model) = self.model.take() {
+            // Without the thread the memory is freed here.
+            let _ = UNDERTAKER.send((model, self.lease.clone()));
+        }
+    }
+}
+
+/// Dropped in this order: the model, then its lease.
+type Remains = (Arc<dyn RewardModel>, Arc<Lease>);
+
+static UNDERTAKER: LazyLock<Sender<Remains>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<Remains>();
+    let free = move || receiver.into_iter().for_each(drop);
+    if let Err(error) = std::thread::Builder::new().name("warm-free".to_owned()).spawn(free) {
+        tracing::warn!(%error, "no thread to free weights on, so requests will");
+    }
+    sender
+});
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::FakeModel;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lease_ends_with_its_last_model_and_not_before() {
+        let lease = Lease::new();
+        let end = lease.end();
+        let (first, second) = (leased(FakeModel::new(1.0), &lease), leased(FakeModel::new(2.0), &lease));
+        let gauge = IntGauge::new("retiring", "x").expect("a name");
+        lease.retire(&gauge);
+        lease.retire(&gauge);
+        drop((lease, first));
+        assert!(!end.has_come());
+        assert_eq!(gauge.get(), 1);
+        drop(second);
+        end.clone().comes().await;
+        assert!(end.has_come());
+        assert_eq!(gauge.get(), 0);
+    }
+}

@@ -1,0 +1,311 @@
+//! From a recipe to a generation that has answered: plan, name, merge while loading, members, warm-up.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use super::canary::{Answers, CanaryBounds, Figures, Probes, examine};
+use super::generation::{FingerprintParts, equipment};
+use super::load::{calibration, dtype_name, hex, info, max_tokens, open_text, probes, warm_up};
+use super::members::StreamedMembers;
+use super::outcomes::{answer, scored};
+use super::weights::{MergedModel, load_merged, remembered};
+use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MeasuredMembers, MemberInfo, Progress};
+use crate::checkpoint::{Readout, SourceError, TensorSource};
+use crate::clock::Clock;
+use crate::domain::{Fingerprint, GenerationId, MemberName, Truncation, WeightsId};
+use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
+use crate::model::{self, Pack, RewardModel};
+use crate::text::TextPipeline;
+
+/// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
+/// probes. Blocks for as long as it takes; reading runs in the current rayon pool. `progress` is called often.
+pub fn load_generation(
+    spec: &LoadSpec,
+    id: GenerationId,
+    clock: &Clock,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Generation, LoadError> {
+    Prepared::open(spec, clock, progress)?.load(id, progress)
+}
+
+/// A recipe that can be loaded: its plan, its text layer and the reading of its head. No weights have been read.
+pub struct Prepared {
+    spec: LoadSpec,
+    clock: Clock,
+    plan: Arc<MergePlan>,
+    text: Arc<TextPipeline>,
+    readout: Readout,
+    max_tokens: usize,
+    /// The architecture and the reading of the head in their canonical form.
+    canonical: String,
+    calibration: Option<Calibration>,
+    /// Made when weights are first read.
+    merged: OnceLock<Arc<Merged>>,
+    /// Known once the weights, or what is remembered of them, have been read.
+    names: OnceLock<Names>,
+}
+
+/// What names weights.
+struct Names {
+    weights_id: WeightsId,
+    /// The content hash of every member.
+    members: Vec<[u8; 32]>,
+}
+
+impl Prepared {
+    /// Downloads what lies on a hub, and plans.
+    pub fn open(spec: &LoadSpec, clock: &Clock, progress: &mut dyn FnMut(Progress)) -> Result<Self, LoadError> {
+        let spec = &spec.localized(&mut |place, done, total| progress(Progress::step(&format!("download {place}"), done, total)))?;
+        progress(Progress::step("plan", 0, 1));
+        let (plan, text, readout) = open_text(spec, clock)?;
+        let architecture = plan.reward()?.architecture;
+        let max_tokens = max_tokens(spec, architecture)?;
+        members_can_stand_alone(spec.ensemble, &plan)?;
+        // What is read and how is as much a part of a score as the body is.
+        let canonical = serde_json::to_string(&(architecture, &readout))
+            .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
+        let calibration = calibration(spec, architecture)?;
+        let (spec, clock, text) = (spec.clone(), clock.clone(), Arc::new(text));
+        progress(Progress::step("plan", 1, 1));
+        let (merged, names) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { spec, clock, plan, text, readout, max_tokens, canonical, calibration, merged, names })
+    }
+
+    /// What is loaded, with every member in a folder.
+    pub fn spec(&self) -> &LoadSpec {
+        &self.spec
+    }
+
+    pub fn plan(&self) -> &Arc<MergePlan> {
+        &self.plan
+    }
+
+    /// Bytes of weights on the device once it is loaded, by the plan: float32, whatever they are stored in.
+    pub fn device_bytes(&self) -> u64 {
+        let members = match self.spec.ensemble {
+            Ensemble::Resident if self.plan.members().len() > 1 => self.plan.members().len() as u64,
+            Ensemble::Streamed => 1,
+            Ensemble::Resident | Ensemble::Off => 0,
+        };
+        model::device_bytes(self.plan.manifest()).saturating_mul(1 + members)
+    }
+
+    /// The name that the loaded generation will have. Reads every weight once, and keeps none, unless a cache remembers
+    /// what is in files that have not changed since; what is loaded later must have the same bytes.
+    pub fn fingerprint(&self, progress: &mut dyn FnMut(Progress)) -> Result<Fingerprint, LoadError> {
+        Ok(self.name(self.names(progress)?.weights_id))
+    }
+
+    fn names(&self, progress: &mut dyn FnMut(Progress)) -> Result<&Names, LoadError> {
+        if let Some(names) = self.names.get() {
+            return Ok(names);
+        }
+        let (members, step) = (self.plan.members(), |progress: &mut dyn FnMut(Progress), done: usize| {
+            progress(Progress::step("hash", done as u64, self.plan.members().len() as u64));
+        });
+        let names = match remembered(&self.plan, self.spec.cache.as_ref(), &self.clock) {
+            Some((weights_id, members)) => Names { weights_id, members },
+            None => {
+                let merged = self.merged()?;
+                for (done, member) in members.iter().enumerate() {
+                    step(progress, done);
+                    member.source().content_hash()?;
+                }
+                Names { weights_id: merged.weights_id()?, members: merged.member_hashes()? }
+            }
+        };
+        step(progress, members.len());
+        Ok(self.names.get_or_init(|| names))
+    }
+
+    /// What the generation will have beside its merged model.
+    pub fn equipment(&self) -> Result<String, LoadError> {
+        let hashes = &self.names(&mut |_| {})?.members;
+        let member = |(member, hash): (&PlannedMember, &[u8; 32])| MemberInfo {
+            name: member.name().clone(),
+            coefficient: member.coefficient(),
+            content_hash: hex(hash),
+        };
+        let members: Vec<_> = self.plan.members().iter().zip(hashes).map(member).collect();
+        Ok(equipment(self.spec.ensemble.name(), &matching(&self.spec.members, &members, &mut Vec::new())))
+    }
+
+    /// Merges and loads, and lets every model score the bundled probes.
+    pub fn load(&self, id: GenerationId, progress: &mut dyn FnMut(Progress)) -> Result<Generation, LoadError> {
+        let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
+        let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
+            let mut tell = |done, total| progress(Progress::step(stage, done, total));
+            load_model(plan, readout, self.max_tokens, source, &mut tell).map_err(|error| error.within(what))
+        };
+        let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
+        let MergedModel { model: merged, weights_id, members: hashes, notes } =
+            load_merged(plan, &|| self.merged(), self.spec.cache.as_ref(), &self.clock, &mut load_it)?;
+        let mut resident = Vec::new();
+        if self.spec.ensemble == Ensemble::Resident {
+            for (index, member) in plan.members().iter().enumerate() {
+                let name = member.name().clone();
+                let model = match plan.member_source(index)? {
+                    // The merge of one is that one.
+                    _ if plan.members().len() == 1 => merged.clone(),
+                    Some(source) => load(&format!("member {name}"), &format!("member {name}"), &source)?,
+                    None => unreachable!("every index below the number of members has a source"),
+                };
+                resident.push(LoadedMember { name, model });
+            }
+        }
+        let models = 1 + resident.len() as u64;
+        let probes = probes(text.as_ref(), readout)?;
+        warm_up("the merged model", merged.as_ref(), &probes)?;
+        progress(Progress::step("warm-up", 1, models));
+        for (done, member) in resident.iter().enumerate() {
+            warm_up(&format!("member {}", member.name), member.model.as_ref(), &probes)?;
+            progress(Progress::step("warm-up", done as u64 + 2, models));
+        }
+
+        let (fingerprint, calibration) = (self.name(weights_id), self.calibration(weights_id).cloned());
+        let mut info = info(&self.spec, plan, plan.reward()?, &hashes, text.policy(), readout, &self.clock);
+        info.notes.extend(notes);
+        let (max_tokens, made_for) = (self.max_tokens, plan.reward()?.architecture.max_positions);
+        if max_tokens > made_for {
+            info.notes.push(format!("max_tokens is {max_tokens}; the model's config says that it is made for {made_for} positions"));
+        }
+        if calibration.is_none() && self.calibration.is_some() {
+            info.notes.push("the calibration was measured on other weights, so it is not used".to_owned());
+        }
+        let member_calibrations = matching(&self.spec.members, &info.members, &mut info.notes);
+        let streamed = (self.spec.ensemble == Ensemble::Streamed).then(|| {
+            info.notes.push("members are streamed: every comparison loads each of them anew, one after another".to_owned());
+            let (plan, readout) = (plan.clone(), readout.clone());
+            Arc::new(FromPlan { plan, readout, max_tokens: self.max_tokens }) as Arc<dyn StreamedMembers>
+        });
+        let text = text.clone();
+        let parts =
+            GenerationParts { id, fingerprint, weights_id, text, merged, resident, streamed, calibration, member_calibrations, info };
+        Ok(Generation::new(parts))
+    }
+
+    fn merged(&self) -> Result<Arc<Merged>, SourceError> {
+        if let Some(merged) = self.merged.get() {
+            return Ok(Arc::clone(merged));
+        }
+        let merged = Arc::new(Merged::new(self.plan.clone())?);
+        Ok(Arc::clone(self.merged.get_or_init(|| merged)))
+    }
+
+    /// The calibration, unless it was measured on other weights than these.
+    fn calibration(&self, weights_id: WeightsId) -> Option<&Calibration> {
+        let other = self.spec.members.weights_id.as_ref().is_some_and(|measured| *measured != weights_id.to_string());
+        self.calibration.as_ref().filter(|_| !other)
+    }
+
+    fn name(&self, weights_id: WeightsId) -> Fingerprint {
+        let parts = FingerprintParts {
+            weights_id,
+            dtype: dtype_name(self.spec.recipe.dtype()),
+            architecture: &self.canonical,
+            text: self.text.hash(),
+            max_tokens: self.max_tokens,
+            calibration: self.calibration(weights_id),
+        };
+        parts.fingerprint()
+    }
+}
+
+/// Whether the members can be asked one by one.
+fn members_can_stand_alone(ensemble: Ensemble, plan: &MergePlan) -> Result<(), LoadError> {
+    let lent = plan.members().iter().find_map(|member| Some((member.name(), member.lacks().first()?)));
+    match lent.filter(|_| ensemble != Ensemble::Off) {
+        None => Ok(()),
+        Some((member, tensor)) => {
+            let found = ensemble.name();
+            let problem = format!(
+                "expected off, found {found}: member {member} has no {tensor}, which a rule takes elsewhere, so it cannot score alone"
+            );
+            Err(LoadError::Options { field: "ensemble", problem })
+        }
+    }
+}
+
+/// Calibrations of members that still have the weights that they were measured with. A note for each that has not.
+fn matching(measured: &MeasuredMembers, infos: &[MemberInfo], notes: &mut Vec<String>) -> BTreeMap<MemberName, Calibration> {
+    let mut matching = BTreeMap::new();
+    for (name, hash, calibration) in &measured.members {
+        let Some(info) = infos.iter().find(|info| info.name == *name) else { continue };
+        if hash.as_ref().is_none_or(|hash| *hash == info.content_hash) {
+            matching.insert(name.clone(), calibration.clone());
+        } else {
+            notes.push(format!("the calibration of member {name} was measured on other weights, so it is not used"));
+        }
+    }
+    matching
+}
+
+/// A model of the plan's architecture and reading, from a source of its weights.
+fn load_model(
+    plan: &MergePlan,
+    readout: &Readout,
+    max_tokens: usize,
+    source: &dyn TensorSource,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Arc<dyn RewardModel>, NotLoaded> {
+    let Reward { architecture, layout, .. } = plan.reward().map_err(|error| NotLoaded::Load(error.into()))?;
+    model::load(source, architecture, layout, readout, max_tokens, progress).map_err(NotLoaded::Model)
+}
+
+/// Why one model is not loaded.
+enum NotLoaded {
+    Load(LoadError),
+    Model(model::LoadError),
+}
+
+impl NotLoaded {
+    fn within(self, what: &str) -> LoadError {
+        match self {
+            Self::Load(error) => error,
+            Self::Model(source) => LoadError::Model { what: what.to_owned(), source },
+        }
+    }
+}
+
+/// Members that are read from the plan's checkpoints once more. Bytes that differ from those that were merged are refused.
+struct FromPlan {
+    plan: Arc<MergePlan>,
+    readout: Readout,
+    max_tokens: usize,
+}
+
+impl StreamedMembers for FromPlan {
+    fn load(&self, index: usize) -> Result<Arc<dyn RewardModel>, String> {
+        let source = self.plan.member_source(index).map_err(|error| error.to_string())?;
+        let source = source.ok_or_else(|| format!("the plan has no member {index}"))?;
+        load_model(&self.plan, &self.readout, self.max_tokens, &source, &mut |_, _| {}).map_err(|error| match error {
+            NotLoaded::Load(error) => error.to_string(),
+            NotLoaded::Model(error) => error.to_string(),
+        })
+    }
+}
+
+/// Asks a generation that nobody uses yet, on this thread, what a candidate is asked; there is no live one to compare
+/// with, so only the bounds that stand alone count.
+pub fn first_canary(generation: &Generation, probes: &Probes, bounds: &CanaryBounds) -> Result<Figures, LoadError> {
+    let wrong = |problem: String| LoadError::WarmUp { what: "the merged model".to_owned(), problem };
+    let encoded: Vec<_> = probes.samples().iter().map(|sample| generation.text.encode(sample, Truncation::Left).map(Arc::new)).collect();
+    let readable: Vec<_> = encoded.iter().flatten().cloned().collect();
+    let mut outputs = Vec::with_capacity(readable.len());
+    for chunk in readable.chunks(8) {
+        outputs.extend(generation.merged.models[0].forward(&Pack::new(chunk)).map_err(|error| wrong(error.to_string()))?);
+    }
+    let mut outputs = outputs.into_iter();
+    let answers: Answers = encoded
+        .into_iter()
+        .map(|encoding| {
+            let encoding = encoding.ok()?;
+            answer(scored(&encoding, &outputs.next()?, false))
+        })
+        .collect();
+    examine(&answers, None, probes.preferences(), bounds).map_err(|refused| wrong(refused.to_string()))
+}
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

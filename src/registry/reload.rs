@@ -1,0 +1,397 @@
+//! The reloader: plan, name, make room, load beside the live generation, warm up, ask the canary, swap, retire.
+//!
+//! One reload at a time, on a thread of its own with a small pool of its own, both of low priority: the live generation
+//! answers all the while, and whatever goes wrong leaves it where it is.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+
+use super::canary::{Answers, Probes, examine};
+use super::candidate::{
+    Activation, Candidate, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning, ReloadStep, Source,
+};
+use super::room::{Room, Swap, Way, decide};
+use super::{Engine, Generation, GenerationState, LeaseEnd, NotHere, Registry, ReloadEvent, ReloadOutcome};
+use crate::domain::Fingerprint;
+use crate::scorer::panic_message;
+
+/// Starts reloads, one at a time. Clones are handles of the same.
+#[derive(Clone)]
+pub struct Reloader(Arc<Inner>);
+
+struct Inner {
+    engine: Engine,
+    source: Arc<dyn Source>,
+    options: ReloadOptions,
+    free: FreeMemory,
+    runtime: Handle,
+    status: Mutex<Status>,
+}
+
+#[derive(Default)]
+struct Status {
+    running: bool,
+    /// Asked for while another one was running: by whom.
+    again: Option<&'static str>,
+}
+
+/// Steps that only count come at most this often.
+const STEP_EVERY: Duration = Duration::from_millis(200);
+
+type Tell<'a> = &'a mut (dyn FnMut(ReloadStep) + Send);
+
+impl Reloader {
+    /// `runtime` runs the questions of the canary and the waits.
+    pub fn new(engine: Engine, source: Arc<dyn Source>, options: ReloadOptions, free: FreeMemory, runtime: Handle) -> Self {
+        Self(Arc::new(Inner { engine, source, options, free, runtime, status: Mutex::default() }))
+    }
+
+    /// Starts a reload. `cause` says in the log who wanted it.
+    pub fn start(&self, request: ReloadRequest, cause: &'static str) -> Result<Reload, ReloadRunning> {
+        let mut status = self.status();
+        if status.running {
+            return Err(ReloadRunning);
+        }
+        let (steps, shown) = mpsc::unbounded_channel();
+        let (end, ended) = oneshot::channel();
+        let this = self.clone();
+        let run = move || {
+            let result = this.run_and_tell(request, cause, &steps);
+            drop(steps);
+            // The next one may start as soon as somebody knows that this one has ended; whoever asked may have gone.
+            let mut again = this.next();
+            let _ = end.send(result);
+            while let Some(cause) = again {
+                let nobody = mpsc::unbounded_channel().0;
+                let _ = this.run_and_tell(ReloadRequest::default(), cause, &nobody);
+                again = this.next();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("warm-reload".to_owned()).spawn(run) {
+            // The next attempt may find a thread again; this one has no end to wait for, which its caller sees.
+            tracing::error!(%error, "no thread for a reload");
+            return Ok(Reload { steps: shown, end: ended });
+        }
+        status.running = true;
+        Ok(Reload { steps: shown, end: ended })
+    }
+
+    /// Wants a reload, now or once the running one has ended.
+    pub fn trigger(&self, cause: &'static str) {
+        if self.start(ReloadRequest::default(), cause).is_ok() {
+            return;
+        }
+        let mut status = self.status();
+        if status.running {
+            status.again = Some(cause);
+            return;
+        }
+        drop(status);
+        // It has ended in between.
+        let _ = self.start(ReloadRequest::default(), cause);
+    }
+
+    /// Makes a staged or held generation the live one.
+    pub fn activate(&self, fingerprint: Fingerprint) -> Result<Arc<Generation>, NotHere> {
+        let generation = self.registry().activate(fingerprint)?;
+        tracing::info!(%fingerprint, generation = %generation.id, "activated");
+        self.0.source.accepted(&generation);
+        Ok(generation)
+    }
+
+    fn registry(&self) -> &Registry {
+        self.0.engine.registry()
+    }
+
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.0.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What to do after a reload; nothing more runs if nothing was asked for meanwhile.
+    fn next(&self) -> Option<&'static str> {
+        let mut status = self.status();
+        let again = status.again.take();
+        status.running = again.is_some();
+        again
+    }
+
+    fn run_and_tell(
+        &self,
+        request: ReloadRequest,
+        cause: &'static str,
+        steps: &mpsc::UnboundedSender<ReloadStep>,
+    ) -> Result<ReloadReport, ReloadFailure> {
+        let (clock, metrics) = (self.0.engine.clock().clone(), self.registry().metrics());
+        let started = clock.now();
+        // A reload is a trace of its own.
+        let span = tracing::debug_span!("reload", cause, fingerprint = tracing::field::Empty);
+        let _reload = span.enter();
+        metrics.reload_begins();
+        let mut last = started;
+        let mut stage = String::new();
+        let mut tell = |step: ReloadStep| {
+            let now = clock.now();
+            let worth = step.stage != stage || !step.message.is_empty() || now.saturating_duration_since(last) >= STEP_EVERY;
+            if worth {
+                (last, stage) = (now, step.stage.clone());
+                let _ = steps.send(step);
+            }
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| self.run(request, &mut tell)));
+        let result =
+            result.unwrap_or_else(|panic| Err(failure(ReloadOutcome::Failed, format!("panicked: {}", panic_message(panic.as_ref())))));
+        let took = clock.now().saturating_duration_since(started);
+        metrics.reload_ends(took, clock.wall());
+        let seconds = took.as_secs_f64();
+        match &result {
+            Ok(ReloadReport { outcome, message, generation }) => {
+                let fingerprint = generation.as_ref().map(|(described, _)| described.fingerprint);
+                if let Some(outcome) = *outcome {
+                    metrics.reloaded(outcome);
+                    self.registry().recent().reloaded(ReloadEvent { at: clock.wall(), outcome, fingerprint, problem: None });
+                }
+                let outcome = outcome.map_or("planned", ReloadOutcome::name);
+                let fingerprint = fingerprint.map(|fingerprint| fingerprint.to_string());
+                span.record("fingerprint", fingerprint.as_deref());
+                tracing::info!(cause, outcome, fingerprint, seconds, message, "reload");
+            }
+            Err(ReloadFailure { outcome, message }) => {
+                metrics.reloaded(*outcome);
+                let event = ReloadEvent { at: clock.wall(), outcome: *outcome, fingerprint: None, problem: Some(message.clone()) };
+                self.registry().recent().reloaded(event);
+                tracing::error!(cause, outcome = outcome.name(), seconds, message, "reload failed, the live generation stays");
+            }
+        }
+        result
+    }
+
+    fn run(&self, request: ReloadRequest, tell: Tell<'_>) -> Result<ReloadReport, ReloadFailure> {
+        let Inner { source, options, free, .. } = &*self.0;
+        let registry = self.registry();
+        let pool = pool(options.threads)?;
+        tell(step("plan", ""));
+        let candidate = source.prepare(&mut |progress| tell(progress.into())).map_err(|problem| failure(ReloadOutcome::NoPlan, problem))?;
+        let candidate = candidate.as_ref();
+        tell(step("plan", candidate.summary()));
+        registry.metrics().restart_needed(candidate.restart_needed().len());
+        candidate.restart_needed().iter().for_each(|remark| tell(step("plan", format!("needs a restart: {remark}"))));
+
+        let fingerprint = pool
+            .install(|| candidate.fingerprint(&mut |progress| tell(progress.into())))
+            .map_err(|problem| failure(ReloadOutcome::Failed, problem))?;
+        tell(step("hash", format!("fingerprint {fingerprint}")));
+        let mut stages = request.stage_only || options.activation == Activation::OnCall;
+        if registry.here(fingerprint).is_some() {
+            let equipment = pool.install(|| candidate.equipment()).map_err(|problem| failure(ReloadOutcome::Failed, problem))?;
+            if let Some(report) = self.known(fingerprint, &equipment, request.dry_run, stages) {
+                return Ok(report);
+            }
+            // The same model, equipped otherwise: no score changes, so there is nothing to wait for.
+            stages &= registry.state_of(fingerprint) != Some(GenerationState::Live);
+        }
+
+        let (live, idle) = registry.device_bytes();
+        let room = Room { needed: candidate.device_bytes(), free: free(), live, idle };
+        // What is staged stands beside the live one by its nature.
+        let swap = if stages { Swap::Beside } else { options.swap };
+        let way = decide(swap, room).map_err(|no_room| failure(ReloadOutcome::NoRoom, no_room))?;
+        tell(step("room", way));
+        if request.dry_run {
+            return Ok(ReloadReport { outcome: None, message: format!("would be {way}; fingerprint {fingerprint}"), generation: None });
+        }
+        let generation = match way {
+            Way::Beside => self.load(candidate, fingerprint, &pool, None, tell)?,
+            Way::BesideAfterRelease => {
+                tell(step("release", "what is staged or held is freed"));
+                if !self.wait(registry.release()) {
+                    let words = format!("requests still use what was held after {:?}", options.drain);
+                    return Err(failure(ReloadOutcome::NoRoom, words));
+                }
+                self.load(candidate, fingerprint, &pool, None, tell)?
+            }
+            Way::InPlace => self.load_in_place(candidate, fingerprint, &pool, tell)?,
+        };
+        let described = generation.describe();
+        if stages {
+            tell(step("stage", ""));
+            registry.stage(generation);
+            let message = "staged: activate it by its fingerprint".to_owned();
+            return Ok(ReloadReport {
+                outcome: Some(ReloadOutcome::Staged),
+                message,
+                generation: Some((described, GenerationState::Staged)),
+            });
+        }
+        tell(step("swap", ""));
+        registry.install(generation);
+        if let Some(live) = registry.serving(fingerprint) {
+            source.accepted(&live);
+        }
+        let message = "live".to_owned();
+        Ok(ReloadReport { outcome: Some(ReloadOutcome::Loaded), message, generation: Some((described, GenerationState::Live)) })
+    }
+
+    /// What there is to do where the wanted generation is here already.
+    fn known(&self, fingerprint: Fingerprint, equipment: &str, dry_run: bool, stages: bool) -> Option<ReloadReport> {
+        let registry = self.registry();
+        registry.here(fingerprint).filter(|generation| generation.equipment() == equipment)?;
+        let here = || registry.list().into_iter().find(|(described, state)| described.fingerprint == fingerprint && is_here(*state));
+        let unchanged = |message: &str| {
+            let outcome = if dry_run { None } else { Some(ReloadOutcome::Unchanged) };
+            Some(ReloadReport { outcome, message: message.to_owned(), generation: here() })
+        };
+        match registry.state_of(fingerprint)? {
+            GenerationState::Live => unchanged("unchanged: this fingerprint is live"),
+            GenerationState::Staged if stages => unchanged("unchanged: this fingerprint is staged already"),
+            _ if stages => unchanged("unchanged: this fingerprint is held, and can be activated"),
+            _ if dry_run => unchanged("would be activated: this fingerprint is staged or held"),
+            _ => {
+                // Gone in between, it is loaded like any other.
+                self.activate(fingerprint).ok()?;
+                let message = "live: it was staged or held".to_owned();
+                Some(ReloadReport { outcome: Some(ReloadOutcome::Activated), message, generation: here() })
+            }
+        }
+    }
+
+    /// Loads a candidate and asks the canary. `live` are the live model's answers where it cannot be asked any more.
+    fn load(
+        &self,
+        candidate: &dyn Candidate,
+        fingerprint: Fingerprint,
+        pool: &rayon::ThreadPool,
+        live: Option<Answers>,
+        tell: Tell<'_>,
+    ) -> Result<Generation, ReloadFailure> {
+        let id = self.registry().next_id();
+        let generation = pool
+            .install(|| candidate.load(id, &mut |progress| tell(progress.into())))
+            .map_err(|problem| failure(ReloadOutcome::Failed, problem))?;
+        if generation.fingerprint != fingerprint {
+            let found = generation.fingerprint;
+            let words = format!("files changed while they were read: fingerprint {fingerprint} was planned, {found} was loaded");
+            return Err(failure(ReloadOutcome::Failed, words));
+        }
+        let (probes, bounds) = candidate.canary();
+        tell(step("canary", format!("{} probes", probes.samples().len())));
+        let live = match live {
+            Some(answers) => Some(answers),
+            None => self.live_answers(probes)?,
+        };
+        let answers = self.answers(&generation, probes)?;
+        let examined = examine(&answers, live.as_deref(), probes.preferences(), bounds);
+        let figures = examined.as_ref().unwrap_or_else(|refused| &refused.figures);
+        self.registry().metrics().canary(figures);
+        tell(step("canary", figures));
+        examined.map_err(|refused| failure(ReloadOutcome::Refused, refused))?;
+        Ok(generation)
+    }
+
+    /// Frees everything, then loads. Whatever fails after that point, the last good generation is loaded once more.
+    fn load_in_place(
+        &self,
+        candidate: &dyn Candidate,
+        fingerprint: Fingerprint,
+        pool: &rayon::ThreadPool,
+        tell: Tell<'_>,
+    ) -> Result<Generation, ReloadFailure> {
+        let registry = self.registry();
+        let live = self.live_answers(candidate.canary().0)?;
+        tell(step("drain", "not answering until the new generation is there"));
+        let before = registry.current().as_ref().map_or_else(Weak::new, Arc::downgrade);
+        if !self.wait(registry.vacate()) {
+            // Requests that do not end keep the old weights, so they may as well be used.
+            if let Some(before) = before.upgrade() {
+                registry.come_back(before);
+                let words = format!("requests still use the live generation after {:?}: it stays", self.0.options.drain);
+                return Err(failure(ReloadOutcome::NoRoom, words));
+            }
+        }
+        // Without a live model there is nothing to compare with, which no answers say.
+        let live = live.unwrap_or_default();
+        self.load(candidate, fingerprint, pool, Some(live), tell).map_err(|problem| {
+            tell(step("restore", &problem));
+            match self.restore(pool, tell) {
+                Ok(()) => problem,
+                Err(worse) => failure(problem.outcome, format!("{problem}; and the last good generation does not come back: {worse}")),
+            }
+        })
+    }
+
+    fn restore(&self, pool: &rayon::ThreadPool, tell: Tell<'_>) -> Result<(), String> {
+        let candidate = self.0.source.last_good(&mut |progress| tell(progress.into()))?;
+        let id = self.registry().next_id();
+        let generation = pool.install(|| candidate.load(id, &mut |progress| tell(progress.into())))?;
+        tracing::warn!(fingerprint = %generation.fingerprint, "the last good generation is back");
+        self.registry().metrics().reloaded(ReloadOutcome::Restored);
+        self.registry().install(generation);
+        Ok(())
+    }
+
+    fn live_answers(&self, probes: &Probes) -> Result<Option<Answers>, ReloadFailure> {
+        self.registry().current().map(|live| self.answers(&live, probes)).transpose()
+    }
+
+    fn answers(&self, generation: &Generation, probes: &Probes) -> Result<Answers, ReloadFailure> {
+        let answers = self.0.engine.answers(generation, probes.samples());
+        self.0.runtime.block_on(answers).map_err(|error| failure(ReloadOutcome::Failed, format!("the canary got no answer: {error}")))
+    }
+
+    /// Whether all of these ended in time.
+    fn wait(&self, ends: Vec<LeaseEnd>) -> bool {
+        let clock = self.0.engine.clock();
+        let deadline = clock.now() + self.0.options.drain;
+        let all = async {
+            for end in ends {
+                end.comes().await;
+            }
+        };
+        self.0.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = all => true,
+                () = clock.sleep_until(deadline) => false,
+            }
+        })
+    }
+}
+
+fn is_here(state: GenerationState) -> bool {
+    matches!(state, GenerationState::Staged | GenerationState::Live | GenerationState::Held)
+}
+
+fn step(stage: &str, message: impl ToString) -> ReloadStep {
+    ReloadStep { stage: stage.to_owned(), done: 0, total: 0, message: message.to_string() }
+}
+
+fn failure(outcome: ReloadOutcome, message: impl ToString) -> ReloadFailure {
+    ReloadFailure { outcome, message: message.to_string() }
+}
+
+/// Threads for reading and merging that yield to those that answer.
+fn pool(threads: usize) -> Result<rayon::ThreadPool, ReloadFailure> {
+    yield_to_others();
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads.max(1))
+        .thread_name(|i| format!("warm-reload-{i}"))
+        .start_handler(|_| yield_to_others())
+        .build()
+        .map_err(|error| failure(ReloadOutcome::Failed, format!("no threads to load with: {error}")))
+}
+
+/// Lowers the priority of this thread, where the system has such a thing: a tenth of a busy core.
+fn yield_to_others() {
+    #[cfg(target_os = "linux")]
+    {
+        // On Linux the priority is the thread's own. Where it cannot be lowered, the load only takes more of the machine.
+        let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10);
+    }
+}
+
+#[cfg(test)]
+#[path = "reload_tests.rs"]
+mod tests;

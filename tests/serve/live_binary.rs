@@ -1,0 +1,165 @@
+//! The binary while its model is replaced: signals, fleets, and what a crash in the middle leaves.
+
+use std::io::{BufReader, Read};
+use std::path::Path;
+use std::process::{Child, ChildStderr, Command};
+
+use super::binary::{admin, wait_for, warm};
+use super::live::{Files, copy};
+
+#[path = "../../src/checkpoint/fixture.rs"]
+#[allow(dead_code)]
+mod fixture;
+
+struct Server {
+    child: Child,
+    log: BufReader<ChildStderr>,
+    grpc: String,
+    admin: String,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // A test that failed leaves nothing running.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    fn start(config: &Path) -> Self {
+        let arguments = ["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s", "--config"];
+        let mut child = warm().args(arguments).arg(config).spawn().expect("started");
+        let mut log = BufReader::new(child.stderr.take().expect("piped"));
+        let mut line = String::new();
+        while !line.contains("listening") {
+            line.clear();
+            assert!(std::io::BufRead::read_line(&mut log, &mut line).expect("log") > 0, "the log ended");
+        }
+        let field = |name: &str| {
+            let (_, rest) = line.split_once(&format!("{name}=")).expect("an address");
+            rest.split_whitespace().next().expect("an address").to_owned()
+        };
+        let (grpc, admin) = (field("grpc"), field("admin"));
+        Self { child, log, grpc, admin }
+    }
+
+    fn ready(mut self) -> Self {
+        wait_for(&mut self.log, " ready", "");
+        self
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([name, &self.child.id().to_string()]).status().expect("kill");
+        assert!(sent.success());
+    }
+
+    fn metrics(&self) -> String {
+        admin(&self.admin, "/metrics")
+    }
+
+    /// The live fingerprint, by its metric.
+    fn live(&self) -> String {
+        let metrics = self.metrics();
+        let line = metrics.lines().find(|line| line.starts_with("warm_registry_generation_info{")).expect("the series");
+        let (_, rest) = line.split_once("fingerprint=\"").expect("a label");
+        rest.split('"').next().expect("a value").to_owned()
+    }
+
+    fn waits_for(&self, series: &str) {
+        while !self.metrics().lines().any(|line| line == series) {}
+    }
+}
+
+#[test]
+fn sighup_reloads_and_status_and_activate_speak_for_a_fleet() {
+    let files = Files::new();
+    files.want(&[0, 1], "activate: on_call\n");
+    let (one, two) = (Server::start(&files.config()).ready(), Server::start(&files.config()).ready());
+    let all = format!("{},{}", one.grpc, two.grpc);
+    let run = |arguments: &[&str]| {
+        let output = warm().args(arguments).args(["--all", &all]).output().expect("ran");
+        let words = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        (output.status.success(), words)
+    };
+    let before = one.live();
+    let (agree, table) = run(&["status"]);
+    assert!(agree && table.contains("2 servers, one model live") && table.contains(&before[..12]), "{table}");
+
+    files.want(&[0, 1, 2], "activate: on_call\n");
+    one.signal("-HUP");
+    one.waits_for("warm_registry_generations{state=\"staged\"} 1");
+    let (_, table) = run(&["status"]);
+    let row = table.lines().find(|line| line.starts_with(&one.grpc)).expect("a row");
+    let staged = row.split_whitespace().nth(3).expect("a fingerprint").to_owned();
+    assert_ne!(staged, before[..12]);
+    // The other one has not staged it, so none is swapped.
+    let (done, words) = run(&["activate", "--fingerprint", &staged]);
+    assert!(!done && words.contains(&two.grpc) && words.contains("1 of 2"), "{words}");
+    assert_eq!((one.live(), two.live()), (before.clone(), before.clone()));
+
+    let (done, words) = run(&["reload"]);
+    assert!(done && words.contains("(staged)"), "{words}");
+    let (done, words) = run(&["activate", "--fingerprint", &staged]);
+    assert!(done, "{words}");
+    assert!(one.live() == two.live() && one.live().starts_with(&staged));
+    let (done, _) = run(&["activate", "--fingerprint", &before]);
+    assert!(done && one.live() == before && two.live() == before, "going back is the same call");
+}
+
+#[test]
+fn killed_in_the_middle_of_a_reload_a_server_comes_up_with_what_was_good() {
+    let files = Files::new();
+    let settings = "state: ./state\n";
+    files.want(&[0, 1], settings);
+    let mut server = Server::start(&files.config()).ready();
+    let good = server.live();
+
+    // Large enough that the load is seen while it runs.
+    let large = files.member(9);
+    let size = fixture::Size { hidden: 512, intermediate: 1024, layers: 8, vocab: 4000 };
+    fixture::write(&large, &fixture::config(size), &fixture::llama(size, "F32", 9), 1).expect("written");
+    files.want(&[9], settings);
+    server.signal("-HUP");
+    server.waits_for("warm_registry_reloading 1");
+    // At once: another process that sends the signal may come too late.
+    server.child.kill().expect("killed");
+    server.child.wait().expect("ended");
+    let mut rest = String::new();
+    server.log.read_to_string(&mut rest).expect("log");
+    assert!(!rest.contains("outcome=\"loaded\""), "it was killed while it loaded: {rest}");
+
+    // The wanted recipe is good, so a restart serves it.
+    let server = Server::start(&files.config()).ready();
+    let wanted = server.live();
+    assert_ne!(wanted, good);
+    server.signal("-KILL");
+    drop(server);
+
+    // Half a copy is not, so the last good one is served, and the log says why.
+    files.want(&[0, 1], settings);
+    let server = Server::start(&files.config()).ready();
+    assert_eq!(server.live(), good);
+    server.signal("-KILL");
+    drop(server);
+    let shard = large.join("model.safetensors");
+    let bytes = std::fs::read(&shard).expect("readable");
+    std::fs::write(&shard, &bytes[..bytes.len() / 2]).expect("written");
+    files.want(&[9], settings);
+    let mut server = Server::start(&files.config());
+    let reason = wait_for(&mut server.log, "so the last good one is", "problem").expect("a reason");
+    assert!(!reason.is_empty());
+    let server = server.ready();
+    assert_eq!(server.live(), good);
+    server.waits_for("warm_registry_reloads_total{outcome=\"restored\"} 1");
+
+    // What was good has changed on disk, too: it is not what it was, so nothing is served under its name.
+    server.signal("-KILL");
+    drop(server);
+    copy(&files.member(2), &files.member(1));
+    let mut server = Server::start(&files.config());
+    assert_eq!(server.child.wait().expect("ended").code(), Some(1));
+    let mut rest = String::new();
+    server.log.read_to_string(&mut rest).expect("log");
+    assert!(rest.contains("its files or the settings have changed"), "{rest}");
+}
