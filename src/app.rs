@@ -22,10 +22,11 @@ use crate::config::{Config, ConfigError, LiveConfig};
 use crate::domain::GenerationId;
 use crate::registry::{
     Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadEvent, ReloadOptions, ReloadOutcome,
-    Reloader, Source, Swap,
+    Reloader, Source, Swap, Watch, WatchOptions,
 };
 use crate::scorer::{Admission, AdmissionOptions, ScorerMetrics, ScorerOptions};
 use crate::serve::convert::ConvertLimits;
+use crate::serve::tenants::NONE as NO_TENANT;
 use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics, Tenants};
 use crate::shutdown::Stop;
 
@@ -108,13 +109,20 @@ impl App {
         // The worker's thread ends by itself when the last handle goes.
         let (scorer, _worker) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
         let engine_options = EngineOptions { instance, tokenizer_threads: config.threads.unwrap_or(0), ..EngineOptions::default() };
-        let engine = Engine::new(EngineParts { registry, scorer, clock }, engine_options)?;
+        let tenants = Arc::new(Tenants::new(&config.tenants));
+        let watch_options = WatchOptions {
+            shadow_share: live.shadow_share,
+            max_tokens_per_second: live.shadow_tokens_per_second as f64,
+            tenants: std::iter::once(NO_TENANT.to_owned()).chain(tenants.names()).collect(),
+        };
+        let watch = Watch::new(&watch_options, clock.clone())?;
+        metrics.register(Box::new(watch.clone()))?;
+        let engine = Engine::new(EngineParts { registry, scorer, clock, watch: Some(watch) }, engine_options)?;
         let memory_limit = IntGauge::new("warm_app_memory_limit_bytes", "Bytes of memory that this process may use; 0 where nobody says.")?;
         metrics.register(Box::new(memory_limit.clone()))?;
         memory_limit.set(i64::try_from(memory::limit()).unwrap_or(i64::MAX));
         let serve_metrics = ServeMetrics::register(&metrics)?;
         let log = CallLogOptions { successes: config.log_successes, content: config.log_content };
-        let tenants = Arc::new(Tenants::new(&config.tenants));
         let calls = CallBook::new(engine.clock().clone(), serve_metrics, engine.registry().recent().clone(), tenants, log);
         let grpc = GrpcOptions {
             max_decode: config.message.max_decode,
@@ -215,7 +223,12 @@ impl App {
         }
         self.readiness.advance(Phase::Ready);
         tracing::info!("ready");
-        let _watch = self.keep_up_to_date()?;
+        let _files = self.keep_up_to_date()?;
+        // Ends with this function.
+        let mut shadow = tokio::task::JoinSet::new();
+        if let Some(watch) = self.engine.watch() {
+            shadow.spawn(watch.clone().shadow(self.engine.clone()));
+        }
         let mut live = self.engine.registry().watch();
         let stop = loop {
             tokio::select! {

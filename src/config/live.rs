@@ -20,6 +20,9 @@ pub struct LiveConfig {
     /// The operator's own probes; absent: the bundled ones.
     pub canary: Option<PathBuf>,
     pub bounds: CanaryBounds,
+    /// The share of prompts that the members score, too.
+    pub shadow_share: f64,
+    pub shadow_tokens_per_second: usize,
 }
 
 /// How files are watched.
@@ -54,6 +57,8 @@ impl Reader<'_> {
                 max_accuracy_drop: self.get("canary_max_accuracy_drop", parse::within(0.0, 1.0)),
                 min_accuracy: self.get("canary_min_accuracy", parse::within(0.0, 1.0)),
             },
+            shadow_share: self.get("shadow.share", parse::share),
+            shadow_tokens_per_second: self.get("shadow.max_tokens_per_second", parse::count),
         }
     }
 

@@ -125,6 +125,8 @@ pub const SETTINGS: &[Setting] = &[
     setting("canary_max_mean_shift", "2", "X", "how far their mean may move, in standard deviations of the live answers"),
     setting("canary_max_accuracy_drop", "0.1", "X", "how much of the live accuracy on the file's preferences may be lost"),
     setting("canary_min_accuracy", "0", "X", "accuracy on the file's preferences, at least"),
+    setting("shadow.share", "0.01", "SHARE", "the share of prompts that resident members score, too, while the device is idle (0 to 1)"),
+    setting("shadow.max_tokens_per_second", "10000", "N", "tokens that are given to members for that, each member's counted"),
     setting("log.format", "text", "FORMAT", "text or json"),
     setting("log.filter", "info", "FILTER", "such as `info` or `warm=debug,info`"),
     setting("log.successes", "0.01", "SHARE", "the share of calls without any failure that are logged (0 to 1); failures always are"),

@@ -56,6 +56,8 @@ pub struct Peaks {
     pub device_bytes: u64,
     /// With every member beside it (`ensemble: resident`).
     pub device_bytes_with_members: u64,
+    /// With one member at a time beside it (`ensemble: streamed`).
+    pub device_bytes_streamed: u64,
 }
 
 impl PlanSummary {
@@ -89,7 +91,13 @@ impl PlanSummary {
                 merge_host_bytes: plan.write_buffer_bytes(threads),
                 load_host_bytes: if served { plan.read_buffer_bytes(threads) + model::load_buffer_bytes(plan.manifest()) } else { 0 },
                 device_bytes,
-                device_bytes_with_members: device_bytes * (1 + plan.members().len() as u64),
+                // The merge of one is that one.
+                device_bytes_with_members: if plan.members().len() == 1 {
+                    device_bytes
+                } else {
+                    device_bytes * (1 + plan.members().len() as u64)
+                },
+                device_bytes_streamed: device_bytes * 2,
             },
             groups: plan.group_plans(),
             notes: plan.notes().to_vec(),
@@ -105,11 +113,12 @@ impl fmt::Display for PlanSummary {
         plan.into_iter().try_for_each(|line| writeln!(f, "{line}"))?;
         let twice = if self.passes > 1 { ", twice: once for the angles" } else { "" };
         writeln!(f, "reads {}{twice}; writes {} in {} files of weights", Size(self.bytes_to_read), Size(self.merged_bytes), self.files)?;
-        let Peaks { merge_host_bytes, load_host_bytes, device_bytes, device_bytes_with_members } = self.peaks;
+        let Peaks { merge_host_bytes, load_host_bytes, device_bytes, device_bytes_with_members, device_bytes_streamed } = self.peaks;
         writeln!(f, "memory beside the program's own: {} to merge to disk", Size(merge_host_bytes))?;
         if device_bytes > 0 {
             let (load, device, all) = (Size(load_host_bytes), Size(device_bytes), Size(device_bytes_with_members));
             writeln!(f, "  to serve: {load} while loading, {device} on the device (float32), {all} with every member beside it")?;
+            writeln!(f, "  to compare with `ensemble: streamed`: {} while a member is asked", Size(device_bytes_streamed))?;
         }
         write!(f, "tensors:")?;
         let width = |lines: &[Lines<'_>]| lines.iter().map(|line| line.name().len()).max().unwrap_or_default();

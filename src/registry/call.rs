@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::Watched;
 use crate::domain::{Failure, Fingerprint, GenerationId, MemberName, Scored, Truncation, WeightsId};
 use crate::scorer::{ScorerError, Shed, ShedReason};
 
@@ -25,6 +26,8 @@ pub struct CallOptions {
     pub deadline: Option<Instant>,
     /// A member that scores instead of the merged model; `None` or empty for the merged model.
     pub scorer: Option<String>,
+    /// Whose run the call belongs to; `None` for a call that no policy is trained by.
+    pub watched: Option<Watched>,
 }
 
 /// Who scored.

@@ -68,7 +68,7 @@ pub(super) async fn run(
         None => {
             let mut run = engine.run(&generation, generation.merged.clone(), samples, options, permit.clone()).await?;
             for name in &members {
-                let (model, _slot) = engine.streamed(&generation, name).await?;
+                let model = engine.streamed(&generation, name).await?;
                 engine.run_again(&mut run, Lane::new([model]), options, permit.clone()).await?;
             }
             run

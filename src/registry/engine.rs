@@ -11,9 +11,11 @@ use tracing::Instrument;
 use super::canary::Answers;
 use super::generation::{Encode, Generation, Lane};
 use super::outcomes::{answer, first, first_failure, member, non_finite, outcome, resident, scored};
-use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing};
+use super::streamed::Place;
+use super::watch::Judged;
+use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing, Watch};
 use crate::clock::Clock;
-use crate::domain::{Failure, Fingerprint, MemberName, Sample, Truncation};
+use crate::domain::{Failure, Fingerprint, MemberName, Sample, Scored, Truncation};
 use crate::model::{Output, RewardModel};
 use crate::scorer::{Permit, Reply, SampleError, ScorerHandle, Submission, panic_message};
 use crate::text::Encoding;
@@ -46,6 +48,8 @@ pub struct EngineParts {
     pub registry: Registry,
     pub scorer: ScorerHandle,
     pub clock: Clock,
+    /// Absent where nobody looks.
+    pub watch: Option<Watch>,
 }
 
 /// Scores and compares by the live generation. Clones are handles of the same.
@@ -56,7 +60,7 @@ struct Inner {
     parts: EngineParts,
     options: EngineOptions,
     pool: rayon::ThreadPool,
-    slot: Arc<tokio::sync::Mutex<()>>,
+    place: Place,
 }
 
 /// A sample that went through the models: what was read, and one output per model of the lane.
@@ -77,7 +81,7 @@ impl Engine {
             .thread_name(|i| format!("warm-tokenizer-{i}"))
             .build()
             .map_err(std::io::Error::other)?;
-        Ok(Self(Arc::new(Inner { parts, options, pool, slot: Arc::default() })))
+        Ok(Self(Arc::new(Inner { parts, options, pool, place: Place::default() })))
     }
 
     pub fn registry(&self) -> &Registry {
@@ -90,6 +94,11 @@ impl Engine {
 
     pub fn clock(&self) -> &Clock {
         &self.0.parts.clock
+    }
+
+    /// What is watched, if anything is.
+    pub fn watch(&self) -> Option<&Watch> {
+        self.0.parts.watch.as_ref()
     }
 
     /// The name of this process.
@@ -115,7 +124,7 @@ impl Engine {
 
     async fn score_now(&self, samples: Vec<Sample>, options: &CallOptions, permit: Permit) -> Result<ScoreReply, EngineError> {
         let generation = self.pin(options)?;
-        let (lane, _slot) = self.scorer_lane(&generation, options).await?;
+        let lane = self.scorer_lane(&generation, options).await?;
         let run = self.run(&generation, lane, samples, options, permit).await?;
         let scorer = options.scorer.as_deref().filter(|name| !name.is_empty());
         let own = match scorer {
@@ -123,17 +132,28 @@ impl Engine {
             Some(name) => generation.member_calibrations.iter().find(|(member, _)| member.as_str() == name).map(|(_, own)| own),
         };
         let calibration = own.filter(|_| options.calibrated);
+        // What a member says, or a generation that is not live any more, tells nothing of the run.
+        let is_live = || self.registry().current().is_some_and(|live| live.id == generation.id);
+        let watched = options.watched.as_ref().zip(self.0.parts.watch.as_ref()).filter(|_| scorer.is_none() && is_live());
+        let mut judged = Vec::new();
         let score = |row: Row| {
-            let (encoding, outputs) = row?;
-            let output = first(&outputs)?;
-            let mut scored = scored(&encoding, output, options.details)?;
+            let found = row.and_then(|(encoding, outputs)| Ok((scored(&encoding, first(&outputs)?, options.details)?, encoding)));
+            if watched.is_some() {
+                let judge = |(scored, encoding): &(Scored, Arc<Encoding>)| Judged { encoding: encoding.clone(), reward: scored.reward };
+                judged.push(found.as_ref().map(judge).map_err(|failure| failure.kind));
+            }
+            let (mut scored, _) = found?;
             self.registry().metrics().rewarded(scored.reward);
             if let Some(calibration) = calibration {
                 scored.reward = calibration.apply(scored.reward).map_err(non_finite)?;
             }
             Ok(scored)
         };
-        let outcomes = self.close(run.rows.into_iter().map(score).collect(), options)?;
+        let outcomes = run.rows.into_iter().map(score).collect();
+        if let Some((whose, watch)) = watched {
+            watch.observe(whose, &generation, &judged);
+        }
+        let outcomes = self.close(outcomes, options)?;
         Ok(ScoreReply { outcomes, stamp: run.stamp, timing: run.timing })
     }
 
@@ -250,7 +270,13 @@ impl Engine {
     }
 
     /// Queues encodings for the models of a lane and waits. Where all of them expired, or one of a strict call, the call has.
-    async fn submit(&self, lane: Lane, encodings: Vec<Arc<Encoding>>, options: &CallOptions, permit: Permit) -> Result<Reply, EngineError> {
+    pub(super) async fn submit(
+        &self,
+        lane: Lane,
+        encodings: Vec<Arc<Encoding>>,
+        options: &CallOptions,
+        permit: Permit,
+    ) -> Result<Reply, EngineError> {
         // From the queue to the reply; the packs that it rides in refer to it.
         let span = tracing::debug_span!(
             "device",
@@ -279,45 +305,29 @@ impl Engine {
         Ok(reply)
     }
 
-    /// Loads a member that does not stand on the device. There is one place for such members, and who waits for it waits
-    /// until the slot that comes with the model is dropped.
-    pub(super) async fn streamed(&self, generation: &Generation, name: &MemberName) -> Result<(Arc<dyn RewardModel>, Slot), EngineError> {
+    /// Loads a member that does not stand on the device.
+    pub(super) async fn streamed(&self, generation: &Generation, name: &MemberName) -> Result<Arc<dyn RewardModel>, EngineError> {
         let index = generation.info.members.iter().position(|member| member.name == *name);
         let (Some(members), Some(index)) = (generation.streamed.clone(), index) else { return Err(EngineError::MembersNotLoaded) };
-        let slot = self.0.slot.clone().lock_owned().await;
-        let (done, loaded) = oneshot::channel();
-        let load = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| members.load(index)));
-            // A caller that has gone leaves the place free, but only once there is nothing in it.
-            let _ = done.send((result, slot));
-        };
-        let failed = |problem: String| EngineError::Forward(format!("member {name} cannot be loaded: {problem}"));
-        std::thread::Builder::new().name("warm-stream".to_owned()).spawn(load).map_err(|error| failed(error.to_string()))?;
-        match loaded.await {
-            Ok((Ok(Ok(model)), slot)) => Ok((model, slot)),
-            Ok((Ok(Err(problem)), _)) => Err(failed(problem)),
-            Ok((Err(panic), _)) => Err(failed(format!("panicked: {}", panic_message(panic.as_ref())))),
-            Err(_) => Err(failed("the loading thread has gone".to_owned())),
-        }
+        self.0.place.load(members, index, name).await
     }
 
-    /// The models of a call, and the place that one of them takes if it is streamed.
-    async fn scorer_lane(&self, generation: &Generation, options: &CallOptions) -> Result<(Lane, Option<Slot>), EngineError> {
+    /// The models of a call.
+    async fn scorer_lane(&self, generation: &Generation, options: &CallOptions) -> Result<Lane, EngineError> {
         let Some(name) = options.scorer.as_deref().filter(|name| !name.is_empty()) else {
             if options.calibrated && generation.calibration.is_none() {
                 return Err(EngineError::CalibrationMissing);
             }
-            return Ok((generation.merged.clone(), None));
+            return Ok(generation.merged.clone());
         };
         let name = member(generation, name)?;
         if options.calibrated && !generation.member_calibrations.contains_key(&name) {
             return Err(EngineError::CalibrationMissing);
         }
         if let Some(lane) = resident(generation, &name) {
-            return Ok((lane.clone(), None));
+            return Ok(lane.clone());
         }
-        let (model, slot) = self.streamed(generation, &name).await?;
-        Ok((Lane::new([model]), Some(slot)))
+        Ok(Lane::new([self.streamed(generation, &name).await?]))
     }
 
     /// Small requests are encoded here, others in the pool, so that no thread of the runtime is held up.
@@ -380,6 +390,3 @@ impl Engine {
         }
     }
 }
-
-/// The one place for a member that is loaded for a call.
-pub(super) type Slot = tokio::sync::OwnedMutexGuard<()>;

@@ -15,14 +15,14 @@ mod prepared;
 mod recent;
 mod reload;
 mod room;
+mod streamed;
 mod table;
+mod watch;
 mod weights;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use tokio::sync::watch;
 
 pub use call::{CallOptions, EngineError, ModelStamp, ScoreReply, Timing};
 pub use canary::{Answers, CanaryBounds, CanaryError, Figures, MAX_PROBES, Probes, examine};
@@ -43,6 +43,7 @@ pub use prepared::{Prepared, first_canary, load_generation};
 pub use reload::Reloader;
 pub use room::Swap;
 pub use table::GenerationState;
+pub use watch::{ShadowOutcome, Watch, WatchOptions, Watched};
 
 use crate::domain::{Fingerprint, GenerationId};
 pub use recent::{ComparedPoint, Problem, Recent, ReloadEvent};
@@ -60,7 +61,7 @@ pub struct Registry(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     /// The same live generation as in `state`, where readers find it without its lock.
-    live: watch::Sender<Option<Arc<Generation>>>,
+    live: tokio::sync::watch::Sender<Option<Arc<Generation>>>,
     state: Mutex<State>,
     last_id: AtomicU64,
     metrics: RegistryMetrics,
@@ -94,7 +95,7 @@ impl Registry {
     /// Nothing is live yet. `keep` generations are held after they were live, with their weights on the device.
     pub fn new(metrics: RegistryMetrics, keep: usize) -> Self {
         let state = Mutex::new(State { table: Table::new(keep), past: VecDeque::new() });
-        let (live, last_id, recent) = (watch::Sender::new(None), AtomicU64::new(0), Recent::default());
+        let (live, last_id, recent) = (tokio::sync::watch::Sender::new(None), AtomicU64::new(0), Recent::default());
         Self(Arc::new(Inner { live, state, last_id, metrics, recent }))
     }
 
@@ -109,7 +110,7 @@ impl Registry {
     }
 
     /// The live generation as it changes: readiness follows it.
-    pub fn watch(&self) -> watch::Receiver<Option<Arc<Generation>>> {
+    pub fn watch(&self) -> tokio::sync::watch::Receiver<Option<Arc<Generation>>> {
         self.0.live.subscribe()
     }
 

@@ -149,7 +149,12 @@ pub(crate) fn engine_on(scorer: ScorerHandle, clock: Clock) -> Engine {
 
 /// An engine without a generation.
 pub(crate) fn engine_keeping(scorer: ScorerHandle, clock: Clock, keep: usize) -> Engine {
-    let parts = EngineParts { registry: Registry::new(RegistryMetrics::unregistered(), keep), scorer, clock };
+    engine_watched(scorer, clock, keep, None)
+}
+
+/// An engine without a generation, that is watched.
+pub(crate) fn engine_watched(scorer: ScorerHandle, clock: Clock, keep: usize, watch: Option<Watch>) -> Engine {
+    let parts = EngineParts { registry: Registry::new(RegistryMetrics::unregistered(), keep), scorer, clock, watch };
     let options = EngineOptions { instance: "test".to_owned(), tokenizer_threads: 1, ..EngineOptions::default() };
     Engine::new(parts, options).expect("a thread")
 }

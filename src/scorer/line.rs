@@ -147,6 +147,12 @@ impl ScorerHandle {
         lock(&self.line.0.state).queue.samples()
     }
 
+    /// Whether nothing waits for the device and nothing runs on it.
+    pub fn is_idle(&self) -> bool {
+        let state = lock(&self.line.0.state);
+        state.queue.samples() == 0 && state.jobs.is_empty()
+    }
+
     /// Queues a submission. Dropping the future withdraws what has not been run.
     pub fn submit(&self, submission: Submission) -> Result<impl Future<Output = Answer> + Send + use<>, ScorerError> {
         let shared = &self.line.0;

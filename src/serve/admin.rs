@@ -40,7 +40,7 @@ struct Shown {
 }
 
 impl Admin {
-    /// Answers `/livez`, `/readyz`, `/metrics` and the status page at `/` on a listener that is bound already.
+    /// Answers `/livez`, `/readyz`, `/metrics`, `/watch` and the status page at `/` on a listener that is bound already.
     pub fn start(listener: TcpListener, readiness: Readiness, registry: Registry, engine: Engine) -> Result<Self, AdminError> {
         let failed = |error: std::io::Error| AdminError { address: "listener".to_owned(), problem: error.to_string() };
         let address = listener.local_addr().map_err(failed)?;
@@ -103,6 +103,7 @@ fn router(shown: Shown) -> Router {
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
+        .route("/watch", get(watch))
         .with_state(shown)
 }
 
@@ -115,6 +116,14 @@ async fn page() -> Response {
         (header::CACHE_CONTROL, "no-store"),
     ];
     (headers, HTML).into_response()
+}
+
+async fn watch(State(shown): State<Shown>) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+    match shown.page.watch() {
+        Some(report) => (headers, report.to_string()).into_response(),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
 }
 
 async fn status(State(shown): State<Shown>) -> Response {

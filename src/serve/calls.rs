@@ -152,6 +152,11 @@ impl CallFacts {
         failed
     }
 
+    /// The name that the call is counted under.
+    pub(super) fn tenant(&self) -> String {
+        self.facts().caller.1.clone()
+    }
+
     fn facts(&self) -> std::sync::MutexGuard<'_, Facts> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

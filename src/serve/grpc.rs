@@ -16,7 +16,7 @@ use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
 use super::{health, status, stream};
 use crate::domain::Failure;
-use crate::registry::{CallOptions, CompareOptions, Engine, ModelStamp, Reloader, Timing};
+use crate::registry::{CallOptions, CompareOptions, Engine, ModelStamp, Reloader, Timing, Watched};
 use crate::scorer::{Admission, Permit};
 use crate::wire::model_service_server::ModelServiceServer;
 use crate::wire::reward_service_server::{RewardService, RewardServiceServer};
@@ -164,6 +164,7 @@ fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::ti
         strict: asked.strict,
         deadline,
         scorer: asked.scorer.map(|name| name.to_string()),
+        watched: None,
     }
 }
 
@@ -176,7 +177,9 @@ pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Ad
     if edge.calls.logs_content() {
         batch.samples.iter().take(1).for_each(|sample| facts.content(sample));
     }
-    let options = call_options(parsed.asked, tenant, deadline);
+    let prompts = std::iter::repeat_n(1, batch.shape.singles).chain(batch.shape.groups.iter().copied()).collect();
+    let watched = Some(Watched { tenant: facts.tenant().into(), prompts });
+    let options = CallOptions { watched, ..call_options(parsed.asked, tenant, deadline) };
     let reply = edge.engine.score(batch.samples, options, permit).await.map_err(status::status)?;
     let failed = facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
     let _reply = tracing::debug_span!("reply", failed).entered();

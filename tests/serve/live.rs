@@ -102,6 +102,8 @@ async fn a_changed_recipe_goes_live_and_the_old_model_scores_for_whoever_names_i
     let after = scores(&server.client, "").await.expect("scored");
     assert_ne!(after, before);
     assert_eq!(scores(&server.client, &before.1).await.expect("held"), before, "bit for bit");
+    // The watch begins anew with the new model: three samples of it, and none of the one that is held.
+    assert_eq!(server.metric("warm_watch_now{figure=\"samples\",tenant=\"none\"}"), 3.0);
     let states: Vec<_> = server.client.list_generations().await.expect("a list").iter().map(wire::Generation::state).collect();
     assert_eq!(states, [State::Live, State::Held]);
     server.client.activate(&before.1).await.expect("back");

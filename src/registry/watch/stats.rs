@@ -55,11 +55,8 @@ impl Traffic {
             self.gap.push((merged - mean).abs());
             self.sign_disagreements += u64::from((*merged > 0.0) != (worst > 0.0));
         }
-        let (merged, mean): (Vec<f64>, Vec<f64>) = shadowed
-            .samples
-            .iter()
-            .filter_map(|(merged, members)| Some((*merged, Moments::of(members.iter().copied()).mean()?)))
-            .unzip();
+        let (merged, mean): (Vec<f64>, Vec<f64>) =
+            shadowed.samples.iter().filter_map(|(merged, members)| Some((*merged, Moments::of(members.iter().copied()).mean()?))).unzip();
         if let Some(tau) = kendall_tau_b(&merged, &mean) {
             self.rank_agreement.push(tau);
         }
@@ -80,14 +77,17 @@ impl Traffic {
         self.lengths_and_rewards.x.count()
     }
 
-    /// The figures that are shown; absent where they are undefined.
-    pub fn figures(&self) -> [(&'static str, Option<f64>); FIGURES.len()] {
+    /// The figures that are shown; absent where they are undefined. `calibration` is the mean and the standard deviation of
+    /// the reference set.
+    pub fn figures(&self, calibration: Option<(f64, f64)>) -> [(&'static str, Option<f64>); FIGURES.len()] {
         let share = |part: u64, all: u64| (all > 0).then(|| part as f64 / all as f64);
         let (rewards, shadowed) = (&self.lengths_and_rewards.y, self.member_std.count());
         let values = [
             Some(self.samples() as f64),
             rewards.mean(),
             rewards.std(),
+            rewards.mean().zip(calibration).map(|(found, (mean, std))| (found - mean) / std),
+            rewards.std().zip(calibration).map(|(found, (_, std))| found / std),
             self.lengths_and_rewards.x.mean(),
             self.lengths_and_rewards.correlation(),
             share(self.non_finite, self.samples() + self.non_finite),
@@ -103,10 +103,12 @@ impl Traffic {
 }
 
 /// Names and meanings of the figures, as they stand in `/watch` and in `warm_watch_*`.
-pub const FIGURES: [(&str, &str); 12] = [
+pub const FIGURES: [(&str, &str); 14] = [
     ("samples", "Samples that were scored."),
     ("reward_mean", "Mean raw reward."),
     ("reward_std", "Standard deviation of raw rewards."),
+    ("reward_shift", "Distance of the mean reward from the calibration's, in its standard deviations."),
+    ("reward_spread", "Standard deviation of rewards, in units of the calibration's."),
     ("tokens_mean", "Mean length of samples in tokens."),
     ("reward_length_correlation", "Correlation of reward and length: a bias that all members share, so that averaging cannot remove it."),
     ("non_finite_ratio", "Share of samples whose model output was not finite."),
@@ -235,7 +237,7 @@ mod tests {
     }
 
     fn figure(traffic: &Traffic, name: &str) -> Option<f64> {
-        traffic.figures().into_iter().find(|(found, _)| *found == name).expect("a figure").1
+        traffic.figures(Some((1.0, 2.0))).into_iter().find(|(found, _)| *found == name).expect("a figure").1
     }
 
     #[test]
@@ -251,6 +253,8 @@ mod tests {
             ("samples", Some(3.0)),
             ("reward_mean", Some(2.0)),
             ("reward_std", Some((2.0f64 / 3.0).sqrt())),
+            ("reward_shift", Some(0.5)),
+            ("reward_spread", Some((2.0f64 / 3.0).sqrt() / 2.0)),
             ("tokens_mean", Some(4.0)),
             ("reward_length_correlation", Some(1.0)),
             ("non_finite_ratio", Some(0.25)),
@@ -270,7 +274,7 @@ mod tests {
             assert!(near, "{name}: {found:?}, expected {expected:?}");
         }
         let nothing = Traffic::default();
-        assert!(nothing.figures().iter().all(|(_, value)| value.is_none_or(|value| value == 0.0)));
+        assert!(nothing.figures(Some((1.0, 2.0))).iter().all(|(_, value)| value.is_none_or(|value| value == 0.0)));
     }
 
     #[test]
@@ -331,7 +335,7 @@ mod tests {
             let mut traffic = Traffic::default();
             rewards.iter().for_each(|&(reward, tokens)| traffic.push(seen(reward, tokens)));
             groups.iter().for_each(|group| traffic.push_shadowed(&Shadowed { samples: group.clone() }));
-            for (name, value) in traffic.figures() {
+            for (name, value) in traffic.figures(None) {
                 let Some(value) = value else { continue };
                 prop_assert!(value.is_finite(), "{name}");
                 let bounds = match name {

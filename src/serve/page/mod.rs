@@ -49,6 +49,11 @@ impl Page {
         self.engine.scorer().is_alive()
     }
 
+    /// The watch on rewards, if there is one.
+    pub fn watch(&self) -> Option<Value> {
+        Some(self.engine.watch()?.report())
+    }
+
     /// Takes a sample for the history.
     pub fn sample(&self) {
         let totals = Totals::gather(&self.registry);

@@ -1,0 +1,233 @@
+//! What a reload costs those who call, and what the ensemble costs beside the merged model.
+//!
+//! `cargo bench --bench live` prints two tables. The first reloads again and again (200 times; `RELOADS` in the environment
+//! changes that) while callers saturate the server, and checks every answer against the scores that its generation gave when it was alone.
+//! The second scores the same samples with WARM and with the ensemble, for M = 1, 2, 5 and 10 members. Client, server and
+//! model share this machine.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use warm::app::{App, SettingsSource, Started, load_spec, loader};
+use warm::client::{Client, sample_to_wire};
+use warm::clock::Clock;
+use warm::config::{Resolved, Sources};
+use warm::domain::{Conversation, Sample};
+use warm::registry::{CallOptions, CompareOptions};
+use warm::scorer::Permit;
+use warm::shutdown::Stop;
+use warm::wire;
+
+const CALLERS: usize = 4;
+
+fn member(index: usize) -> String {
+    format!("{}/demo/family/rm-{}", env!("CARGO_MANIFEST_DIR"), index % 5)
+}
+
+fn samples(count: usize) -> Vec<Sample> {
+    let answer = |i: usize| format!("Answer {i} gives its reasons one by one. {}", "And one more. ".repeat(i % 7));
+    (0..count).map(|i| Sample::Conversation(Conversation::user("Why is the sky blue?").answered(answer(i)))).collect()
+}
+
+/// Resident memory of this process; 0 where nobody says.
+fn resident_mib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    kib.unwrap_or(0.0) / 1024.0
+}
+
+struct Server {
+    client: Client,
+    stop: oneshot::Sender<Stop>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+async fn serve(file: &Path) -> Server {
+    let started = Started { file: Some(file.to_owned()), ..Started::default() };
+    let resolved = started.resolve().expect("settings");
+    let clock = Clock::system();
+    let mut app = App::new(&resolved.config, clock.clone(), "bench".to_owned()).expect("app");
+    let source = SettingsSource::new(started, resolved, clock);
+    app.reload_from_settings(source.clone());
+    app.load(source.first(app.engine().registry().metrics().clone()), &mut |_| {}).expect("loaded");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("an address").to_string();
+    let (stop, stopped) = oneshot::channel();
+    let task = tokio::spawn(async move {
+        let stopped = async { stopped.await.unwrap_or(Stop::Interrupt) };
+        app.serve(listener, std::future::ready(Ok(())), stopped).await.expect("a clean stop");
+    });
+    Server { client: Client::connect(&address).await.expect("connected"), stop, task }
+}
+
+impl Server {
+    async fn stopped(self) {
+        drop(self.client);
+        let _ = self.stop.send(Stop::Interrupt);
+        self.task.await.expect("no panic");
+    }
+}
+
+fn want(file: &Path, members: &[usize]) {
+    let members: Vec<String> = members.iter().map(|index| member(*index)).collect();
+    let text = format!("shadow: {{share: 0}}\nmodel:\n  members: [{}]\n", members.join(", "));
+    std::fs::write(file.with_extension("new"), text).expect("written");
+    std::fs::rename(file.with_extension("new"), file).expect("renamed");
+}
+
+async fn scores(client: &Client) -> (Vec<u32>, String) {
+    let samples = samples(8).iter().map(sample_to_wire).collect();
+    let response = client.score(wire::ScoreRequest { samples, ..Default::default() }).await.expect("no request fails");
+    let bits = response.scores.iter().map(|score| score.reward.expect("scored").to_bits()).collect();
+    (bits, response.model.expect("a stamp").fingerprint)
+}
+
+type Own = Arc<HashMap<String, Vec<u32>>>;
+
+/// Latencies of callers until `stop`, each answer checked.
+fn callers(client: &Client, own: &Own, stop: &Arc<AtomicBool>) -> Vec<tokio::task::JoinHandle<Vec<Duration>>> {
+    let one = |_| {
+        let (client, own, stop) = (client.clone(), own.clone(), stop.clone());
+        tokio::spawn(async move {
+            let mut took = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                let begin = Instant::now();
+                let (bits, name) = scores(&client).await;
+                took.push(begin.elapsed());
+                assert_eq!(own.get(&name), Some(&bits), "an answer is of exactly one generation");
+            }
+            took
+        })
+    };
+    (0..CALLERS).map(one).collect()
+}
+
+async fn joined(callers: Vec<tokio::task::JoinHandle<Vec<Duration>>>) -> Vec<Duration> {
+    let mut all = Vec::new();
+    for caller in callers {
+        all.extend(caller.await.expect("no panic"));
+    }
+    all.sort();
+    all
+}
+
+fn percentile(sorted: &[Duration], share: f64) -> f64 {
+    let at = ((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1));
+    sorted.get(at).map_or(f64::NAN, |found| found.as_secs_f64() * 1e3)
+}
+
+async fn reloads(count: usize) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let file: PathBuf = dir.path().join("warm.yaml");
+    let wanted: [&[usize]; 3] = [&[0, 1, 2], &[1, 2, 3], &[0, 1, 2, 3, 4]];
+    let mut own = HashMap::new();
+    for members in wanted {
+        want(&file, members);
+        let alone = serve(&file).await;
+        let (bits, name) = scores(&alone.client).await;
+        own.insert(name, bits);
+        alone.stopped().await;
+    }
+    let own: Own = Arc::new(own);
+    want(&file, wanted[2]);
+    let server = serve(&file).await;
+    let measure = async |work: &mut dyn AsyncWork| {
+        let stop = Arc::new(AtomicBool::new(false));
+        let callers = callers(&server.client, &own, &stop);
+        work.run(&server.client, &file).await;
+        stop.store(true, Ordering::Relaxed);
+        joined(callers).await
+    };
+    let steady = measure(&mut Steady(Duration::from_secs(10))).await;
+    let before = resident_mib();
+    let begin = Instant::now();
+    let during = measure(&mut Reloads { count, wanted: &wanted }).await;
+    let took = begin.elapsed().as_secs_f64();
+    println!("{count} reloads under load of {CALLERS} callers, 8 conversations a request, {:.2} s each", took / count as f64);
+    for (name, found) in [("steady", &steady), ("reloading", &during)] {
+        let (p50, p99) = (percentile(found, 0.5), percentile(found, 0.99));
+        println!("  {name:9}  {:6} requests  p50 {p50:7.2} ms  p99 {p99:7.2} ms", found.len());
+    }
+    println!(
+        "  no request failed, every answer was its generation's own; resident {before:.0} MiB before, {:.0} MiB after",
+        resident_mib()
+    );
+    server.stopped().await;
+}
+
+/// What happens while callers call.
+trait AsyncWork {
+    fn run<'w>(&'w mut self, client: &'w Client, file: &'w Path) -> std::pin::Pin<Box<dyn Future<Output = ()> + 'w>>;
+}
+
+struct Steady(Duration);
+
+impl AsyncWork for Steady {
+    fn run<'w>(&'w mut self, _: &'w Client, _: &'w Path) -> std::pin::Pin<Box<dyn Future<Output = ()> + 'w>> {
+        Box::pin(tokio::time::sleep(self.0))
+    }
+}
+
+struct Reloads<'w> {
+    count: usize,
+    wanted: &'w [&'w [usize]],
+}
+
+impl AsyncWork for Reloads<'_> {
+    fn run<'w>(&'w mut self, client: &'w Client, file: &'w Path) -> std::pin::Pin<Box<dyn Future<Output = ()> + 'w>> {
+        Box::pin(async move {
+            for i in 0..self.count {
+                want(file, self.wanted[i % self.wanted.len()]);
+                let last = client.reload(wire::ReloadRequest::default(), |_| {}).await.expect("a good candidate");
+                // The one before is held, so every third is back by a swap alone.
+                assert!(["loaded", "activated"].contains(&last.outcome.as_str()), "{}", last.message);
+            }
+        })
+    }
+}
+
+/// The same samples by WARM alone and by WARM beside all its members.
+async fn ensembles() {
+    println!("32 conversations, in process: WARM alone against WARM and the ensemble of its M members");
+    println!("   M   WARM ms    ENS ms   ratio   WARM MiB   ENS MiB");
+    for count in [1, 2, 5, 10] {
+        let members: Vec<String> = (0..count).map(|i| format!("{{path: {}, name: rm-{i}}}", member(i))).collect();
+        let text = format!("ensemble: resident\nmodel:\n  members: [{}]\n", members.join(", "));
+        let file = Some((PathBuf::from("bench.yaml"), text));
+        let config = Resolved::new(Sources { file, ..Sources::default() }).expect("settings").config;
+        let clock = Clock::system();
+        let app = App::new(&config, clock.clone(), "bench".to_owned()).expect("app");
+        app.load(loader(load_spec(&config).expect("the bundled family"), clock), &mut |_| {}).expect("loaded");
+        let engine = app.engine();
+        let live = engine.registry().current().expect("live");
+        let (merged, all) = (live.limits().device_bytes as f64 / f64::from(1 << 20), live.device_bytes() as f64 / f64::from(1 << 20));
+        let (mut warm, mut ens) = (Vec::new(), Vec::new());
+        // By turns, so that whatever else this machine does hits both.
+        for _ in 0..30 {
+            let begin = Instant::now();
+            engine.score(samples(32), CallOptions::default(), Permit::unlimited()).await.expect("scored");
+            warm.push(begin.elapsed());
+            let begin = Instant::now();
+            let (options, compare) = (CallOptions::default(), CompareOptions::default());
+            engine.compare(samples(32), options, compare, Permit::unlimited()).await.expect("compared");
+            ens.push(begin.elapsed());
+        }
+        warm.sort();
+        ens.sort();
+        let (warm, ens) = (percentile(&warm, 0.5), percentile(&ens, 0.5));
+        println!("  {count:2}  {warm:8.2}  {ens:8.2}  {:6.2}  {merged:9.2}  {all:8.2}", ens / warm);
+    }
+}
+
+fn main() {
+    let count = std::env::var("RELOADS").ok().and_then(|count| count.parse().ok()).unwrap_or(200);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
+    runtime.block_on(async {
+        ensembles().await;
+        reloads(count).await;
+    });
+}
