@@ -5,7 +5,8 @@
 
 Both sides compute in float32 with the same number of threads. warm is asked as a trainer asks it: over gRPC, by `warm bench`.
 transformers gets its samples tokenised, in padded batches of 16, in this process. Whoever is not being timed is idle. A ratio
-above 1 says how many times faster warm is; it is the ratio of the medians of all rounds.
+above 1 says how many times faster warm is; it is the ratio of the medians of all rounds. The second ratio is that of processor
+time, the load generator's included: on a machine that others use as well it is the steadier one.
 
 A line of --texts is {"prompt", "chosen", "rejected"} or {"prompt", "completions": [...]}.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -79,6 +81,10 @@ class Warm:
         answers = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
         return [json.loads(line)["reward"] for line in answers]
 
+    def processor_seconds(self):
+        fields = Path(f"/proc/{self.server.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def stop(self):
         self.server.terminate()
         self.server.wait()
@@ -99,20 +105,24 @@ def compare(name, warm, file, samples, ways, rounds, callers, agree=True, server
         worst = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected, found))
         if worst > TOLERANCE:
             raise SystemExit(f"{name}: the scores differ by {worst}")
-    times = {label: [] for label, _ in ways}
-    own = []
+    own, times = [], {label: [] for label, _ in ways}
     for _ in range(rounds):
-        own.append(warm.lines(file, callers, server)["seconds"])
+        before, children = warm.processor_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = warm.lines(file, callers, server)["seconds"]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        client = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+        own.append((seconds, warm.processor_seconds() - before + client))
         for label, run in ways:
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run()
-            times[label].append(time.perf_counter() - start)
-    tokens, seconds = sum(map(len, samples)), statistics.median(own)
-    rows = []
+            times[label].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    median = lambda taken, which: statistics.median(times[which] for times in taken)
+    tokens, rows = sum(map(len, samples)), []
     for label, taken in times.items():
-        ratio = statistics.median(taken) / seconds
-        rows.append({"work": name, "against": label, "ratio": round(ratio, 2), "warm_tokens_per_s": round(tokens / seconds)})
-        print(f"| {name} | {label} | {ratio:.2f} | {tokens / seconds:.0f} |", flush=True)
+        wall, processor = (median(taken, which) / median(own, which) for which in (0, 1))
+        speed = tokens / median(own, 0)
+        rows.append({"work": name, "against": label, "ratio": round(wall, 2), "processor_ratio": round(processor, 2), "tokens_per_s": round(speed)})
+        print(f"| {name} | {label} | {wall:.2f} | {processor:.2f} | {speed:.0f} |", flush=True)
     return rows
 
 
@@ -137,6 +147,7 @@ def main():
     parser.add_argument("--texts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=int, default=100, help="percent of the samples, for slow machines")
     parser.add_argument("--only", help="work whose name contains this")
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -144,14 +155,14 @@ def main():
     generator, rows = random.Random(0), []
     draw = lambda length, vocabulary=4000: [generator.randrange(5, vocabulary) for _ in range(length)]
     wanted = lambda name: options.only is None or options.only in name
-    print("| work | against | ratio | warm, tokens/s |\n|---|---|---|---|", flush=True)
+    print("| work | against | ratio | processor time | warm, tokens/s |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         decoder = f"{options.models}/qwen3-60m"
         peer = Peer(decoder)
         warm = Warm(options.warm, decoder, options.threads, 8192)
         try:
             if options.texts and wanted("chat texts"):
-                samples = chat_texts(options.texts, AutoTokenizer.from_pretrained(decoder), 96, generator)
+                samples = chat_texts(options.texts, AutoTokenizer.from_pretrained(decoder), 48 * options.scale // 100, generator)
                 file = requests(folder, "chat", samples)
                 ways = [
                     ("transformers, batches of 16 sorted by length", lambda: peer.scores(samples, by_length=True)),
@@ -159,7 +170,7 @@ def main():
                 ]
                 rows += compare("chat texts", warm, file, samples, ways, options.rounds, 64)
             if wanted("equal lengths"):
-                samples = [draw(512) for _ in range(32)]
+                samples = [draw(512) for _ in range(max(1, 32 * options.scale // 100))]
                 file = requests(folder, "equal", samples)
                 half = Peer(decoder, torch.bfloat16)
                 ways = [("transformers float32", lambda: peer.scores(samples)), ("transformers bfloat16", lambda: half.scores(samples))]
@@ -175,14 +186,14 @@ def main():
                 # All at once: what is queued together shares its prompt, whoever sent it.
                 rows += compare(name, warm, file, samples, ways, min(options.rounds, 3), count)
                 distinct, whole = prompt + count * completion, count * (prompt + completion)
-                print(f"|   distinct tokens: {distinct} of {whole} | ceiling {whole / distinct:.1f} | | |", flush=True)
+                print(f"|   distinct tokens: {distinct} of {whole} | ceiling {whole / distinct:.1f} | | | |", flush=True)
         finally:
             warm.stop()
         if wanted("encoder"):
             encoder = f"{options.models}/bert-22m"
             peer, warm = Peer(encoder), Warm(options.warm, encoder, options.threads, 8192)
             try:
-                samples = [draw(generator.choice([16, 32, 64, 128, 256, 512]) - generator.randrange(12), 30000) for _ in range(128)]
+                samples = [draw(generator.choice([16, 32, 64, 128, 256, 512]) - generator.randrange(12), 30000) for _ in range(128 * options.scale // 100)]
                 file = requests(folder, "encoder", samples)
                 ways = [
                     ("transformers, batches of 16 sorted by length", lambda: peer.scores(samples, by_length=True)),

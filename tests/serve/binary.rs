@@ -167,3 +167,32 @@ fn mistakes_end_with_a_sentence_and_a_code() {
     let unknown = warm().arg("check-config").env("WARM_LISEN", "x").output().expect("ran");
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("did you mean `WARM_LISTEN`"), "{unknown:?}");
 }
+
+#[test]
+fn bench_counts_what_a_server_answers_over_calls_and_streams() {
+    let mut server = serve();
+    let mut log = BufReader::new(server.stderr.take().expect("piped"));
+    let address = wait_for(&mut log, "listening", "grpc").expect("address");
+    wait_for(&mut log, "ready", "");
+    let load = |more: &[&str]| {
+        let shape = ["--prompt-tokens", "8", "--completion-tokens", "2..4", "--group", "3", "--warmup", "0s", "--requests", "5", "--json"];
+        let output = warm().args(["bench", "--addr", &address]).args(shape).args(more).output().expect("ran");
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).expect("JSON")
+    };
+    let closed = load(&[]);
+    assert_eq!((&closed["samples"]["scored"], &closed["requests"]["good"]), (&15.into(), &5.into()), "{closed}");
+    // The same requests have the same rewards, whatever way they take.
+    for more in [&["--stream"][..], &["--rate", "1000"], &["--concurrency", "4", "--connections", "2"]] {
+        assert_eq!(load(more)["reward_checksum"], closed["reward_checksum"], "{more:?}");
+    }
+    let table = warm()
+        .args(["bench", "--addr", &address, "--requests", "1", "--prompt-tokens", "4", "--completion-tokens", "1"])
+        .output()
+        .expect("ran");
+    assert!(String::from_utf8_lossy(&table.stdout).contains("reward checksum"), "{table:?}");
+    let long = warm().args(["bench", "--addr", &address, "--prompt-tokens", "999999"]).output().expect("ran");
+    assert!(String::from_utf8_lossy(&long.stderr).contains("the model takes at most"), "{long:?}");
+    server.kill().expect("killed");
+    server.wait().expect("ended");
+}

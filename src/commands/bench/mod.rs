@@ -5,6 +5,7 @@ mod arrivals;
 mod load;
 mod random;
 mod report;
+mod server;
 mod shape;
 mod tally;
 
@@ -16,10 +17,11 @@ use std::time::Duration;
 use clap::Args;
 
 use self::arrivals::Arrivals;
-use self::load::{Pace, Target, Window};
+use self::load::{Pace, Window};
 use self::report::Report;
+use self::server::{Connections, Server, Stream};
 use self::shape::{Shape, Span};
-use self::tally::{Outcome, ServerTiming, Tally};
+use self::tally::Tally;
 use super::{CommandError, runtime};
 use crate::client::{Client, ClientError};
 use crate::clock::Clock;
@@ -56,6 +58,9 @@ pub(super) struct BenchArgs {
     /// Every completion in a request of its own.
     #[arg(long)]
     singles: bool,
+    /// Requests share a stream on each connection instead of having calls of their own.
+    #[arg(long)]
+    stream: bool,
     /// How long requests are sent and counted.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     duration: Duration,
@@ -88,38 +93,6 @@ pub(super) struct BenchArgs {
     json: bool,
 }
 
-/// A server over a few connections.
-struct Server {
-    clients: Vec<Client>,
-    shape: Shape,
-    timeout: Duration,
-}
-
-impl Target for Server {
-    async fn send(&self, number: u64) -> Outcome {
-        let request = self.shape.request(number);
-        let client = &self.clients[(number % self.clients.len() as u64) as usize];
-        match client.score_within(request, self.timeout).await {
-            Ok(response) => scored(response),
-            Err(error) => Outcome::Refused(error.code().unwrap_or("NO_ANSWER")),
-        }
-    }
-}
-
-fn scored(response: wire::ScoreResponse) -> Outcome {
-    let timing = response.timing.unwrap_or_default();
-    let scores = || response.scores.iter().chain(response.groups.iter().flat_map(|group| &group.scores));
-    Outcome::Scored {
-        rewards: scores().map(|score| score.reward).collect(),
-        tokens: scores().map(|score| u64::from(score.tokens)).sum(),
-        timing: ServerTiming {
-            queue: Duration::from_micros(timing.queue_us),
-            tokenize: Duration::from_micros(timing.tokenize_us),
-            forward: Duration::from_micros(timing.forward_us),
-        },
-    }
-}
-
 pub(super) fn run(arguments: BenchArgs) -> Result<ExitCode, CommandError> {
     let wrong = |words: &str| Err(CommandError::Other(words.to_owned()));
     if arguments.rate.is_some_and(|rate| !(1e-3..=1e6).contains(&rate)) {
@@ -147,7 +120,7 @@ async fn drive(arguments: &BenchArgs) -> Result<ExitCode, CommandError> {
     };
     let window = Window { warmup: arguments.warmup, duration: arguments.duration, requests: arguments.requests };
     let tally = Tally::new(arguments.warmup, arguments.objective);
-    let target = Arc::new(Server { clients, shape, timeout: arguments.timeout });
+    let target = Arc::new(Server { shape, timeout: arguments.timeout, connections: over(clients, arguments.stream).await? });
     let mut stopped = false;
     let stop = async {
         signals.first().await;
@@ -169,6 +142,17 @@ async fn connect(address: &str, connections: usize) -> Result<Vec<Client>, Clien
         clients.push(Client::connect(address).await?);
     }
     Ok(clients)
+}
+
+async fn over(clients: Vec<Client>, stream: bool) -> Result<Connections, ClientError> {
+    if !stream {
+        return Ok(Connections::Calls(clients));
+    }
+    let mut streams = Vec::with_capacity(clients.len());
+    for client in &clients {
+        streams.push(Stream::open(client).await?);
+    }
+    Ok(Connections::Streams(streams))
 }
 
 fn shape(arguments: &BenchArgs, model: &wire::Generation) -> Result<Shape, CommandError> {
@@ -211,5 +195,6 @@ fn words(arguments: &BenchArgs) -> String {
         }
     };
     let each = if arguments.singles { ", each in its own request" } else { "" };
-    format!("{pace}, seed {}: {what}{each}", arguments.seed)
+    let how = if arguments.stream { ", on streams" } else { "" };
+    format!("{pace}{how}, seed {}: {what}{each}", arguments.seed)
 }
