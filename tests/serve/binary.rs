@@ -170,7 +170,7 @@ fn mistakes_end_with_a_sentence_and_a_code() {
 
 #[test]
 fn bench_counts_what_a_server_answers_over_calls_and_streams() {
-    let mut server = serve();
+    let mut server = serve(super::members());
     let mut log = BufReader::new(server.stderr.take().expect("piped"));
     let address = wait_for(&mut log, "listening", "grpc").expect("address");
     wait_for(&mut log, "ready", "");
