@@ -103,6 +103,7 @@ impl App {
             max_pack_tokens: config.max_pack_tokens,
             max_queue_samples: config.admission.max_queue,
             threads: config.threads.unwrap_or(0),
+            nice: config.nice,
             retry_after: config.admission.retry_after,
             ..ScorerOptions::default()
         };

@@ -46,6 +46,8 @@ pub struct Config {
     pub device: String,
     /// Absent: one per core.
     pub threads: Option<usize>,
+    /// How far compute threads stand behind all others.
+    pub nice: u8,
     /// Absent: as the model says.
     pub max_tokens: Option<usize>,
     pub max_pack_tokens: usize,
@@ -304,6 +306,7 @@ impl Reader<'_> {
             dtype: self.get("dtype", parse::choice(&[("", None), ("float32", Some("float32"))])).map(str::to_owned),
             device: self.get("device", parse::choice(&[("cpu", "cpu")])).to_owned(),
             threads: self.get("threads", parse::auto_count),
+            nice: self.get("nice", parse::nice),
             max_tokens: self.get("max_tokens", parse::auto_count),
             max_pack_tokens: self.get("max_pack_tokens", parse::count),
             admission: AdmissionConfig {

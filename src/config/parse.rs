@@ -31,6 +31,11 @@ pub(super) fn number_from_zero(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| "expected a whole number".to_owned())
 }
 
+/// A step of the scheduler's scale.
+pub(super) fn nice(text: &str) -> Result<u8, String> {
+    text.parse().ok().filter(|&nice| nice <= 19).ok_or_else(|| "expected a whole number from 0 to 19".to_owned())
+}
+
 pub(super) fn optional_float(text: &str) -> Result<Option<f64>, String> {
     if text.is_empty() {
         return Ok(None);
@@ -175,6 +180,12 @@ mod tests {
         for bad in ["", "MiB", "-1", "0", "1TB", "99999999999999999999GiB", "18446744073709551615KiB"] {
             assert!(size(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn nice_ends_at_nineteen() {
+        assert_eq!([nice("0"), nice("19")], [Ok(0), Ok(19)]);
+        assert!(nice("20").is_err() && nice("-1").is_err());
     }
 
     #[test]

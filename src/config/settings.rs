@@ -55,6 +55,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("dtype", "", "TYPE", "what the model runs in (float32); empty: as the recipe says"),
     setting("device", "cpu", "DEVICE", "where the model runs (cpu)"),
     setting("threads", "auto", "N", "compute threads; auto: one per core"),
+    setting("nice", "5", "N", "how far compute threads stand behind all others, from 0 to 19 (Linux): a busy server answers at once"),
     setting("max_tokens", "auto", "N", "the longest sample; auto: as the model's own config says"),
     setting("max_pack_tokens", "8192", "N", "tokens of one forward pass, at most"),
     setting("admission.max_requests", "1024", "N", "requests in flight, at most"),

@@ -20,6 +20,8 @@ pub struct ScorerOptions {
     pub ageing: Duration,
     /// Threads of the pool that forwards run in; 0 is one per core.
     pub threads: usize,
+    /// How far these threads stand behind all others, so that a busy server still answers, and refuses, at once.
+    pub nice: u8,
     /// When a caller that found the queue full should try again.
     pub retry_after: Duration,
 }
@@ -33,6 +35,7 @@ impl Default for ScorerOptions {
             max_queue_tokens: 8 << 20,
             ageing: Duration::from_secs(1),
             threads: 0,
+            nice: 5,
             retry_after: Duration::from_secs(1),
         }
     }

@@ -37,11 +37,31 @@ pub fn pair(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (Sc
 /// handle is dropped and the queue is empty.
 pub fn spawn(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> std::io::Result<(ScorerHandle, std::thread::JoinHandle<()>)> {
     let (handle, mut worker) = pair(options, clock, metrics);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).thread_name(|i| format!("warm-device-{i}")).build();
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .thread_name(|i| format!("warm-device-{i}"))
+        .start_handler(move |_| stand_back(options.nice))
+        .build();
     worker.pool = Some(pool.map_err(std::io::Error::other)?);
     let thread = std::thread::Builder::new().name("warm-device".to_owned()).spawn(move || worker.run())?;
     Ok((handle, thread))
 }
+
+/// Lowers the priority of this thread. Where that cannot be done it computes all the same.
+#[cfg(target_os = "linux")]
+fn stand_back(nice: u8) {
+    // On Linux these are of the calling thread alone.
+    use rustix::process::{getpriority_process, setpriority_process};
+    if let Ok(now) = getpriority_process(None)
+        && nice > 0
+        && let Err(error) = setpriority_process(None, (now + i32::from(nice)).min(19))
+    {
+        tracing::debug!(%error, "the priority of a compute thread stays as it is");
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn stand_back(_: u8) {}
 
 /// A pack to run, and whose samples it holds.
 struct Next {

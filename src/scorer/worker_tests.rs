@@ -227,3 +227,16 @@ fn the_thread_finishes_what_is_queued_and_ends_with_the_last_handle() {
         assert_eq!(values(now(answer)), [8.0 * i as f32, 3.0 * i as f32]);
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
+    let priority = || rustix::process::getpriority_process(None).expect("a priority");
+    let before = priority();
+    let behind = std::thread::spawn(move || {
+        stand_back(3);
+        priority()
+    });
+    assert_eq!(behind.join().expect("no panic"), (before + 3).min(19));
+    assert_eq!(priority(), before);
+}
