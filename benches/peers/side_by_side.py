@@ -53,9 +53,10 @@ class Peer:
 class Warm:
     """A server of one model, and the load generator that asks it."""
 
-    def __init__(self, binary, folder, threads, pack):
+    def __init__(self, binary, folder, threads, pack, cache="off"):
+        # Rounds repeat their samples: what one round left in a cache would make the next one look faster than it is.
         arguments = [binary, "serve", folder, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--threads", str(threads)]
-        arguments += ["--max-pack-tokens", str(pack), "--drain-delay", "0s"]
+        arguments += ["--max-pack-tokens", str(pack), "--drain-delay", "0s", "--prefix-cache-bytes", cache]
         self.binary = binary
         self.server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
         self.address = None
@@ -107,23 +108,59 @@ def compare(name, warm, file, samples, ways, rounds, callers, agree=True, server
             raise SystemExit(f"{name}: the scores differ by {worst}")
     own, times = [], {label: [] for label, _ in ways}
     for _ in range(rounds):
-        before, children = warm.processor_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = warm.lines(file, callers, server)["seconds"]
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        client = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
-        own.append((seconds, warm.processor_seconds() - before + client))
+        own.append(time_warm(warm, file, callers, server))
         for label, run in ways:
-            start = time.perf_counter(), time.process_time()
-            run()
-            times[label].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            times[label].append(time_peer(run))
+    return ratios(name, own, times, sum(map(len, samples)))
+
+
+def time_warm(warm, file, callers, server=()):
+    before, children = warm.processor_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = warm.lines(file, callers, server)["seconds"]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    client = after.ru_utime + after.ru_stime - children.ru_utime - children.ru_stime
+    return seconds, warm.processor_seconds() - before + client
+
+
+def time_peer(run):
+    start = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def ratios(name, own, times, tokens):
     median = lambda taken, which: statistics.median(times[which] for times in taken)
-    tokens, rows = sum(map(len, samples)), []
+    rows = []
     for label, taken in times.items():
         wall, processor = (median(taken, which) / median(own, which) for which in (0, 1))
         speed = tokens / median(own, 0)
         rows.append({"work": name, "against": label, "ratio": round(wall, 2), "processor_ratio": round(processor, 2), "tokens_per_s": round(speed)})
         print(f"| {name} | {label} | {wall:.2f} | {processor:.2f} | {speed:.0f} |", flush=True)
     return rows
+
+
+def spread(name, warm, peer, draw, shape, rounds):
+    """A group whose samples come one by one, each in a request and a pack of its own, between those of another group. Every
+    round has samples of its own: what warm has kept is what it was sent in this round."""
+    prompt, count, completion = shape
+    own, times = [], {"transformers, one padded batch each": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            prompts = [draw(prompt) for _ in range(2)]
+            samples = [shared + draw(completion) for _ in range(count) for shared in prompts]
+            file = requests(folder, "spread", samples)
+            own.append(time_warm(warm, file, 1))
+            groups = [samples[0::2], samples[1::2]]
+            expected = []
+            times["transformers, one padded batch each"].append(
+                time_peer(lambda: expected.extend(peer.scores(group, batch=count) for group in groups))
+            )
+            # After the time was taken: warm has all of them now, and still says the same.
+            found = warm.scores(file)
+            worst = max(abs(a - b) / max(1.0, abs(a)) for g in range(2) for a, b in zip(expected[g], found[g::2]))
+            if worst > TOLERANCE:
+                raise SystemExit(f"{name}: the scores differ by {worst}")
+    return ratios(name, own, times, 2 * count * (prompt + completion))
 
 
 def chat_texts(file, tokenizer, count, generator):
@@ -140,6 +177,11 @@ def chat_texts(file, tokenizer, count, generator):
     return samples
 
 
+def print_ceiling(prompt, count, completion):
+    distinct, whole = prompt + count * completion, count * (prompt + completion)
+    print(f"|   distinct tokens: {distinct} of {whole} | ceiling {whole / distinct:.1f} | | | |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--warm", required=True)
@@ -148,6 +190,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=int, default=100, help="percent of the samples, for slow machines")
+    parser.add_argument("--cache", default="1GiB", help="prefix_cache_bytes of the spread groups")
     parser.add_argument("--only", help="work whose name contains this")
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -185,10 +228,18 @@ def main():
                 ways = [("transformers, one padded batch", lambda: peer.scores(samples, batch=count))]
                 # All at once: what is queued together shares its prompt, whoever sent it.
                 rows += compare(name, warm, file, samples, ways, min(options.rounds, 3), count)
-                distinct, whole = prompt + count * completion, count * (prompt + completion)
-                print(f"|   distinct tokens: {distinct} of {whole} | ceiling {whole / distinct:.1f} | | | |", flush=True)
+                print_ceiling(prompt, count, completion)
         finally:
             warm.stop()
+        if wanted("spread"):
+            warm = Warm(options.warm, decoder, options.threads, 8192, options.cache)
+            try:
+                for prompt, count, completion in [(512, 16, 128), (300, 16, 1000), (4000, 4, 500)]:
+                    shape = (prompt, max(2, count * options.scale // 100), completion)
+                    rows += spread(f"spread {shape[0]} + {shape[1]} x {shape[2]}", warm, peer, draw, shape, options.rounds)
+                    print_ceiling(*shape)
+            finally:
+                warm.stop()
         if wanted("encoder"):
             encoder = f"{options.models}/bert-22m"
             peer, warm = Peer(encoder), Warm(options.warm, encoder, options.threads, 8192)

@@ -61,6 +61,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         text,
         max_tokens: config.max_tokens,
         max_pack_tokens: config.max_pack_tokens,
+        prefix_cache_bytes: config.prefix_cache_bytes,
         calibration,
         remotes: Some(Remotes::from_environment(&config.remotes.0, config.download_max_bytes as u64, Clock::system())),
         cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),

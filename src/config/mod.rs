@@ -46,11 +46,11 @@ pub struct Config {
     pub device: String,
     /// Absent: one per core.
     pub threads: Option<usize>,
-    /// How far compute threads stand behind all others.
     pub nice: u8,
     /// Absent: as the model says.
     pub max_tokens: Option<usize>,
     pub max_pack_tokens: usize,
+    pub prefix_cache_bytes: usize,
     pub admission: AdmissionConfig,
     pub message: MessageConfig,
     /// Requests of one stream that are scored at once.
@@ -309,6 +309,7 @@ impl Reader<'_> {
             nice: self.get("nice", parse::nice),
             max_tokens: self.get("max_tokens", parse::auto_count),
             max_pack_tokens: self.get("max_pack_tokens", parse::count),
+            prefix_cache_bytes: self.get("prefix_cache_bytes", parse::size_or_off),
             admission: AdmissionConfig {
                 max_requests: self.get("admission.max_requests", parse::count),
                 max_bytes: self.get("admission.max_bytes", parse::size),

@@ -110,6 +110,11 @@ pub fn size(text: &str) -> Result<usize, String> {
     count.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or_else(expected)
 }
 
+/// A size; `off` is none.
+pub(super) fn size_or_off(text: &str) -> Result<usize, String> {
+    if text == "off" { Ok(0) } else { size(text).map_err(|problem| format!("{problem}, or off")) }
+}
+
 /// `250ms`, `5s`, `2m`, `1h`.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let expected = || "expected a time such as 500ms, 5s or 2m, of at most a day".to_owned();
@@ -177,6 +182,7 @@ mod tests {
         assert_eq!(size("64MiB"), Ok(64 << 20));
         assert_eq!(size("3 kB"), Ok(3_000));
         assert_eq!(size("17"), Ok(17));
+        assert_eq!((size_or_off("off"), size_or_off("1kB")), (Ok(0), Ok(1_000)));
         for bad in ["", "MiB", "-1", "0", "1TB", "99999999999999999999GiB", "18446744073709551615KiB"] {
             assert!(size(bad).is_err(), "{bad}");
         }

@@ -58,6 +58,12 @@ pub const SETTINGS: &[Setting] = &[
     setting("nice", "5", "N", "how far compute threads stand behind all others, from 0 to 19 (Linux): a busy server answers at once"),
     setting("max_tokens", "auto", "N", "the longest sample; auto: as the model's own config says"),
     setting("max_pack_tokens", "8192", "N", "tokens of one forward pass, at most"),
+    setting(
+        "prefix_cache_bytes",
+        "1GiB",
+        "SIZE",
+        "keys and values of prompts that are kept for samples still to come, of all models of a generation together; off: none",
+    ),
     setting("admission.max_requests", "1024", "N", "requests in flight, at most"),
     setting("admission.max_bytes", "1GiB", "SIZE", "bytes of request messages in flight, at most"),
     setting("admission.max_tokens", "4194304", "N", "tokens in flight, at most"),

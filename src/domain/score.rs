@@ -56,7 +56,7 @@ pub struct ScoreDetails {
     /// Index into `token_ids` of the token whose hidden state the head reads: of the last step, where there are steps; 0
     /// where it reads the mean of all.
     pub pooled_position: usize,
-    /// Tokens of this sample that were computed for it and another sample at once.
+    /// Tokens of this sample that were there already: computed for it and another sample at once, or with an earlier pack.
     pub shared_tokens: usize,
     /// The text that the chat template gave; empty where the caller sent tokens.
     pub rendered: String,

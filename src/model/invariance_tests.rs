@@ -32,7 +32,16 @@ const PATHS: [&str; 16] = [
     "modernbert-mean",
 ];
 
-static MODELS: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| {
+static MODELS: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(models);
+
+/// The same with room for some of what they have computed.
+static CACHED: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| {
+    let models = models();
+    models.iter().for_each(|model| model.keep_prefixes(1 << 20));
+    models
+});
+
+fn models() -> Vec<Arc<dyn RewardModel>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance/transformers-5");
     let load = |name: &&str| {
         let plan = Arc::new(MergePlan::open(&Recipe::uniform(&[root.join(name).join("member-0")]).expect("recipe")).expect("opens"));
@@ -41,7 +50,7 @@ static MODELS: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| {
         load(&merged, reward.architecture, reward.layout, &readout, usize::MAX, &mut |_, _| {}).expect("loads")
     };
     PATHS.iter().map(load).collect()
-});
+}
 
 fn bits(model: &dyn RewardModel, samples: &[Arc<Encoding>]) -> Vec<Vec<u32>> {
     let outputs = model.forward(&Pack::forest(samples, |tokens| model.prefix_key(tokens))).expect("forward");
@@ -68,6 +77,17 @@ proptest! {
         for (sample, together) in samples.iter().zip(together) {
             let alone = bits(model, std::slice::from_ref(sample));
             prop_assert_eq!(&alone[0], &together, "{} over {} tokens", PATHS[path], sample.tokens());
+        }
+    }
+
+    #[test]
+    fn a_score_has_the_same_bits_whatever_was_scored_before_it(path in 0..PATHS.len(), pack in packs(), threads in 1usize..5) {
+        let samples: Vec<_> = pack.into_iter().map(|ids| Arc::new(Encoding::for_test(ids))).collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        // One by one, then all at once.
+        for sample in samples.chunks(1).chain([&samples[..]]) {
+            let (cached, fresh) = pool.install(|| (bits(&*CACHED[path], sample), bits(&*MODELS[path], sample)));
+            prop_assert_eq!(cached, fresh, "{}", PATHS[path]);
         }
     }
 }

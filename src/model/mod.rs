@@ -5,6 +5,8 @@ mod head;
 mod kernels;
 mod ops;
 mod pack;
+mod prefix_cache;
+mod prefixes;
 mod transformer;
 mod trie;
 mod weights;
@@ -17,6 +19,7 @@ use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Layout, Manifest, Places, 
 pub use cost::shared_prefix;
 use head::{Head, Verdict};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
+use prefixes::{Memory, Prefixes};
 use transformer::Transformer;
 use weights::Loader;
 
@@ -34,6 +37,12 @@ pub trait RewardModel: Send + Sync {
     fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
         let _ = tokens;
         None
+    }
+
+    /// Bytes of keys and values that may be kept for later packs: those of beginnings of samples. None until this is called,
+    /// which also forgets what was kept. Scores stay the same, to the bit.
+    fn keep_prefixes(&self, bytes: usize) {
+        let _ = bytes;
     }
 
     /// What computing the tokens at positions `from..to` of a sample takes, in tokens that attend to nothing.
@@ -54,8 +63,10 @@ pub struct Output {
     pub steps: Vec<StepOutput>,
     /// Index of the token that was read, within the sample: the last one of several, 0 where the mean of all is.
     pub pooled_position: usize,
-    /// Tokens of this sample that were computed for it and another sample at once.
+    /// Tokens of this sample that were there already: computed for it and another sample at once, or with an earlier pack.
     pub shared_tokens: usize,
+    /// The first so many tokens of this sample were computed with an earlier pack.
+    pub cached_tokens: usize,
 }
 
 /// What the head says at one step.
@@ -118,7 +129,8 @@ pub fn load(
         parameters: loader.parameters,
         device_bytes: loader.device_bytes,
     };
-    Ok(Arc::new(Model { transformer, head, limits, architecture: architecture.clone() }))
+    let prefixes = Prefixes::new(architecture);
+    Ok(Arc::new(Model { transformer, head, limits, prefixes, architecture: architecture.clone() }))
 }
 
 /// Bytes of a model of these tensors on the CPU, but for the few rows that narrow matrices are padded with.
@@ -136,6 +148,8 @@ struct Model {
     transformer: Transformer,
     head: Head,
     limits: Limits,
+    /// Absent for a model whose tokens depend on what comes after them.
+    prefixes: Option<Prefixes>,
     architecture: Architecture,
 }
 
@@ -143,24 +157,35 @@ impl RewardModel for Model {
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         let places: Vec<Option<Places>> =
             (0..pack.len()).map(|sample| self.head.readout().places(pack.encoding(sample).ids()).ok()).collect();
-        let mut rows = Vec::with_capacity(pack.len());
-        for (sample, places) in places.iter().enumerate() {
-            let positions = places.iter().flat_map(|places| places.read.iter().chain(&places.gate));
-            rows.extend(positions.map(|position| pack.row(sample, *position) as u32));
+        let read = |sample: usize| places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied();
+        let mut cache = self.prefixes.as_ref().and_then(Prefixes::open);
+        let plan = cache.as_mut().map(|cache| {
+            let first_read = |sample: usize| read(sample).min().unwrap_or(pack.encoding(sample).tokens() - 1);
+            Memory::plan(cache, pack, |tokens| self.prefix_key(tokens), first_read)
+        });
+        let (memory, rest) = plan.unzip();
+        let pack = rest.as_ref().unwrap_or(pack);
+        let rows: Vec<u32> =
+            (0..pack.len()).flat_map(|sample| read(sample).map(move |position| pack.row(sample, position) as u32)).collect();
+        let hidden = self.transformer.hidden(pack, &rows, memory.as_ref());
+        if let (Some(mut cache), Some(memory)) = (cache, memory) {
+            memory.leave(&mut cache, hidden.is_ok());
         }
-        let hidden = self.transformer.hidden(pack, &rows).map_err(|error| ModelError(error.to_string()))?;
+        let hidden = hidden.map_err(|error| ModelError(error.to_string()))?;
         let mut rest = hidden.as_slice();
         let outputs = places.iter().enumerate().map(|(sample, places)| {
-            let shared_tokens = pack.shared_tokens(sample);
+            let cached_tokens = pack.absent_tokens(sample);
+            let shared_tokens = pack.shared_tokens(sample).max(cached_tokens);
             // The text layer refuses a sample that lacks what is read; one that comes here all the same has no score.
             let Some(places) = places else {
-                return Output { reward: f32::NAN, values: Vec::new(), steps: Vec::new(), pooled_position: 0, shared_tokens };
+                let (values, steps) = (Vec::new(), Vec::new());
+                return Output { reward: f32::NAN, values, steps, pooled_position: 0, shared_tokens, cached_tokens };
             };
             let (own, others) = rest.split_at(places.read.len() + usize::from(places.gate.is_some()));
             rest = others;
             let Verdict { reward, outputs, steps } = self.head.forward(places, own);
             let pooled_position = if self.head.reads_the_mean() { 0 } else { places.read.last().copied().unwrap_or(0) };
-            Output { reward, values: outputs, steps, pooled_position, shared_tokens }
+            Output { reward, values: outputs, steps, pooled_position, shared_tokens, cached_tokens }
         });
         Ok(outputs.collect())
     }
@@ -172,6 +197,12 @@ impl RewardModel for Model {
     fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
         // The tokens of an encoder see what comes after them.
         self.architecture.causal.then(|| self.architecture.ropes.iter().map(|rope| rope.variant(tokens)).collect())
+    }
+
+    fn keep_prefixes(&self, bytes: usize) {
+        if let Some(prefixes) = &self.prefixes {
+            prefixes.resize(bytes);
+        }
     }
 
     fn token_cost(&self, from: usize, to: usize) -> usize {

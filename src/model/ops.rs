@@ -8,6 +8,7 @@ use super::kernels::distances::Distances;
 use super::kernels::rope::HeadTransform;
 use super::kernels::{activation, attention, linear, norm, rope};
 use super::pack::Pack;
+use super::prefixes::Memory;
 use crate::checkpoint::{Activation, Norm};
 
 /// Normalises the rows of `x`.
@@ -43,9 +44,15 @@ pub fn transform_heads(x: &Tensor, heads: Heads) -> Result<()> {
     x.inplace_op1(&heads)
 }
 
-/// Attention of `[queries | keys | values]` over the forest of the pack.
-pub fn attend(x: &Tensor, shape: &AttentionShape, distances: Option<Distances>, pack: &Pack) -> Result<Tensor> {
-    x.apply_op1_no_bwd(&Attend { shape, distances, pack })
+/// Attention of `[queries | keys | values]` over the forest of the pack, in a layer of this number that goes by `memory`.
+pub fn attend(
+    x: &Tensor,
+    shape: &AttentionShape,
+    distances: Option<Distances>,
+    pack: &Pack,
+    memory: Option<(&Memory, usize)>,
+) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&Attend { shape, distances, pack, memory })
 }
 
 /// `x[rows[i]] += weights[i] * y[i]`, where the rows of `y` may be wider than those of `x`, and more.
@@ -225,6 +232,7 @@ struct Attend<'a> {
     shape: &'a AttentionShape,
     distances: Option<Distances<'a>>,
     pack: &'a Pack,
+    memory: Option<(&'a Memory, usize)>,
 }
 
 impl CustomOp1 for Attend<'_> {
@@ -234,7 +242,11 @@ impl CustomOp1 for Attend<'_> {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (values, stride, count) = rows(storage, layout)?;
-        let output = attention::attend(self.shape, self.distances, self.pack, values, stride, count);
+        let past = self.memory.map(|(memory, layer)| memory.past(layer));
+        let (output, mut blocks) = attention::attend(self.shape, self.distances, self.pack, past, values, stride, count);
+        if let Some((memory, _)) = self.memory {
+            memory.keep(&mut blocks);
+        }
         Ok((CpuStorage::F32(output), (count, self.shape.heads * self.shape.head_dim).into()))
     }
 }

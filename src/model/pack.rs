@@ -27,6 +27,7 @@ pub struct Pack {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {
     pub rows: Range<usize>,
+    /// What comes before it; `None` where that is nothing, or was computed with an earlier pack.
     pub parent: Option<usize>,
     /// Position of the node's first token in every sample that runs through it.
     pub start: usize,
@@ -77,15 +78,61 @@ impl Pack {
             let leaf = trie.leaf(sample);
             pack.samples.push(Slot { encoding: Arc::clone(encoding), leaf: node_of[leaf], shared: trie.shared(leaf) });
         }
-        pack.ids.resize(rows, 0);
-        pack.type_ids.resize(rows, 0);
-        pack.positions.resize(rows, 0);
+        pack.lift();
         pack
+    }
+
+    /// The same nodes, without so many of the first tokens of each as there are in `there`, which need not be computed. A
+    /// node may lack some only if its parent lacks all, and every sample keeps at least its last token.
+    pub fn without(&self, there: &[usize]) -> Self {
+        let (samples, longest) = (self.samples.clone(), self.longest);
+        let mut rest = Self { ids: Vec::new(), type_ids: Vec::new(), positions: Vec::new(), nodes: Vec::new(), samples, longest };
+        for (node, there) in self.nodes.iter().zip(there) {
+            let (first, rows) = (rest.ids.len(), node.rows.start + there..node.rows.end);
+            rest.ids.extend_from_slice(&self.ids[rows.clone()]);
+            rest.type_ids.extend_from_slice(&self.type_ids[rows.clone()]);
+            rest.positions.extend_from_slice(&self.positions[rows]);
+            let parent = node.parent.filter(|&parent| !rest.nodes[parent].rows.is_empty());
+            rest.nodes.push(Node { rows: first..rest.ids.len(), parent, start: node.start + there });
+        }
+        rest.lift();
+        rest
+    }
+
+    /// Lifts a very short pack to the fewest rows of a product.
+    fn lift(&mut self) {
+        let rows = self.ids.len().max(MIN_ROWS);
+        self.ids.resize(rows, 0);
+        self.type_ids.resize(rows, 0);
+        self.positions.resize(rows, 0);
     }
 
     /// Tokens that a forward computes: those of all samples, less what is shared.
     pub fn computed_tokens(&self) -> usize {
         self.nodes.iter().map(|node| node.rows.len()).sum()
+    }
+
+    /// The same where the first `there` tokens of each sample need not be computed.
+    pub fn computed_without(&self, there: impl Fn(usize) -> usize) -> usize {
+        let mut least = vec![usize::MAX; self.nodes.len()];
+        for (sample, slot) in self.samples.iter().enumerate() {
+            let (there, mut next) = (there(sample), Some(slot.leaf));
+            while let Some(node) = next {
+                least[node] = least[node].min(there);
+                next = self.nodes[node].parent;
+            }
+        }
+        let computed = |(node, least): (&Node, usize)| node.rows.len() - least.saturating_sub(node.start).min(node.rows.len());
+        self.nodes.iter().zip(least).map(computed).sum()
+    }
+
+    /// Tokens of a sample that come before all that is computed of it.
+    pub fn absent_tokens(&self, sample: usize) -> usize {
+        let mut node = &self.nodes[self.samples[sample].leaf];
+        while let Some(parent) = node.parent {
+            node = &self.nodes[parent];
+        }
+        node.start
     }
 
     /// Token ids, one a row.
@@ -135,7 +182,7 @@ impl Pack {
         self.samples[sample].leaf
     }
 
-    /// The row ranges that a node's queries see, from the root to the node itself.
+    /// The row ranges that a node's queries see, from the first that is computed to the node itself.
     pub fn path(&self, node: usize) -> Vec<Range<usize>> {
         let mut path = Vec::new();
         let mut next = Some(node);

@@ -120,6 +120,33 @@ proptest! {
     }
 
     #[test]
+    fn what_is_left_of_a_pack_is_all_that_was_not_there(samples in groups(), cuts in prop::collection::vec(0usize..100, 12)) {
+        let pack = forest(&samples);
+        // Every node lacks some tokens if its parent lacks all, and no sample its last.
+        let mut there = vec![0; pack.nodes().len()];
+        for (index, node) in pack.nodes().iter().enumerate() {
+            let last = pack.samples.iter().any(|slot| slot.leaf == index);
+            let most = node.rows.len() - usize::from(last);
+            if node.parent.is_none_or(|parent| there[parent] == pack.nodes()[parent].rows.len()) {
+                there[index] = cuts[index % cuts.len()].min(most);
+            }
+        }
+        let rest = pack.without(&there);
+        prop_assert_eq!(rest.computed_tokens() + there.iter().sum::<usize>(), pack.computed_tokens());
+        prop_assert_eq!(pack.computed_without(|sample| rest.absent_tokens(sample)), rest.computed_tokens());
+        prop_assert_eq!(rest.ids().len(), rest.computed_tokens().max(MIN_ROWS));
+        for (sample, ids) in samples.iter().enumerate() {
+            let absent = rest.absent_tokens(sample);
+            let path: Vec<usize> = rest.path(rest.leaf(sample)).into_iter().flatten().collect();
+            prop_assert_eq!(path.len() + absent, ids.len());
+            for position in absent..ids.len() {
+                let row = rest.row(sample, position);
+                prop_assert_eq!((rest.ids()[row], rest.positions()[row] as usize, row), (ids[position], position, path[position - absent]));
+            }
+        }
+    }
+
+    #[test]
     fn whatever_is_worth_sharing_is_computed_once(samples in groups()) {
         let pack = forest(&samples);
         let common = |a: &[u32], b: &[u32]| a.iter().zip(b).take_while(|(a, b)| a == b).count();

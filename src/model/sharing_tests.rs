@@ -1,4 +1,4 @@
-//! Sharing changes no bit: the same samples alone, packed apart, and packed as a forest.
+//! Sharing changes no bit: the same samples alone, packed apart, packed as a forest, and behind what earlier packs left.
 
 use std::ops::Range;
 
@@ -13,8 +13,10 @@ const VOCAB: usize = 12;
 const HIDDEN: usize = 48;
 const INNER: usize = 96;
 
-/// Weights that are drawn when they are read, by their name.
+/// Weights that are drawn when they are read, by their name; the embedding of [`BROKEN`] is no number.
 struct Random(Manifest);
+
+const BROKEN: u32 = VOCAB as u32;
 
 impl TensorSource for Random {
     fn manifest(&self) -> &Manifest {
@@ -28,7 +30,13 @@ impl TensorSource for Random {
             let mixed = (mixed ^ (mixed >> 15)).wrapping_mul(0x85eb_ca6b);
             (mixed >> 8) as f32 / 8_388_608.0 - 1.0
         };
-        *into = Elements::F32(range.map(|i| if name.contains("norm") { 1.0 + 0.1 * value(i) } else { 0.4 * value(i) }).collect());
+        let broken = |i: usize| name.contains("embed") && i / HIDDEN == BROKEN as usize;
+        let draw = |i| match name {
+            _ if broken(i) => f32::NAN,
+            _ if name.contains("norm") => 1.0 + 0.1 * value(i),
+            _ => 0.4 * value(i),
+        };
+        *into = Elements::F32(range.map(draw).collect());
         Ok(())
     }
 }
@@ -37,12 +45,12 @@ impl TensorSource for Random {
 fn model(family: &str, more: Value) -> Arc<dyn RewardModel> {
     let mut config = json!({
         "model_type": family, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 6, "num_key_value_heads": 2,
-        "head_dim": 8, "num_hidden_layers": 2, "vocab_size": VOCAB, "max_position_embeddings": 512, "id2label": {"0": "LABEL_0"},
+        "head_dim": 8, "num_hidden_layers": 2, "vocab_size": VOCAB + 1, "max_position_embeddings": 512, "id2label": {"0": "LABEL_0"},
     });
     config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
     let architecture = Architecture::parse(&config).expect("a valid configuration");
     let mut tensors = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![VOCAB, HIDDEN]),
+        ("model.embed_tokens.weight".to_owned(), vec![VOCAB + 1, HIDDEN]),
         ("model.norm.weight".to_owned(), vec![HIDDEN]),
         ("score.weight".to_owned(), vec![1, HIDDEN]),
     ];
@@ -102,8 +110,49 @@ fn check(model: &dyn RewardModel, samples: &[Vec<u32>], threads: usize) -> Resul
     Ok(())
 }
 
+/// Samples that arrive in packs, one after another, at a model that keeps at most so many blocks of 64 tokens.
+fn check_arrivals(model: &dyn RewardModel, samples: &[Vec<u32>], sizes: &[usize], blocks: usize) -> Result<usize, TestCaseError> {
+    let encodings: Vec<_> = samples.iter().map(|ids| Arc::new(Encoding::for_test(ids.clone()))).collect();
+    let expected = bits(model, &Pack::new(&encodings));
+    // 2 layers of 2 heads, values of whole vectors, and the books.
+    model.keep_prefixes(blocks * (2 * 2 * 64 * (8 + 32) * 4 + 1024));
+    let (mut at, mut sizes, mut cached) = (0, sizes.iter().cycle(), 0);
+    while at < encodings.len() {
+        let end = encodings.len().min(at + sizes.next().copied().unwrap_or(1));
+        let pack = Pack::forest(&encodings[at..end], |tokens| model.prefix_key(tokens));
+        let outputs = model.forward(&pack).expect("forward");
+        let found: Vec<u32> = outputs.iter().map(|output| output.values[0].to_bits()).collect();
+        prop_assert_eq!(&found, &expected[at..end]);
+        cached += outputs.iter().map(|output| output.cached_tokens).sum::<usize>();
+        prop_assert!(outputs.iter().all(|output| output.shared_tokens >= output.cached_tokens));
+        at = end;
+    }
+    model.keep_prefixes(0);
+    Ok(cached)
+}
+
+/// Arrivals over time of groups whose samples come more than once.
+fn arrivals() -> impl Strategy<Value = Vec<Vec<u32>>> {
+    (groups(), prop::collection::vec(any::<prop::sample::Index>(), 1..12))
+        .prop_map(|(samples, order)| order.into_iter().map(|which| samples[which.index(samples.len())].clone()).collect())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn scores_have_the_same_bits_behind_what_earlier_packs_left(samples in arrivals(), sizes in prop::collection::vec(1usize..4, 1..5), blocks in 0usize..12) {
+        check_arrivals(&*model("qwen3", json!({})), &samples, &sizes, blocks)?;
+    }
+
+    #[test]
+    fn also_where_queries_see_a_window_or_rotations_depend_on_the_length(
+        samples in arrivals(), sizes in prop::collection::vec(1usize..4, 1..5), blocks in 0usize..12, window in 1usize..90, original in 16usize..200,
+    ) {
+        check_arrivals(&*model("mistral", json!({"sliding_window": window})), &samples, &sizes, blocks)?;
+        let dynamic = json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": original});
+        check_arrivals(&*model("llama", dynamic), &samples, &sizes, blocks)?;
+    }
 
     #[test]
     fn scores_have_the_same_bits_with_and_without_sharing(samples in groups(), threads in 1usize..4) {
@@ -125,4 +174,23 @@ fn a_group_shares_its_prompt_in_a_real_forward() {
     let outputs = model.forward(&pack).expect("forward");
     assert!(outputs.iter().all(|output| output.shared_tokens == 50 && output.pooled_position == 54));
     assert_ne!(outputs[0].values, outputs[1].values);
+}
+
+#[test]
+fn siblings_that_arrive_one_by_one_find_their_prompt_and_a_new_bound_forgets_it() {
+    let model = model("qwen3", json!({}));
+    let samples: Vec<_> = (1..6).map(|last: u32| [&[3; 100][..], &[last; 60]].concat()).collect();
+    assert_eq!(check_arrivals(&*model, &samples, &[1], 20).expect("equal"), 400);
+    assert_eq!(check_arrivals(&*model, &samples, &[1], 0).expect("equal"), 0);
+    assert_eq!(check_arrivals(&*model, &samples, &[2], 2).expect("equal"), 300);
+}
+
+#[test]
+fn what_is_no_number_stays_with_its_sample() {
+    let model = model("qwen3", json!({}));
+    let sample = |last: u32| [&[3; 100][..], &[last; 60]].concat();
+    // Of the first sample the second could have had 100 tokens, but the blocks with them see what is no number.
+    assert_eq!(check_arrivals(&*model, &[sample(BROKEN), sample(1), sample(2)], &[1], 20).expect("equal"), 64 + 100);
+    let scored = |last: u32| f32::from_bits(bits(&*model, &Pack::new(&[Arc::new(Encoding::for_test(sample(last)))]))[0]);
+    assert!(scored(BROKEN).is_nan() && scored(1).is_finite());
 }

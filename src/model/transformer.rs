@@ -12,6 +12,7 @@ use super::LoadError;
 use super::kernels::distances::{self, Distances};
 use super::kernels::rope::{Rotation, Tables};
 use super::pack::{MIN_ROWS, Pack};
+use super::prefixes::Memory;
 use super::weights::{Linear, Loader, NormWeights};
 use crate::checkpoint::{Architecture, Layout, Residual};
 use block::{Block, Context};
@@ -57,7 +58,8 @@ impl Transformer {
     }
 
     /// The hidden states of the given rows of the pack, after the last norm: `[rows.len(), width]` on the host, in float32.
-    pub fn hidden(&self, pack: &Pack, rows: &[u32]) -> Result<Vec<Vec<f32>>> {
+    /// `memory` has what the pack lacks of its samples.
+    pub fn hidden(&self, pack: &Pack, rows: &[u32], memory: Option<&Memory>) -> Result<Vec<Vec<f32>>> {
         let architecture = &self.architecture;
         let mut x = self.embedding.embed(architecture, pack, &self.device)?;
         // Behind the last attention only the rows that are read are worth computing; at least so many that a product
@@ -73,7 +75,8 @@ impl Transformer {
             let projected = block.projected.as_ref().zip(embeddings.as_deref());
             let distances = projected.map(|(projected, embeddings)| Distances { projected, embeddings, longest: pack.longest() });
             let rotation = kind.rope.map(|rope| &rotations[rope]);
-            let context = Context { architecture, pack, window: kind.window, rotation, distances };
+            let memory = memory.map(|memory| (memory, layer));
+            let context = Context { architecture, pack, window: kind.window, rotation, distances, memory };
             let mut attended = block.attend(&x, &context)?;
             if layer + 1 == self.blocks.len() {
                 attended = attended.index_select(&read, 0)?;

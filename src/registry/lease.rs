@@ -98,6 +98,12 @@ impl RewardModel for Leased {
         self.model.as_ref()?.prefix_key(tokens)
     }
 
+    fn keep_prefixes(&self, bytes: usize) {
+        if let Some(model) = &self.model {
+            model.keep_prefixes(bytes);
+        }
+    }
+
     fn token_cost(&self, from: usize, to: usize) -> usize {
         self.model.as_ref().map_or(to - from, |model| model.token_cost(from, to))
     }

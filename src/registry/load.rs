@@ -61,6 +61,8 @@ pub struct LoadSpec {
     pub max_tokens: Option<usize>,
     /// The scorer's, which no sample may exceed.
     pub max_pack_tokens: usize,
+    /// Bytes of keys and values that the generation's models keep together; 0 for none.
+    pub prefix_cache_bytes: usize,
     pub calibration: CalibrationChoice,
     /// Where members that are not folders come from.
     pub remotes: Option<Remotes>,
@@ -99,6 +101,7 @@ impl LoadSpec {
             text: TextOverrides::default(),
             max_tokens: None,
             max_pack_tokens,
+            prefix_cache_bytes: 0,
             calibration: CalibrationChoice::None,
             remotes: None,
             cache: None,

@@ -161,6 +161,8 @@ impl Prepared {
             warm_up(&format!("member {}", member.name), member.model.as_ref(), &probes)?;
             progress(Progress::step("warm-up", done as u64 + 2, models));
         }
+        let each = self.spec.prefix_cache_bytes / models as usize;
+        resident.iter().map(|member| &member.model).chain([&merged]).for_each(|model| model.keep_prefixes(each));
 
         let (fingerprint, calibration) = (self.name(weights_id), self.calibration(weights_id).cloned());
         let mut info = info(&self.spec, plan, plan.reward()?, &hashes, text.policy(), readout, &self.clock);

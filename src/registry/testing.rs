@@ -61,6 +61,7 @@ impl RewardModel for FakeModel {
             steps: Vec::new(),
             pooled_position: ids.len() - 1,
             shared_tokens: 0,
+            cached_tokens: 0,
         };
         Ok(samples.iter().map(output).collect())
     }

@@ -18,6 +18,7 @@ pub struct ScorerMetrics {
     pub(super) pack_samples: Histogram,
     pub(super) tokens_computed: IntCounter,
     pub(super) tokens_shared: IntCounter,
+    pub(super) tokens_cached: IntCounter,
     pub(super) samples: IntCounter,
     pub(super) packs: IntCounterVec,
     pub(super) skipped: IntCounterVec,
@@ -51,9 +52,9 @@ impl ScorerMetrics {
         let seconds = SECONDS_BUCKETS.to_vec();
         let tokens = counters(
             "warm_scorer_tokens_total",
-            "Tokens of samples that were scored, by whether they were computed or were there already for another sample of the pack.",
+            "Tokens of samples that were scored: computed, there already for another sample of the pack (shared), or for one of an earlier pack (cached).",
             "kind",
-            &["computed", "shared"],
+            &["computed", "shared", "cached"],
         )?;
         let samples = IntCounter::new("warm_scorer_samples_total", "Samples that went through a forward pass.")?;
         registry.register(Box::new(samples.clone()))?;
@@ -68,6 +69,7 @@ impl ScorerMetrics {
             pack_samples: histogram("warm_scorer_pack_samples", "Samples of one pack.", powers_of_two(0, 11))?,
             tokens_computed: tokens.with_label_values(&["computed"]),
             tokens_shared: tokens.with_label_values(&["shared"]),
+            tokens_cached: tokens.with_label_values(&["cached"]),
             samples,
             packs: counters("warm_scorer_packs_total", "Packs, by how their forward ended.", "outcome", &["ok", "error", "panic"])?,
             skipped: counters(

@@ -218,7 +218,7 @@ impl Worker {
 
 /// All models over one pack: per sample, one output per model.
 fn forward(next: &Next, metrics: &ScorerMetrics) -> Result<Vec<Vec<Output>>, String> {
-    let run = || -> Result<(Vec<Vec<Output>>, usize), String> {
+    let run = || -> Result<Vec<Vec<Output>>, String> {
         let pack = next.pack.as_ref().map_err(String::clone)?;
         let mut samples = vec![Vec::with_capacity(next.models.len()); next.encodings.len()];
         for (i, model) in next.models.iter().enumerate() {
@@ -231,17 +231,25 @@ fn forward(next: &Next, metrics: &ScorerMetrics) -> Result<Vec<Vec<Output>>, Str
                 sample.push(output);
             }
         }
-        Ok((samples, pack.computed_tokens()))
+        Ok(samples)
     };
     let caught = catch_unwind(AssertUnwindSafe(run));
     let tokens = next.picks.iter().map(|pick| pick.tokens).sum::<usize>();
     metrics.pack_samples.observe(next.picks.len() as f64);
     let outcome = match &caught {
-        Ok(Ok((samples, computed))) => {
-            metrics.pack_tokens.observe(*computed as f64);
+        Ok(Ok(samples)) => {
             metrics.samples.inc_by(samples.len() as u64);
-            metrics.tokens_shared.inc_by((tokens.saturating_sub(*computed) * next.models.len()) as u64);
-            metrics.tokens_computed.inc_by((computed * next.models.len()) as u64);
+            for model in 0..next.models.len() {
+                let there = |sample: usize| samples[sample][model].cached_tokens;
+                let computed = next.pack.as_ref().map_or(0, |pack| pack.computed_without(there));
+                let cached: usize = (0..samples.len()).map(there).sum();
+                if model == 0 {
+                    metrics.pack_tokens.observe(computed as f64);
+                }
+                metrics.tokens_computed.inc_by(computed as u64);
+                metrics.tokens_cached.inc_by(cached as u64);
+                metrics.tokens_shared.inc_by(tokens.saturating_sub(computed + cached) as u64);
+            }
             "ok"
         }
         Ok(Err(_)) => "error",
@@ -252,7 +260,7 @@ fn forward(next: &Next, metrics: &ScorerMetrics) -> Result<Vec<Vec<Output>>, Str
     if let Err(problem) = &result {
         tracing::error!(problem, samples = next.picks.len(), tokens, "a pack failed");
     }
-    result.map(|(samples, _)| samples)
+    result
 }
 
 impl Drop for Worker {

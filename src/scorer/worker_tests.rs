@@ -40,6 +40,7 @@ impl RewardModel for Sum {
             steps: Vec::new(),
             pooled_position: ids.len() - 1,
             shared_tokens: 0,
+            cached_tokens: 0,
         });
         Ok(outputs.skip(usize::from(asked(FORGET))).collect())
     }

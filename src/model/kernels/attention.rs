@@ -5,20 +5,26 @@
 //! however much of its prompt is shared. Softmax runs along the blocks (Milakov and Gimelshein, 1805.02867): a masked
 //! key adds exactly nothing, and a block of nothing but masked keys leaves every bit as it was.
 
+use std::ops::Range;
+
 use pulp::Simd;
 use rayon::prelude::*;
 
 use super::distances::{Distances, HeadBias};
+use super::keys::{Blocks, Form, Past};
 use super::math::tanh;
-use super::tile::{self, ROWS, Rows, Running, multiply_add};
+use super::tile::{ROWS, Rows, Running, multiply_add};
 use crate::model::pack::Pack;
 
 /// Products of queries and keys below which a hand-over to another thread costs more than the work.
 const ALONE: usize = 1 << 18;
 /// Keys in a block.
 pub const BLOCK: usize = 64;
-/// Queries of one task, at most: long nodes are spread over threads, and keys are gathered once for all of a task.
+/// Queries of one task, at most: long nodes are spread over threads.
 const QUERIES: usize = 512;
+
+/// Tiles that meet a block of keys one after another, while it is near.
+const TILES: usize = 4;
 
 /// The shape of one layer's attention.
 #[derive(Clone, Debug)]
@@ -36,14 +42,24 @@ pub struct Shape {
 
 /// `softmax(bend(q k^T * scale)) v` for every node of the pack. `data` has one row a token, `stride` apart, that begins with
 /// `[queries | keys | values]`; the output has `heads * head_dim` columns, and zeros in rows that belong to no node.
-/// `distances` are DeBERTa's, whose every query head has a key head of its own.
-pub fn attend(shape: &Shape, distances: Option<Distances>, pack: &Pack, data: &[f32], stride: usize, rows: usize) -> Vec<f32> {
+/// `distances` are DeBERTa's, whose every query head has a key head of its own. The keys and values come back, too.
+pub fn attend<'a>(
+    shape: &Shape,
+    distances: Option<Distances>,
+    pack: &'a Pack,
+    past: Option<Past<'a>>,
+    data: &[f32],
+    stride: usize,
+    rows: usize,
+) -> (Vec<f32>, Blocks<'a>) {
     let width = shape.heads * shape.head_dim;
     let group = shape.heads / shape.kv_heads;
+    let blocks = Blocks::gather(shape, pack, past, data, stride);
     let tasks: Vec<Task> = (0..pack.nodes().len())
         .flat_map(|node| (0..pack.nodes()[node].rows.len()).step_by(QUERIES).map(move |first| (node, first)))
         .flat_map(|(node, first)| {
-            (0..shape.kv_heads).map(move |kv_head| Task { shape, distances, pack, data, stride, node, first, kv_head })
+            let blocks = &blocks;
+            (0..shape.kv_heads).map(move |kv_head| Task { shape, distances, pack, blocks, data, stride, node, first, kv_head })
         })
         .collect();
     let run = |task: &Task| pulp::Arch::new().dispatch(*task);
@@ -58,7 +74,7 @@ pub fn attend(shape: &Shape, distances: Option<Distances>, pack: &Pack, data: &[
             output[start..start + values.len()].copy_from_slice(values);
         }
     }
-    output
+    (output, blocks)
 }
 
 /// Some queries of one node, in the query heads that read one key head.
@@ -67,6 +83,7 @@ struct Task<'a> {
     shape: &'a Shape,
     distances: Option<Distances<'a>>,
     pack: &'a Pack,
+    blocks: &'a Blocks<'a>,
     data: &'a [f32],
     stride: usize,
     node: usize,
@@ -89,37 +106,46 @@ impl pulp::WithSimd for Task<'_> {
     /// `[queries, group, head_dim]`.
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
-        let Self { shape, distances, pack, data, stride, node, first, kv_head } = self;
+        let Self { shape, distances, pack, blocks, data, stride, node, first, kv_head } = self;
         let (dim, group, rows) = (shape.head_dim, shape.heads / shape.kv_heads, self.rows());
         // The position of the task's first query.
         let start = pack.nodes()[node].start + first;
         let (_, end) = visible(shape, start + rows.len() - 1, usize::MAX);
-        let keys = Keys::gather(&self, end);
+        let tokens = pack.nodes()[node].start + pack.nodes()[node].rows.len();
+        let keys = Keys::new(shape, tokens.min(end), |block| blocks.head(node, block, kv_head));
         let mut bias = distances.map(|distances| distances.of_head(simd, kv_head, keys.count, |key, into| keys.copy(key, into)));
         let mut output = vec![0.0f32; rows.len() * group * dim];
-        let mut tile = Tile::new(dim, keys.columns);
+        // A bias belongs to the one tile that it was turned to.
+        let mut tiles = vec![Tile::new(dim, keys.columns); if bias.is_some() { 1 } else { TILES }];
         // One list of (query, head) rows: the heads of a group read the same keys, so they fill tiles together.
         let total = rows.len() * group;
-        for first in (0..total).step_by(ROWS) {
-            let members = ROWS.min(total - first);
-            let mut seen = [(0, 0); ROWS];
-            tile.clear();
-            for (slot, seen) in seen.iter_mut().enumerate().take(members) {
-                let (query, head) = ((first + slot) / group, (first + slot) % group);
-                let from = (rows.start + query) * stride + (kv_head * group + head) * dim;
-                tile.query[slot * dim..(slot + 1) * dim].copy_from_slice(&data[from..from + dim]);
-                *seen = visible(shape, start + query, keys.count);
+        let step = tiles.len() * ROWS;
+        for begin in (0..total).step_by(step) {
+            let firsts = (begin..total.min(begin + step)).step_by(ROWS);
+            for (first, tile) in firsts.clone().zip(&mut tiles) {
+                tile.clear();
+                for slot in 0..ROWS.min(total - first) {
+                    let (query, head) = ((first + slot) / group, (first + slot) % group);
+                    let from = (rows.start + query) * stride + (kv_head * group + head) * dim;
+                    tile.query[slot * dim..(slot + 1) * dim].copy_from_slice(&data[from..from + dim]);
+                    tile.sees(slot, visible(shape, start + query, keys.count));
+                }
+                if let Some(bias) = &mut bias {
+                    bias.turn(simd, &tile.query, start + first..start + first + ROWS.min(total - first));
+                }
             }
-            let from = seen[..members].iter().map(|range| range.0).min().unwrap_or(0) / BLOCK;
-            let to = seen[..members].iter().map(|range| range.1).max().unwrap_or(0).div_ceil(BLOCK);
-            if let Some(bias) = &mut bias {
-                bias.turn(simd, &tile.query, start + first..start + first + members);
-            }
+            let tiles = &mut tiles[..firsts.len()];
+            let from = tiles.iter().map(|tile| tile.blocks.start).min().unwrap_or(0);
+            let to = tiles.iter().map(|tile| tile.blocks.end).max().unwrap_or(0);
             for block in from..to {
-                tile.absorb(simd, &keys, block, &seen, shape, bias.as_ref());
+                for tile in tiles.iter_mut().filter(|tile| tile.blocks.contains(&block)) {
+                    tile.absorb(simd, &keys, block, shape, bias.as_ref());
+                }
             }
-            for slot in 0..members {
-                tile.finish(slot, &mut output[(first + slot) * dim..(first + slot + 1) * dim]);
+            for (first, tile) in firsts.zip(tiles) {
+                for slot in 0..ROWS.min(total - first) {
+                    tile.finish(slot, &mut output[(first + slot) * dim..(first + slot + 1) * dim]);
+                }
             }
         }
         output
@@ -138,41 +164,22 @@ fn visible(shape: &Shape, position: usize, keys: usize) -> (usize, usize) {
 }
 
 /// The keys of a path in blocks of `[head_dim][BLOCK]`, its values in rows of `columns`; both padded with zeros.
-struct Keys {
+struct Keys<'a> {
     count: usize,
     columns: usize,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    blocks: Vec<(&'a [f32], &'a [f32])>,
 }
 
-impl Keys {
-    /// The keys and values of the task's path, up to position `end`.
-    #[inline(always)]
-    fn gather(task: &Task, end: usize) -> Self {
-        let &Task { shape, pack, data, stride, node, kv_head, .. } = task;
-        let dim = shape.head_dim;
-        let columns = dim.next_multiple_of(tile::WIDTH);
-        let path = pack.path(node);
-        let count = path.iter().map(ExactSizeIterator::len).sum::<usize>().min(end);
-        let padded = count.next_multiple_of(BLOCK);
-        let mut keys = vec![0.0f32; padded * dim];
-        let mut values = vec![0.0f32; padded * columns];
-        let key_column = (shape.heads + kv_head) * dim;
-        let value_column = (shape.heads + shape.kv_heads + kv_head) * dim;
-        for (position, row) in path.into_iter().flatten().take(count).enumerate() {
-            let key = &data[row * stride + key_column..][..dim];
-            let block = &mut keys[position / BLOCK * BLOCK * dim..];
-            for (d, key) in key.iter().enumerate() {
-                block[d * BLOCK + position % BLOCK] = *key;
-            }
-            values[position * columns..][..dim].copy_from_slice(&data[row * stride + value_column..][..dim]);
-        }
-        Self { count, columns, keys, values }
+impl<'a> Keys<'a> {
+    /// Those up to a position.
+    fn new(shape: &Shape, count: usize, block: impl Fn(usize) -> (&'a [f32], &'a [f32])) -> Self {
+        let columns = Form::new(shape.heads, shape.kv_heads, shape.head_dim).columns;
+        Self { count, columns, blocks: (0..count.div_ceil(BLOCK)).map(block).collect() }
     }
 
     /// The key of one position.
     fn copy(&self, position: usize, into: &mut [f32]) {
-        let block = &self.keys[position / BLOCK * BLOCK * into.len()..];
+        let (block, _) = self.blocks[position / BLOCK];
         for (d, into) in into.iter_mut().enumerate() {
             *into = block[d * BLOCK + position % BLOCK];
         }
@@ -180,9 +187,14 @@ impl Keys {
 }
 
 /// A few query rows, and what they have gathered so far.
+#[derive(Clone)]
 struct Tile {
     dim: usize,
     columns: usize,
+    /// The keys that each row sees.
+    seen: [(usize, usize); ROWS],
+    /// The blocks that any of them sees.
+    blocks: Range<usize>,
     /// `[ROWS, dim]`.
     query: Vec<f32>,
     running: [Running; ROWS],
@@ -195,31 +207,30 @@ struct Tile {
 impl Tile {
     fn new(dim: usize, columns: usize) -> Self {
         let (query, gathered) = (vec![0.0; ROWS * dim], vec![0.0; ROWS * columns]);
-        Self { dim, columns, query, running: [Running::EMPTY; ROWS], scores: [[0.0; BLOCK]; ROWS], gathered }
+        let (seen, blocks, running, scores) = ([(0, 0); ROWS], 0..0, [Running::EMPTY; ROWS], [[0.0; BLOCK]; ROWS]);
+        Self { dim, columns, seen, blocks, query, running, scores, gathered }
     }
 
     #[inline(always)]
     fn clear(&mut self) {
+        (self.seen, self.blocks) = ([(0, 0); ROWS], usize::MAX..0);
         self.query.fill(0.0);
         self.running = [Running::EMPTY; ROWS];
         self.gathered.fill(0.0);
     }
 
+    fn sees(&mut self, slot: usize, keys: (usize, usize)) {
+        self.seen[slot] = keys;
+        self.blocks = self.blocks.start.min(keys.0 / BLOCK)..self.blocks.end.max(keys.1.div_ceil(BLOCK));
+    }
+
     /// Adds one block of keys to what every row has gathered.
     #[inline(always)]
-    fn absorb<S: Simd>(
-        &mut self,
-        simd: S,
-        keys: &Keys,
-        block: usize,
-        seen: &[(usize, usize); ROWS],
-        shape: &Shape,
-        bias: Option<&HeadBias>,
-    ) {
+    fn absorb<S: Simd>(&mut self, simd: S, keys: &Keys, block: usize, shape: &Shape, bias: Option<&HeadBias>) {
         let (dim, columns) = (self.dim, self.columns);
         self.scores = [[0.0; BLOCK]; ROWS];
         let queries = Rows { values: &self.query, stride: dim };
-        let block_keys = Rows { values: &keys.keys[block * BLOCK * dim..], stride: BLOCK };
+        let block_keys = Rows { values: keys.blocks[block].0, stride: BLOCK };
         multiply_add(simd, queries, block_keys, dim, self.scores.as_flattened_mut(), BLOCK);
         for (slot, scores) in self.scores.iter_mut().enumerate() {
             if let Some(bias) = bias {
@@ -233,8 +244,8 @@ impl Tile {
                     *score = cap * tanh(*score / cap);
                 }
             }
-            let from = seen[slot].0.saturating_sub(block * BLOCK).min(BLOCK);
-            let to = seen[slot].1.saturating_sub(block * BLOCK).min(BLOCK);
+            let from = self.seen[slot].0.saturating_sub(block * BLOCK).min(BLOCK);
+            let to = self.seen[slot].1.saturating_sub(block * BLOCK).min(BLOCK);
             if from > 0 || to < BLOCK {
                 for (j, score) in scores.iter_mut().enumerate() {
                     *score = if j >= from && j < to { *score } else { f32::NEG_INFINITY };
@@ -246,7 +257,7 @@ impl Tile {
             }
         }
         let weights = Rows { values: self.scores.as_flattened(), stride: BLOCK };
-        let values = Rows { values: &keys.values[block * BLOCK * columns..], stride: columns };
+        let values = Rows { values: keys.blocks[block].1, stride: columns };
         multiply_add(simd, weights, values, BLOCK, &mut self.gathered, columns);
     }
 

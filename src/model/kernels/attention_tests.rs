@@ -81,7 +81,7 @@ proptest! {
         let rows = pack.ids().len();
         let data = noise(rows * stride, seed);
         let width = shape.heads * shape.head_dim;
-        let found = attend(&shape, None, &pack, &data, stride, rows);
+        let found = attend(&shape, None, &pack, None, &data, stride, rows).0;
         for (row, exact) in reference(&shape, &lengths, &data, stride).iter().enumerate() {
             for (found, exact) in found[row * width..].iter().zip(exact) {
                 prop_assert!((f64::from(*found) - exact).abs() < 2e-5, "row {row}: {found} against {exact}");
@@ -97,13 +97,13 @@ proptest! {
         let data = noise(rows * stride, seed);
         let width = shape.heads * shape.head_dim;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("pool");
-        let found = pool.install(|| attend(&shape, None, &together, &data, stride, rows));
+        let found = pool.install(|| attend(&shape, None, &together, None, &data, stride, rows).0);
         let mut offset = 0;
         for &length in &lengths {
             let alone = pack(&[length]);
             let mut own = data[offset * stride..(offset + length) * stride].to_vec();
             own.resize(alone.ids().len() * stride, 0.0);
-            let single = attend(&shape, None, &alone, &own, stride, alone.ids().len());
+            let single = attend(&shape, None, &alone, None, &own, stride, alone.ids().len()).0;
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&single[..length * width]), bits(&found[offset * width..(offset + length) * width]));
             offset += length;
@@ -117,7 +117,7 @@ fn a_nan_of_one_sample_stays_with_it() {
     let pack = pack(&[3, 70]);
     let mut data = noise(73 * 12, 5);
     data[..36].fill(f32::NAN);
-    let output = attend(&shape, None, &pack, &data, 12, 73);
+    let output = attend(&shape, None, &pack, None, &data, 12, 73).0;
     assert!(output[..12].iter().all(|value| value.is_nan()));
     assert!(output[12..].iter().all(|value| value.is_finite()));
 }

@@ -7,6 +7,7 @@
 pub mod activation;
 pub mod attention;
 pub mod distances;
+pub mod keys;
 pub mod linear;
 pub mod math;
 pub mod norm;

@@ -8,6 +8,7 @@ use super::super::kernels::distances::{Distances, Projected};
 use super::super::kernels::rope::{HeadTransform, Rotation};
 use super::super::ops::{self, Heads};
 use super::super::pack::Pack;
+use super::super::prefixes::Memory;
 use super::super::weights::{Linear, Loader, NormWeights, narrowed};
 use super::experts::Mixture;
 use crate::checkpoint::{Architecture, BlockKeys, DenseKeys, MlpKeys, PartNorms};
@@ -52,6 +53,8 @@ pub struct Context<'a> {
     pub window: Option<usize>,
     pub rotation: Option<&'a Rotation>,
     pub distances: Option<Distances<'a>>,
+    /// What was computed with earlier packs, and the number of this layer in it.
+    pub memory: Option<(&'a Memory, usize)>,
 }
 
 impl Block {
@@ -82,7 +85,7 @@ impl Block {
 
     /// Attention, before its output layer.
     pub fn attend(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
-        let &Context { architecture, pack, window, rotation, distances } = context;
+        let &Context { architecture, pack, window, rotation, distances, memory } = context;
         let qkv = self.qkv.forward_biased(&self.attention_norms.before(architecture, x)?)?;
         let (heads, kv_heads, head_dim) = (architecture.heads, architecture.kv_heads, architecture.head_dim);
         let norms = self.qk_norms.as_ref().map(|(query, key)| (&query[..], &key[..], architecture.norm.eps()));
@@ -92,7 +95,7 @@ impl Block {
         }
         let (scale, softcap) = (architecture.attention_scale as f32, architecture.attention_softcap.map(|cap| cap as f32));
         let shape = Shape { heads, kv_heads, head_dim, scale, softcap, causal: architecture.causal, window };
-        ops::attend(&qkv, &shape, distances, pack)
+        ops::attend(&qkv, &shape, distances, pack, memory)
     }
 
     /// The whole MLP; its columns may be more than the stream's.
