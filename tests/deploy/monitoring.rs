@@ -122,7 +122,7 @@ fn a_wrong_name_label_or_value_would_be_found() {
         "warm:no:such",
         "warm_scorer_queue_seconds",
         "warm_scorer_tokens_total{colour=\"red\"}",
-        "warm_scorer_tokens_total{kind=\"cached\"}",
+        "warm_scorer_tokens_total{kind=\"forgotten\"}",
         "warm_serve_request_seconds_bucket{rpc=\"Score\",le=\"2.6\"}",
         "warm_scorer_queue_tokens_sum",
     ] {
