@@ -213,7 +213,7 @@ impl Tile {
 
     #[inline(always)]
     fn clear(&mut self) {
-        (self.seen, self.blocks) = ([(0, 0); ROWS], usize::MAX..0);
+        (self.seen, self.blocks) = ([(0, 0); ROWS], 0..0);
         self.query.fill(0.0);
         self.running = [Running::EMPTY; ROWS];
         self.gathered.fill(0.0);
@@ -221,7 +221,9 @@ impl Tile {
 
     fn sees(&mut self, slot: usize, keys: (usize, usize)) {
         self.seen[slot] = keys;
-        self.blocks = self.blocks.start.min(keys.0 / BLOCK)..self.blocks.end.max(keys.1.div_ceil(BLOCK));
+        let own = keys.0 / BLOCK..keys.1.div_ceil(BLOCK);
+        let before = if self.blocks.is_empty() { own.clone() } else { self.blocks.clone() };
+        self.blocks = before.start.min(own.start)..before.end.max(own.end);
     }
 
     /// Adds one block of keys to what every row has gathered.
