@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use proptest::prelude::*;
 
 use super::pack::MIN_ROWS;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use serde_json::Value;
 
 use super::*;
@@ -42,15 +43,29 @@ fn numbers(value: &Value, name: &str) -> Option<Vec<u32>> {
     Some(list.iter().map(|id| id.as_u64().expect("an id") as u32).collect())
 }
 
-fn loaded(plan: &Arc<MergePlan>) -> Arc<dyn RewardModel> {
+/// What computes.
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Kernels,
+    /// Operations of candle, as on any other device, here on the CPU.
+    Plain,
+}
+
+fn loaded(plan: &Arc<MergePlan>, side: Side) -> Arc<dyn RewardModel> {
     let merged = Merged::new(Arc::clone(plan)).expect("coefficients");
     let reward = plan.reward().expect("a reward model");
     let readout = Readout::unnamed(reward.architecture, reward.layout);
-    load(&merged, reward.architecture, reward.layout, &readout, usize::MAX, &mut |_, _| {}).expect("loads")
+    let backend = match side {
+        Side::Kernels => Backend::cpu(),
+        Side::Plain => Backend::plain_on_cpu(DType::F32),
+    };
+    let (architecture, layout) = (reward.architecture, reward.layout);
+    let what = What { source: &merged, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+    Arc::new(load_with(&backend, &what, &mut |_, _| {}).expect("loads"))
 }
 
-fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<Vec<f32>> {
-    model.forward(&Pack::new(encodings)).expect("forward").into_iter().map(|output| output.values).collect()
+fn scores(model: &dyn RewardModel, pack: &Pack) -> Vec<Vec<f32>> {
+    model.forward(pack).expect("forward").into_iter().map(|output| output.values).collect()
 }
 
 /// One golden score for each output.
@@ -81,7 +96,7 @@ impl HeldTable {
 }
 
 /// Checks every member of a family, and their average where the golden has it: how many scores, and the largest deviation.
-fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
+fn check(family: &Path, golden: &Value, side: Side) -> Result<(usize, f64), String> {
     let list = golden["cases"].as_array().expect("cases");
     let encodings: Vec<_> = list
         .iter()
@@ -105,8 +120,12 @@ fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
         let alone = golden.get("scores_by").is_some();
         let architecture = plan.reward().expect("a reward model").architecture;
         let own: Vec<_> = encodings.iter().map(|encoding| alone || held.is_own(architecture, encoding.tokens())).collect();
-        let model = loaded(&plan);
-        let packed = scores(&*model, &encodings);
+        let model = loaded(&plan, side);
+        let packed = match side {
+            Side::Kernels => scores(&*model, &Pack::new(&encodings)),
+            // Its sums depend on the company, so alone is no other test; what is shared is.
+            Side::Plain => scores(&*model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))),
+        };
         for (((case, encoding), packed), own) in list.iter().zip(&encodings).zip(packed).zip(own) {
             if !own {
                 continue;
@@ -118,10 +137,12 @@ fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
                 assert!(deviation < 1e-4, "{} {name}: {packed} against {expected} over {} tokens", family.display(), encoding.tokens());
                 largest = largest.max(deviation);
             }
-            let alone = &scores(&*model, std::slice::from_ref(encoding))[0];
-            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
             cases += 1;
+            if side == Side::Kernels {
+                let alone = &scores(&*model, &Pack::new(std::slice::from_ref(encoding)))[0];
+                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
+            }
         }
     }
     Ok((cases, largest))
@@ -129,6 +150,15 @@ fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
 
 #[test]
 fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
+    check_all(Side::Kernels);
+}
+
+#[test]
+fn the_plain_path_scores_as_transformers_does_with_what_is_shared_computed_once() {
+    check_all(Side::Plain);
+}
+
+fn check_all(side: Side) {
     let mut cases = 0;
     let mut largest = 0f64;
     for family in families() {
@@ -138,7 +168,7 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
             println!("{}: skipped, its scores were taken with rounded rotary frequencies", family.display());
             continue;
         }
-        match check(&family, &golden) {
+        match check(&family, &golden, side) {
             Ok((count, deviation)) => {
                 println!("{:60} {count:4} scores, largest deviation {deviation:.1e}", family.display());
                 cases += count;

@@ -32,7 +32,7 @@ impl RewardModel for Sum {
         let asked = |id: u32| samples.iter().flatten().any(|&found| found == id);
         assert!(!asked(PANIC), "asked to panic");
         if asked(FAIL) {
-            return Err(ModelError("asked to fail".to_owned()));
+            return Err(ModelError::Failed("asked to fail".to_owned()));
         }
         let outputs = samples.iter().map(|ids| Output {
             reward: ids.iter().sum::<u32>() as f32,
