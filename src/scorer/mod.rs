@@ -1,6 +1,7 @@
-//! One device behind one bounded queue: admission, the pure policy of the queue, and the worker that owns the device.
+//! Devices behind one bounded queue: admission, the pure policy of the queue, and the workers that own a device each.
 
 mod admission;
+mod budget;
 mod job;
 mod line;
 mod metrics;
@@ -13,7 +14,7 @@ pub use line::ScorerHandle;
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
 pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub(crate) use worker::panic_message;
-pub use worker::{Worker, pair, spawn};
+pub use worker::{Worker, crew, pair, spawn};
 
 /// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves
 /// consistent counts.

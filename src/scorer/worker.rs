@@ -1,4 +1,5 @@
-//! The device worker: an actor on an OS thread that owns the device. Queue, pack, forward, reply.
+//! The device worker: an actor on an OS thread that owns its device. Queue, pack, forward, reply. Several devices have a
+//! worker each, and all of them take from one queue.
 //!
 //! It never waits for more work to come: an idle device starts on whatever there is, and what arrives meanwhile makes the
 //! next pack. While the device is busy the worker makes the next pack ready, if there is enough to fill it: a pack that
@@ -10,15 +11,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
+use super::budget::{Budget, in_parts};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
 use crate::clock::Clock;
-use crate::model::{Output, Pack, RewardModel};
+use crate::model::{ModelError, Output, Pack, RewardModel};
 use crate::text::Encoding;
 
-/// The one that owns the device. [`spawn`] gives it a thread; a test steps it by hand.
+/// The one that owns a device. [`spawn`] gives it a thread; a test steps it by hand.
 pub struct Worker {
     shared: Arc<Shared>,
+    /// Which of the devices.
+    device: usize,
+    budget: Budget,
+    /// The device answers no more, so nothing else is tried.
+    lost: bool,
     pool: Option<rayon::ThreadPool>,
     /// A full pack that was made ready while the device was busy.
     ahead: Option<Next>,
@@ -26,21 +33,43 @@ pub struct Worker {
 
 /// A handle and its worker, which does nothing by itself and runs forwards on the thread that steps it.
 pub fn pair(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Worker) {
-    metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
-    let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
-    let state = State { queue: Queue::new(bounds, options.ageing), jobs: HashMap::new(), gone: false, hung_up: false };
-    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
-    (ScorerHandle::new(shared.clone()), Worker { shared, pool: None, ahead: None })
+    let (handle, shared) = line(ScorerOptions { devices: 1, ..options }, clock, metrics);
+    (handle, Worker::new(shared, 0))
 }
 
-/// Starts the worker on a thread of its own, with a pool of its own for the forwards. The thread ends when the last
+/// [`pair`] with a worker for every device.
+pub fn crew(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Vec<Worker>) {
+    let (handle, shared) = line(options, clock, metrics);
+    (handle, (0..options.devices).map(|device| Worker::new(shared.clone(), device)).collect())
+}
+
+fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Arc<Shared>) {
+    metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
+    let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
+    let queue = Queue::new(bounds, options.ageing);
+    let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };
+    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
+    (ScorerHandle::new(shared.clone()), shared)
+}
+
+/// Starts every worker on a thread of its own, with a pool of its own for the forwards. The threads end when the last
 /// handle is dropped and the queue is empty.
-pub fn spawn(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> std::io::Result<(ScorerHandle, std::thread::JoinHandle<()>)> {
-    let (handle, mut worker) = pair(options, clock, metrics);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).thread_name(|i| format!("warm-device-{i}")).build();
-    worker.pool = Some(pool.map_err(std::io::Error::other)?);
-    let thread = std::thread::Builder::new().name("warm-device".to_owned()).spawn(move || worker.run())?;
-    Ok((handle, thread))
+pub fn spawn(
+    options: ScorerOptions,
+    clock: Clock,
+    metrics: ScorerMetrics,
+) -> std::io::Result<(ScorerHandle, Vec<std::thread::JoinHandle<()>>)> {
+    let (handle, workers) = crew(options, clock, metrics);
+    let mut threads = Vec::with_capacity(workers.len());
+    for mut worker in workers {
+        let device = worker.device;
+        let name = move |thread: usize| if device == 0 { format!("warm-device-{thread}") } else { format!("warm-device{device}-{thread}") };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).thread_name(name).build();
+        worker.pool = Some(pool.map_err(std::io::Error::other)?);
+        let name = if device == 0 { "warm-device".to_owned() } else { format!("warm-device{device}") };
+        threads.push(std::thread::Builder::new().name(name).spawn(move || worker.run())?);
+    }
+    Ok((handle, threads))
 }
 
 /// A pack to run, and whose samples it holds.
@@ -63,8 +92,16 @@ impl Next {
 }
 
 impl Worker {
+    fn new(shared: Arc<Shared>, device: usize) -> Self {
+        let budget = Budget::new(shared.options.max_pack_tokens);
+        Self { shared, device, budget, lost: false, pool: None, ahead: None }
+    }
+
     /// Settles what is expired and runs one pack; false if there was nothing to do. Never waits.
     pub fn step(&mut self) -> bool {
+        if self.lost {
+            return false;
+        }
         if let Some(next) = self.ahead.take() {
             if let Some(next) = self.still_wanted(next) {
                 self.execute(next);
@@ -82,6 +119,9 @@ impl Worker {
     pub fn run(mut self) {
         loop {
             while self.step() {}
+            if self.lost {
+                return;
+            }
             let state = lock(&self.shared.state);
             if !state.queue.is_empty() {
                 continue;
@@ -96,14 +136,19 @@ impl Worker {
 
     fn draw(&self, mut guard: MutexGuard<'_, State>) -> (bool, Option<Next>) {
         let (shared, now) = (&self.shared, self.shared.clock.now());
-        let limits = PackLimits { max_tokens: shared.options.max_pack_tokens, max_samples: shared.options.max_pack_samples };
+        let limits = PackLimits { max_tokens: self.budget.tokens(), max_samples: shared.options.max_pack_samples };
         let state = &mut *guard;
         let draw = state.queue.next_pack(now, limits);
         let closed = shared.settle(state, &draw.expired);
         shared.show_depth(state);
         let drew = !draw.is_empty();
         let found = found(draw.picks, state, &shared.metrics, now);
+        let more = !state.queue.is_empty();
         drop(guard);
+        if more {
+            // There may be another device that waits.
+            shared.wake.notify_one();
+        }
         answer_all(closed, now);
         (drew, found.map(|(picks, models, encodings, span)| Next::new(picks, models, encodings, span)))
     }
@@ -111,7 +156,7 @@ impl Worker {
     /// The next pack, if what waits fills one.
     fn collate(&self) -> Option<Next> {
         let state = lock(&self.shared.state);
-        if state.queue.tokens() < self.shared.options.max_pack_tokens { None } else { self.draw(state).1 }
+        if state.queue.tokens() < self.budget.tokens() { None } else { self.draw(state).1 }
     }
 
     /// A pack that was made ready, without what has become too late or been withdrawn since.
@@ -142,14 +187,15 @@ impl Worker {
 
     fn execute(&mut self, next: Next) {
         let (shared, started) = (self.shared.clone(), self.shared.clock.now());
-        let run = || next.span.in_scope(|| forward(&next, &shared.metrics));
+        let device = self.device;
+        let run = || next.span.in_scope(|| forward(&next, device, &shared.metrics));
         let result = match &self.pool {
             None => {
                 self.ahead = self.collate();
                 run()
             }
             Some(pool) => {
-                let (mut result, mut ahead) = (Err("the device's threads have ended".to_owned()), None);
+                let (mut result, mut ahead) = (Err(Trouble::of_pack("the device's threads have ended".to_owned())), None);
                 pool.in_place_scope(|scope| {
                     scope.spawn(|_| result = run());
                     ahead = self.collate();
@@ -173,72 +219,154 @@ impl Worker {
         }
         let mut closed = Vec::new();
         match result {
-            Ok(outputs) => {
-                for (pick, outputs) in next.picks.iter().zip(outputs) {
-                    closed.extend(state.record(*pick, Ok(outputs)));
+            Ok(Forwarded { outcomes, largest, misfits }) => {
+                let mut failed = Vec::new();
+                for (pick, outcome) in next.picks.iter().zip(outcomes) {
+                    match outcome {
+                        Ok(outputs) => closed.extend(state.record(*pick, Ok(outputs))),
+                        Err(problem) => failed.extend(state.withdraw(*pick).map(|job| (job, problem))),
+                    }
                 }
+                shared.show_depth(state);
                 drop(guard);
                 answer_all(closed, ended);
+                for (job, problem) in failed {
+                    job.fail(ScorerError::Forward(problem));
+                }
+                self.learn(&next, largest, misfits);
             }
-            Err(problem) => {
+            Err(trouble) => {
                 // The rest of these requests would be scored for nothing.
                 for pick in &next.picks {
-                    state.queue.remove(pick.job);
-                    closed.extend(state.jobs.remove(&pick.job));
+                    closed.extend(state.withdraw(*pick));
                 }
                 shared.show_depth(state);
                 drop(guard);
                 for job in closed {
-                    job.fail(ScorerError::Forward(problem.clone()));
+                    job.fail(ScorerError::Forward(trouble.words.clone()));
                 }
+                self.lost = trouble.device_lost;
             }
         }
     }
+
+    /// What a forward says of the room on the device.
+    fn learn(&mut self, next: &Next, largest: usize, misfits: usize) {
+        if misfits == 0 {
+            self.budget.fits();
+            return;
+        }
+        let whole: usize = next.picks.iter().map(|pick| pick.tokens).sum();
+        let lower = self.budget.lower(largest, whole);
+        let tokens = self.budget.tokens();
+        tracing::warn!(device = self.device, whole, largest, lower, max_pack_tokens = tokens, "the device had no room for a pack");
+        self.shared.metrics.max_pack_tokens.set(i64::try_from(tokens).unwrap_or(i64::MAX));
+    }
 }
 
-/// All models over one pack: per sample, one output per model.
-fn forward(next: &Next, metrics: &ScorerMetrics) -> Result<Vec<Vec<Output>>, String> {
-    let run = || -> Result<(Vec<Vec<Output>>, usize), String> {
-        let pack = next.pack.as_ref().map_err(String::clone)?;
-        let mut samples = vec![Vec::with_capacity(next.models.len()); next.encodings.len()];
-        for (i, model) in next.models.iter().enumerate() {
-            let _forward = tracing::debug_span!("forward", model = i).entered();
-            let outputs = model.forward(pack).map_err(|error| error.to_string())?;
-            if outputs.len() != samples.len() {
-                return Err(format!("expected {} outputs of the model, found {}", samples.len(), outputs.len()));
+/// What a pack gave.
+struct Forwarded {
+    /// Per sample, one output per model; `Err` where the device has no room for it alone.
+    outcomes: Vec<Result<Vec<Output>, String>>,
+    /// Tokens of the largest part that was run at once.
+    largest: usize,
+    /// Parts that did not fit.
+    misfits: usize,
+}
+
+/// Why a pack as a whole gave nothing.
+struct Trouble {
+    words: String,
+    device_lost: bool,
+}
+
+impl Trouble {
+    fn of_pack(words: String) -> Self {
+        Self { words, device_lost: false }
+    }
+}
+
+/// All models over one pack, or over parts of it where the device has no room for the whole.
+fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Forwarded, Trouble> {
+    let sizes: Vec<usize> = next.picks.iter().map(|pick| pick.tokens).collect();
+    let run = || -> Result<(Forwarded, usize), Trouble> {
+        let whole = next.pack.as_ref().map_err(|problem| Trouble::of_pack(problem.clone()))?;
+        let mut computed = 0;
+        let parts = in_parts(&sizes, |range| {
+            let part;
+            let pack = if range.len() == sizes.len() {
+                whole
+            } else {
+                part = Pack::forest(&next.encodings[range.clone()], |tokens| next.models.first()?.prefix_key(tokens));
+                &part
+            };
+            let outputs = forward_pack(&next.models, device, pack).map_err(|error| match error {
+                ModelError::OutOfMemory(_) => Ok(error.to_string()),
+                ModelError::DeviceLost(_) => Err(Trouble { words: error.to_string(), device_lost: true }),
+                ModelError::Failed(_) => Err(Trouble::of_pack(error.to_string())),
+            })?;
+            if outputs.len() != range.len() {
+                return Err(Err(Trouble::of_pack(format!("expected {} outputs of the model, found {}", range.len(), outputs.len()))));
             }
-            for (sample, output) in samples.iter_mut().zip(outputs) {
-                sample.push(output);
-            }
-        }
-        Ok((samples, pack.computed_tokens()))
+            computed += pack.computed_tokens();
+            Ok(outputs)
+        })?;
+        Ok((Forwarded { outcomes: parts.outcomes, largest: parts.largest, misfits: parts.misfits }, computed))
     };
     let caught = catch_unwind(AssertUnwindSafe(run));
-    let tokens = next.picks.iter().map(|pick| pick.tokens).sum::<usize>();
+    let tokens = sizes.iter().sum::<usize>();
     metrics.pack_samples.observe(next.picks.len() as f64);
     let outcome = match &caught {
-        Ok(Ok((samples, computed))) => {
+        Ok(Ok((forwarded, computed))) => {
             metrics.pack_tokens.observe(*computed as f64);
-            metrics.samples.inc_by(samples.len() as u64);
+            metrics.samples.inc_by(forwarded.outcomes.iter().filter(|outcome| outcome.is_ok()).count() as u64);
             metrics.tokens_shared.inc_by((tokens.saturating_sub(*computed) * next.models.len()) as u64);
             metrics.tokens_computed.inc_by((computed * next.models.len()) as u64);
-            "ok"
+            if forwarded.misfits == 0 { "ok" } else { "split" }
         }
         Ok(Err(_)) => "error",
         Err(_) => "panic",
     };
     metrics.packs.with_label_values(&[outcome]).inc();
-    let result = caught.unwrap_or_else(|panic| Err(format!("the forward pass panicked: {}", panic_message(panic.as_ref()))));
-    if let Err(problem) = &result {
-        tracing::error!(problem, samples = next.picks.len(), tokens, "a pack failed");
+    let result = caught.unwrap_or_else(|panic| {
+        let words = panic_message(panic.as_ref());
+        Err(Trouble::of_pack(format!("the forward pass panicked: {words}")))
+    });
+    if let Err(Trouble { words, device_lost }) = &result {
+        tracing::error!(problem = words, samples = next.picks.len(), tokens, device, device_lost, "a pack failed");
     }
-    result.map(|(samples, _)| samples)
+    result.map(|(forwarded, _)| forwarded)
+}
+
+/// All models over one pack: per sample, one output per model.
+fn forward_pack(models: &[Arc<dyn RewardModel>], device: usize, pack: &Pack) -> Result<Vec<Vec<Output>>, ModelError> {
+    let mut samples: Vec<Vec<Output>> = Vec::new();
+    for (i, model) in models.iter().enumerate() {
+        let _forward = tracing::debug_span!("forward", model = i).entered();
+        let outputs = model.forward_on(device, pack)?;
+        if i == 0 {
+            samples = outputs.into_iter().map(|output| vec![output]).collect();
+            continue;
+        }
+        if outputs.len() != samples.len() {
+            return Err(ModelError::Failed(format!("expected {} outputs of model {i}, found {}", samples.len(), outputs.len())));
+        }
+        for (sample, output) in samples.iter_mut().zip(outputs) {
+            sample.push(output);
+        }
+    }
+    Ok(samples)
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Dropping the jobs tells every caller that nobody will answer.
         let mut state = lock(&self.shared.state);
+        state.workers -= 1;
+        // One that ends in its time leaves the jobs of the others alone.
+        if state.hung_up && !self.lost && !std::thread::panicking() && state.workers > 0 {
+            return;
+        }
+        // Dropping the jobs tells every caller that nobody will answer.
         state.gone = true;
         let jobs = std::mem::take(&mut state.jobs);
         for id in jobs.keys() {
