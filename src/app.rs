@@ -22,6 +22,7 @@ use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phas
 use crate::shutdown::Stop;
 
 pub use loading::{load_spec, loader, with_causes};
+pub use memory::limit as memory_limit;
 
 /// Why the program cannot do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -80,15 +81,20 @@ impl App {
             },
             scorer_metrics.clone(),
         );
+        let places = config
+            .device
+            .resolve()
+            .map_err(|error| AppError::Config { place: format!("device {}", error.place), problem: error.problem })?;
         let scorer_options = ScorerOptions {
+            devices: places.len(),
             max_pack_tokens: config.max_pack_tokens,
             max_queue_samples: config.admission.max_queue,
-            threads: config.threads.unwrap_or(0),
+            threads: threads_per_device(config.threads, places.len()),
             retry_after: config.admission.retry_after,
             ..ScorerOptions::default()
         };
-        // The worker's thread ends by itself when the last handle goes.
-        let (scorer, _worker) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
+        // The workers' threads end by themselves when the last handle goes.
+        let (scorer, _workers) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
         let engine_options = EngineOptions { instance, tokenizer_threads: config.threads.unwrap_or(0), ..EngineOptions::default() };
         let engine = Engine::new(EngineParts { registry, scorer, clock }, engine_options)?;
         let memory_limit = IntGauge::new("warm_app_memory_limit_bytes", "Bytes of memory that this process may use; 0 where nobody says.")?;
@@ -200,6 +206,15 @@ impl App {
     }
 }
 
+/// The workers share the threads that one would have; 0 is one per core.
+fn threads_per_device(threads: Option<usize>, devices: usize) -> usize {
+    if devices <= 1 {
+        return threads.unwrap_or(0);
+    }
+    let all = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
+    (all / devices).max(1)
+}
+
 fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
     let registry = engine.registry();
     // A load is a trace of its own.
@@ -218,6 +233,7 @@ fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) ->
                 architecture = %info.architecture,
                 members = info.members.len(),
                 dtype = %info.dtype,
+                devices = info.devices.join(", "),
                 "loaded"
             );
             registry.metrics().reloaded(ReloadOutcome::Loaded);

@@ -4,6 +4,7 @@ mod arguments;
 mod bench;
 mod demo;
 mod demo_report;
+mod devices;
 mod health;
 mod merge;
 mod plan;
@@ -55,6 +56,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Put a load on a running server, and say how it bears it.
     Bench(bench::BenchArgs),
+    /// List the devices that this machine has and this build can use.
+    Devices(devices::DevicesArgs),
     /// Ask a running server whether it serves; the exit code is 0 if it does.
     Health(health::HealthArgs),
     /// Print the version.
@@ -113,6 +116,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),
+        Command::Devices(arguments) => devices::run(&arguments),
         Command::Health(arguments) => health::run(&arguments),
         Command::Version => {
             println!("warm {} ({})", crate::domain::VERSION, crate::domain::COMMIT);

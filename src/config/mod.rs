@@ -17,9 +17,10 @@ pub use parse::{duration as parse_duration, size as parse_size};
 pub use remotes::RemoteVariables;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
-use crate::checkpoint::HeadChoice;
+use crate::checkpoint::{Dtype, HeadChoice};
 use crate::checkpoint::remote::Remotes;
 use crate::merge::Recipe;
+use crate::model::DeviceChoice;
 use crate::telemetry::LogFormat;
 use layers::Layer;
 
@@ -80,8 +81,8 @@ pub struct Config {
     /// Absent: as the recipe says.
     pub pooling: Option<HeadChoice>,
     /// Absent: as the recipe says.
-    pub dtype: Option<String>,
-    pub device: String,
+    pub dtype: Option<Dtype>,
+    pub device: DeviceChoice,
     /// Absent: one per core.
     pub threads: Option<usize>,
     /// Absent: as the model says.
@@ -114,6 +115,10 @@ pub struct Config {
     /// Empty: the first that call.
     pub tenants: Vec<String>,
 }
+
+/// What a model may run in.
+const DTYPES: &[(&str, Option<Dtype>)] =
+    &[("", None), ("float32", Some(Dtype::F32)), ("bfloat16", Some(Dtype::Bf16)), ("float16", Some(Dtype::F16))];
 
 /// Bounds on what is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -357,8 +362,8 @@ impl Reader<'_> {
             ensemble: self.get("ensemble", parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident)])),
             head: self.get("head", parse::head),
             pooling: self.get("pooling", parse::pooling),
-            dtype: self.get("dtype", parse::choice(&[("", None), ("float32", Some("float32"))])).map(str::to_owned),
-            device: self.get("device", parse::choice(&[("cpu", "cpu")])).to_owned(),
+            dtype: self.get("dtype", parse::choice(DTYPES)),
+            device: self.get("device", str::parse),
             threads: self.get("threads", parse::auto_count),
             max_tokens: self.get("max_tokens", parse::auto_count),
             max_pack_tokens: self.get("max_pack_tokens", parse::count),

@@ -17,7 +17,7 @@ use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, S
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, GenerationId, Sample, Score, Truncation};
 use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
-use crate::model::{self, Pack, RewardModel};
+use crate::model::{self, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel, What};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
 /// Whether the members stand on the device beside the merged model.
@@ -49,6 +49,7 @@ pub struct LoadSpec {
     pub max_tokens: Option<usize>,
     /// The scorer's, which no sample may exceed.
     pub max_pack_tokens: usize,
+    pub device: DeviceChoice,
     pub calibration: CalibrationChoice,
     /// Where members that are not folders come from.
     pub remotes: Option<Remotes>,
@@ -76,6 +77,7 @@ impl LoadSpec {
             text: TextOverrides::default(),
             max_tokens: None,
             max_pack_tokens,
+            device: DeviceChoice::Places(vec![Place::Cpu]),
             calibration: CalibrationChoice::None,
             remotes: None,
             cache: None,
@@ -132,6 +134,8 @@ pub enum LoadError {
     #[error("cannot load {what}")]
     Model { what: String, source: model::LoadError },
     #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
     NotServed(#[from] NotServed),
     #[error("{field}: {problem}")]
     Options { field: &'static str, problem: String },
@@ -182,9 +186,11 @@ pub fn load_generation(
     }
     report("plan", 1, 1);
 
+    let places = spec.device.resolve()?;
     let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
         let mut tell = |done, total| report(stage, done, total);
-        model::load(source, architecture, layout, &readout, max_tokens, &mut tell)
+        let wanted = What { source, architecture, layout, readout: &readout, max_tokens };
+        model::load_on(&places, spec.recipe.dtype(), &wanted, &mut tell)
             .map_err(|source| LoadError::Model { what: what.to_owned(), source })
     };
     let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
@@ -211,13 +217,19 @@ pub fn load_generation(
         report("warm-up", done as u64 + 2, models);
     }
 
-    let dtype = dtype_name(spec.recipe.dtype());
+    let dtype = arithmetic(spec.recipe.dtype(), &places);
     // What is read and how is as much a part of a score as the body is.
     let canonical = serde_json::to_string(&(architecture, &readout))
         .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
     let calibration = calibration(spec, architecture)?;
-    let parts =
-        FingerprintParts { weights_id, dtype, architecture: &canonical, text: text.hash(), max_tokens, calibration: calibration.as_ref() };
+    let parts = FingerprintParts {
+        weights_id,
+        dtype: &dtype,
+        architecture: &canonical,
+        text: text.hash(),
+        max_tokens,
+        calibration: calibration.as_ref(),
+    };
     let fingerprint = parts.fingerprint();
     let mut info = info(spec, &plan, plan.reward()?, &hashes, text.policy(), &readout, clock);
     info.notes.extend(notes);
@@ -225,6 +237,7 @@ pub fn load_generation(
         let made_for = architecture.max_positions;
         info.notes.push(format!("max_tokens is {max_tokens}; the model's config says that it is made for {made_for} positions"));
     }
+    info.devices = merged.runs_on();
     Ok(Generation::new(GenerationParts { id, fingerprint, weights_id, text, merged, resident, calibration, info }))
 }
 
@@ -300,16 +313,24 @@ fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<Encoding>>, 
 /// Every probe gets a finite score.
 fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Result<(), LoadError> {
     let wrong = |problem: String| LoadError::WarmUp { what: what.to_owned(), problem };
-    let outputs = model.forward(&Pack::new(probes)).map_err(|error| wrong(error.to_string()))?;
-    if outputs.len() != probes.len() {
-        return Err(wrong(format!("expected scores of {} probes, found {}", probes.len(), outputs.len())));
+    // On every device that holds it.
+    for device in 0..model.runs_on().len() {
+        let outputs = model.forward_on(device, &Pack::new(probes)).map_err(|error| wrong(error.to_string()))?;
+        check_probes(&outputs, probes.len()).map_err(wrong)?;
+    }
+    Ok(())
+}
+
+fn check_probes(outputs: &[Output], expected: usize) -> Result<(), String> {
+    if outputs.len() != expected {
+        return Err(format!("expected scores of {expected} probes, found {}", outputs.len()));
     }
     for (i, output) in outputs.iter().enumerate() {
         if output.values.is_empty() && output.steps.is_empty() {
-            return Err(wrong("the head has no output".to_owned()));
+            return Err("the head has no output".to_owned());
         }
         if let Some(bad) = output.values.iter().chain([&output.reward]).find_map(|&value| Score::try_from(value).err()) {
-            return Err(wrong(format!("probe {i}: {bad}")));
+            return Err(format!("probe {i}: {bad}"));
         }
     }
     Ok(())
@@ -336,7 +357,7 @@ fn info(
         members: members.collect(),
         architecture: architecture.model_type.clone(),
         dtype: dtype_name(spec.recipe.dtype()).to_owned(),
-        devices: vec!["cpu".to_owned()],
+        devices: Vec::new(),
         recipe: spec.recipe.to_resolved_string(),
         loaded: clock.wall(),
         text: TextInfo {
@@ -352,6 +373,13 @@ fn info(
         notes: plan.notes().iter().cloned().chain(remarks(plan, reward, readout)).collect(),
         output_names: if outputs.len() > 1 { outputs } else { Vec::new() },
     }
+}
+
+/// What a score depends on beside the weights: the CPU computes in float32 whatever they were rounded to, other devices in
+/// what they are rounded to.
+fn arithmetic(dtype: Dtype, places: &[Place]) -> String {
+    let name = dtype_name(dtype);
+    if dtype == Dtype::F32 || places.contains(&Place::Cpu) { name.to_owned() } else { format!("{name} in {name}") }
 }
 
 fn dtype_name(dtype: Dtype) -> &'static str {

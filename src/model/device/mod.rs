@@ -5,16 +5,18 @@
 mod cuda;
 mod fault;
 #[cfg_attr(not(feature = "flash-attn"), path = "no_flash.rs")]
-pub(super) mod flash;
+mod flash;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use serde::Serialize;
 
+use super::kernels::attention::Shape;
 use super::ops::Ops;
+use super::plain;
 use crate::checkpoint::{Architecture, Dtype};
 pub use fault::Fault;
 
@@ -83,9 +85,16 @@ pub struct Backend {
     /// What matrices are stored and multiplied in; norms, softmax and head are in float32 everywhere.
     pub weights: DType,
     pub ops: Ops,
-    /// Attention by the flash kernels.
-    pub flash: bool,
+    /// Attention by the flash kernels, where there are such for the model.
+    pub flash: Option<FlashKernel>,
 }
+
+/// Attention of `[queries, keys, values]`, `[rows, heads, head_dim]` each, of sequences end to end: where the queries and the
+/// keys of each begin, and the most of either. The last query of a sequence stands beside its last key.
+pub type FlashKernel = fn(&Shape, [&Tensor; 3], &[Tensor; 2], [usize; 2]) -> CandleResult<Tensor>;
+
+/// How far the flash kernels may be from plain attention over random rows: twice what 16-bit numbers of magnitude one are off.
+const FLASH_TOLERANCE: f32 = 2e-2;
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -193,29 +202,55 @@ impl Place {
             Dtype::F16 => DType::F16,
             _ => DType::F32,
         };
-        let fits = flash::covers(architecture.head_dim, architecture.disentangled.is_some(), weights);
-        let flash = fits
-            && matches!(self, Self::Cuda(_))
-            && match guarded(|| flash::agrees(&device, architecture, weights)) {
-                Ok(()) => true,
-                Err(problem) => {
-                    tracing::warn!(device = %self, problem, "flash attention is not used");
-                    false
-                }
-            };
+        let flash = if matches!(self, Self::Cuda(_)) && flash::covers(architecture.head_dim, architecture.disentangled.is_some(), weights) {
+            checked(flash::attend, &device, architecture, weights)
+                .inspect_err(|problem| tracing::warn!(device = %self, problem, "flash attention is not used"))
+                .ok()
+        } else {
+            None
+        };
         Ok(Backend { place: self, device, weights, ops: Ops::Plain, flash })
     }
+}
+
+/// The kernel, if it gives what plain attention gives in the shapes of this model: a build may lack one, and a wrong one must
+/// not score.
+fn checked(kernel: FlashKernel, device: &Device, architecture: &Architecture, weights: DType) -> Result<FlashKernel, String> {
+    let mut seen: Vec<Option<usize>> = Vec::new();
+    for layer in &architecture.layers {
+        // The example is small, so a small window stands for a large one.
+        let window = layer.window.map(|window| window.min(5));
+        if seen.contains(&window) {
+            continue;
+        }
+        seen.push(window);
+        let shape = Shape {
+            heads: architecture.heads,
+            kv_heads: architecture.kv_heads,
+            head_dim: architecture.head_dim,
+            scale: architecture.attention_scale as f32,
+            softcap: architecture.attention_softcap.map(|cap| cap as f32),
+            causal: architecture.causal,
+            window,
+        };
+        let difference = guarded(|| plain::flash_difference(&shape, kernel, device, weights).map_err(|error| error.to_string()))?;
+        // A NaN is no agreement.
+        if difference.is_nan() || difference > FLASH_TOLERANCE {
+            return Err(format!("it is {difference} away from plain attention, with a window of {window:?}"));
+        }
+    }
+    Ok(kernel)
 }
 
 impl Backend {
     /// Our kernels, which are in float32 whatever the weights were rounded to.
     pub fn cpu() -> Self {
-        Self { place: Place::Cpu, device: Device::Cpu, weights: DType::F32, ops: Ops::Kernels, flash: false }
+        Self { place: Place::Cpu, device: Device::Cpu, weights: DType::F32, ops: Ops::Kernels, flash: None }
     }
 
     /// The device and how attention runs there, for people.
     pub fn describe(&self) -> String {
-        match (self.ops, self.flash) {
+        match (self.ops, self.flash.is_some()) {
             (Ops::Kernels, _) => self.place.to_string(),
             (Ops::Plain, true) => format!("{} (flash attention)", self.place),
             (Ops::Plain, false) => format!("{} (plain attention)", self.place),
@@ -225,7 +260,7 @@ impl Backend {
     /// Tensor operations on the CPU in place of its kernels: what runs on any other device, testable here.
     #[cfg(test)]
     pub fn plain_on_cpu(weights: DType) -> Self {
-        Self { place: Place::Cpu, device: Device::Cpu, weights, ops: Ops::Plain, flash: false }
+        Self { place: Place::Cpu, device: Device::Cpu, weights, ops: Ops::Plain, flash: None }
     }
 }
 
@@ -263,6 +298,7 @@ fn guarded<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::parity_tests::oracle as right;
     use proptest::prelude::*;
 
     fn choice(text: &str) -> Result<DeviceChoice, String> {
@@ -315,5 +351,31 @@ mod tests {
     fn a_panic_of_a_library_is_told_in_a_sentence() {
         let refused = guarded::<()>(|| panic!("unable to load libcuda")).expect_err("panics");
         assert_eq!(refused, "the driver's library cannot be used: unable to load libcuda");
+    }
+
+    fn architecture(more: serde_json::Value) -> Architecture {
+        let mut config = serde_json::json!({
+            "model_type": "mistral", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "head_dim": 8, "num_hidden_layers": 2, "vocab_size": 50, "max_position_embeddings": 512, "id2label": {"0": "LABEL_0"},
+        });
+        config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        Architecture::parse(&config).expect("valid")
+    }
+
+    #[test]
+    fn a_kernel_is_used_only_where_it_gives_what_plain_attention_gives() {
+        let check = |kernel: FlashKernel, architecture: &Architecture| checked(kernel, &Device::Cpu, architecture, DType::F32).map(|_| ());
+        let (full, windowed) =
+            (architecture(serde_json::json!({"sliding_window": null})), architecture(serde_json::json!({"sliding_window": 100})));
+        assert_eq!((check(right, &full), check(right, &windowed)), (Ok(()), Ok(())));
+        // A prompt's queries that stand beside its first keys and not beside its last, and no window at all.
+        let upper: FlashKernel = |shape, parts, starts, longest| right(&Shape { causal: false, ..shape.clone() }, parts, starts, longest);
+        let unwindowed: FlashKernel =
+            |shape, parts, starts, longest| right(&Shape { window: None, ..shape.clone() }, parts, starts, longest);
+        let broken: FlashKernel = |_, [queries, ..], _, _| queries.affine(f64::NAN, 0.0);
+        assert!(check(upper, &full).is_err_and(|problem| problem.contains("away from plain attention")));
+        assert!(check(unwindowed, &full).is_ok() && check(unwindowed, &windowed).is_err());
+        assert!(check(broken, &full).is_err());
+        assert!(check(flash::attend, &full).is_err() || flash::BUILT);
     }
 }

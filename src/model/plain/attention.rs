@@ -6,7 +6,7 @@ use candle_nn::rotary_emb::rope_thd;
 
 use super::plan::{Batch, Sight, batches, rows_at, tasks};
 use crate::checkpoint::Architecture;
-use crate::model::device::{Backend, flash};
+use crate::model::device::{Backend, FlashKernel};
 use crate::model::kernels::attention::Shape;
 use crate::model::kernels::rope::Rotation;
 use crate::model::pack::Pack;
@@ -33,6 +33,7 @@ enum Way {
 
 /// Sequences end to end, as the flash kernels want them.
 struct Varlen {
+    kernel: FlashKernel,
     /// Rows of the pack that belong to nodes; they come first.
     rows: usize,
     /// The keys of every node's path, node by node; `None` where they are the pack's own rows in their own order.
@@ -54,6 +55,7 @@ struct OnDevice {
 }
 
 /// What one layer does with queries and keys before they meet.
+#[derive(Default)]
 pub struct Heads<'a> {
     /// Weights of the norms on queries and keys, and their eps.
     pub norms: Option<(&'a Tensor, &'a Tensor, f64)>,
@@ -101,10 +103,9 @@ impl PackPlan {
         for layer in &architecture.layers {
             let sight = Sight { causal: architecture.causal, window: layer.window };
             if sights.iter().all(|(known, _)| *known != sight) {
-                let way = if backend.flash {
-                    Way::Flash(Varlen::new(pack, device)?)
-                } else {
-                    Way::in_batches(pack, architecture.heads, sight, embeddings, device)?
+                let way = match backend.flash {
+                    Some(kernel) => Way::Flash(Varlen::new(pack, kernel, device)?),
+                    None => Way::in_batches(pack, architecture.heads, sight, embeddings, device)?,
                 };
                 sights.push((sight, way));
             }
@@ -244,7 +245,7 @@ impl OnDevice {
 }
 
 impl Varlen {
-    fn new(pack: &Pack, device: &Device) -> Result<Self> {
+    fn new(pack: &Pack, kernel: FlashKernel, device: &Device) -> Result<Self> {
         let (mut keys, mut query_starts, mut key_starts, mut longest) = (Vec::new(), vec![0u32], vec![0u32], [0, 0]);
         for (index, node) in pack.nodes().iter().enumerate() {
             keys.extend(rows_at(pack, index, 0..node.start + node.rows.len()));
@@ -255,16 +256,34 @@ impl Varlen {
         let rows = pack.computed_tokens();
         let own = keys.len() == rows && keys.iter().enumerate().all(|(index, key)| index == *key as usize);
         let keys = if own { None } else { Some(Tensor::new(keys, device)?) };
-        Ok(Self { rows, keys, starts: [Tensor::new(query_starts, device)?, Tensor::new(key_starts, device)?], longest })
+        Ok(Self { kernel, rows, keys, starts: [Tensor::new(query_starts, device)?, Tensor::new(key_starts, device)?], longest })
     }
 
     fn attend(&self, shape: &Shape, [queries, keys, values]: [&Tensor; 3]) -> Result<Tensor> {
         let all = queries.dim(0)?;
         let gather = |x: &Tensor| self.keys.as_ref().map_or_else(|| x.narrow(0, 0, self.rows), |keys| x.index_select(keys, 0));
         let parts = [&queries.narrow(0, 0, self.rows)?, &gather(keys)?, &gather(values)?];
-        let attended = flash::attend(shape, parts, &self.starts, self.longest)?;
+        let attended = (self.kernel)(shape, parts, &self.starts, self.longest)?;
         attended.reshape((self.rows, shape.heads * shape.head_dim))?.pad_with_zeros(0, 0, all - self.rows)
     }
+}
+
+/// The largest difference between the outputs of a kernel and of batches, over a small forest of random rows.
+pub fn flash_difference(shape: &Shape, kernel: FlashKernel, device: &Device, dtype: DType) -> Result<f32> {
+    // A prompt of two completions, a sample by itself, and one that fills more than a block of any kernel.
+    let shared =
+        if shape.causal { &[(None, 21), (Some(0), 7), (Some(0), 30), (None, 1), (None, 150)][..] } else { &[(None, 33), (None, 150)] };
+    let pack = Pack::bare(shared);
+    let columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+    let x = Tensor::randn(0f32, 1f32, (pack.ids().len(), columns), device)?.to_dtype(dtype)?;
+    let sight = Sight { causal: shape.causal, window: shape.window };
+    let attend = |way: Way| PackPlan { angles: Vec::new(), sights: vec![(sight, way)] }.attend(&x, shape, &Heads::default());
+    let flash = attend(Way::Flash(Varlen::new(&pack, kernel, device)?))?.to_dtype(DType::F32)?;
+    let plain = attend(Way::in_batches(&pack, shape.heads, sight, None, device)?)?;
+    let apart = (flash - plain)?.abs()?.flatten_all()?;
+    // A maximum passes over a NaN, a sum does not.
+    let sum = apart.sum(0)?.to_scalar::<f32>()?;
+    if sum.is_finite() { apart.max(0)?.to_scalar::<f32>() } else { Ok(f32::NAN) }
 }
 
 /// A root-mean-square norm over every stretch of a row that is as long as the weight.

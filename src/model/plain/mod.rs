@@ -11,7 +11,7 @@ use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::weights::narrowed;
 use crate::checkpoint::{Activation, Norm};
-pub use attention::{Embedded, Heads, PackPlan};
+pub use attention::{Embedded, Heads, PackPlan, flash_difference};
 
 /// Normalises the leading columns of every row, as many as there are weights, in float32.
 pub fn normalise(kind: Norm, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
