@@ -17,8 +17,8 @@ pub use parse::{duration as parse_duration, size as parse_size};
 pub use remotes::RemoteVariables;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 
-use crate::checkpoint::{Dtype, HeadChoice};
 use crate::checkpoint::remote::Remotes;
+use crate::checkpoint::{Dtype, HeadChoice};
 use crate::merge::Recipe;
 use crate::model::DeviceChoice;
 use crate::telemetry::LogFormat;

@@ -59,7 +59,7 @@ pub struct Parts<T, E> {
 pub fn in_parts<T, E, F>(sizes: &[usize], mut attempt: impl FnMut(Range<usize>) -> Result<Vec<T>, Result<E, F>>) -> Result<Parts<T, E>, F> {
     let mut parts = Parts { outcomes: Vec::with_capacity(sizes.len()), largest: 0, misfits: 0 };
     // The ranges that are still to be run, the next one last.
-    let mut waiting = vec![0..sizes.len()];
+    let mut waiting: Vec<Range<usize>> = std::iter::once(0..sizes.len()).collect();
     while let Some(range) = waiting.pop() {
         match attempt(range.clone()) {
             Ok(outcomes) => {
