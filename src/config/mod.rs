@@ -116,10 +116,6 @@ pub struct Config {
     pub tenants: Vec<String>,
 }
 
-/// What a model may run in.
-const DTYPES: &[(&str, Option<Dtype>)] =
-    &[("", None), ("float32", Some(Dtype::F32)), ("bfloat16", Some(Dtype::Bf16)), ("float16", Some(Dtype::F16))];
-
 /// Bounds on what is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AdmissionConfig {
@@ -362,7 +358,7 @@ impl Reader<'_> {
             ensemble: self.get("ensemble", parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident)])),
             head: self.get("head", parse::head),
             pooling: self.get("pooling", parse::pooling),
-            dtype: self.get("dtype", parse::choice(DTYPES)),
+            dtype: self.get("dtype", parse::dtype),
             device: self.get("device", str::parse),
             threads: self.get("threads", parse::auto_count),
             max_tokens: self.get("max_tokens", parse::auto_count),

@@ -13,7 +13,7 @@ use crate::merge::{MergePlan, Merged, Recipe};
 use crate::text::Encoding;
 
 /// A family of the committed fixtures for every code path of the forward pass.
-const PATHS: [&str; 16] = [
+pub const PATHS: [&str; 16] = [
     "llama",
     "llama-dynamic",
     "mistral-window",

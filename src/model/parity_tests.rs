@@ -213,3 +213,39 @@ fn check_all(side: Side) {
     println!("{cases} scores, largest deviation {largest:.2e}");
     assert!(cases >= 500, "{cases}");
 }
+
+#[test]
+fn in_sixteen_bits_every_kind_of_model_stays_near_its_float32() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance/transformers-5");
+    let mut deviations = Vec::new();
+    for name in super::invariance_tests::PATHS {
+        let golden: Value = serde_json::from_slice(&std::fs::read(root.join(name).join("golden.json")).expect("readable")).expect("JSON");
+        let case = |case: &Value| Arc::new(Encoding::for_test(numbers(case, "input_ids").expect("ids")));
+        let encodings: Vec<_> = golden["cases"].as_array().expect("cases").iter().take(6).map(case).collect();
+        let recipe = Recipe::uniform(&[root.join(name).join("member-0")]).expect("recipe");
+        let plan = Arc::new(MergePlan::open(&recipe).expect("opens"));
+        let run = |weights: DType| {
+            let (merged, reward) = (Merged::new(Arc::clone(&plan)).expect("coefficients"), plan.reward().expect("a reward model"));
+            let (architecture, layout) = (reward.architecture, reward.layout);
+            let readout = Readout::unnamed(architecture, layout);
+            let what = What { source: &merged, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+            let model = load_with(&Backend::plain_on_cpu(weights), &what, &mut |_, _| {}).expect("loads");
+            (scores(&model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))), model.limits().device_bytes)
+        };
+        let (exact, whole) = run(DType::F32);
+        for weights in [DType::BF16, DType::F16] {
+            let (rounded, bytes) = run(weights);
+            // Norms stay in float32, matrices take half.
+            assert!(bytes < whole * 6 / 10, "{name} {weights:?}: {bytes} of {whole}");
+            for (rounded, exact) in rounded.iter().flatten().zip(exact.iter().flatten()) {
+                let deviation = (rounded - exact).abs() / exact.abs().max(1.0);
+                assert!(deviation < 0.1, "{name} {weights:?}: {rounded} against {exact}");
+                deviations.push(deviation);
+            }
+        }
+    }
+    deviations.sort_by(f32::total_cmp);
+    let median = deviations[deviations.len() / 2];
+    println!("{} scores, median deviation {median:.1e}, largest {:.1e}", deviations.len(), deviations[deviations.len() - 1]);
+    assert!(median < 5e-3, "{median}");
+}

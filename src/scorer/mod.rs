@@ -2,6 +2,7 @@
 
 mod admission;
 mod budget;
+mod forward;
 mod job;
 mod line;
 mod metrics;
@@ -9,11 +10,11 @@ mod queue;
 mod worker;
 
 pub use admission::{Admission, AdmissionOptions, Permit, Shed, ShedReason};
+pub(crate) use forward::panic_message;
 pub use job::{Reply, SampleError, ScorerError, ScorerOptions, Submission};
 pub use line::ScorerHandle;
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
 pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
-pub(crate) use worker::panic_message;
 pub use worker::{Worker, crew, pair, spawn};
 
 /// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves

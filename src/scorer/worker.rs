@@ -7,15 +7,15 @@
 //! is done.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
-use super::budget::{Budget, in_parts};
+use super::budget::Budget;
+use super::forward::{Forwarded, Next, Trouble, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
 use crate::clock::Clock;
-use crate::model::{ModelError, Output, Pack, RewardModel};
+use crate::model::RewardModel;
 use crate::text::Encoding;
 
 /// The one that owns a device. [`spawn`] gives it a thread; a test steps it by hand.
@@ -70,25 +70,6 @@ pub fn spawn(
         threads.push(std::thread::Builder::new().name(name).spawn(move || worker.run())?);
     }
     Ok((handle, threads))
-}
-
-/// A pack to run, and whose samples it holds.
-struct Next {
-    picks: Vec<Pick>,
-    models: Arc<[Arc<dyn RewardModel>]>,
-    encodings: Vec<Arc<Encoding>>,
-    /// `Err`: why it could not be made.
-    pack: Result<Pack, String>,
-    span: tracing::Span,
-}
-
-impl Next {
-    fn new(picks: Vec<Pick>, models: Arc<[Arc<dyn RewardModel>]>, encodings: Vec<Arc<Encoding>>, span: tracing::Span) -> Self {
-        // The models of a lane are of one architecture, so what may be shared is the same for all of them.
-        let make = || Pack::forest(&encodings, |tokens| models.first()?.prefix_key(tokens));
-        let pack = catch_unwind(AssertUnwindSafe(make)).map_err(|panic| format!("packing panicked: {}", panic_message(panic.as_ref())));
-        Self { picks, models, encodings, pack, span }
-    }
 }
 
 impl Worker {
@@ -264,100 +245,6 @@ impl Worker {
     }
 }
 
-/// What a pack gave.
-struct Forwarded {
-    /// Per sample, one output per model; `Err` where the device has no room for it alone.
-    outcomes: Vec<Result<Vec<Output>, String>>,
-    /// Tokens of the largest part that was run at once.
-    largest: usize,
-    /// Parts that did not fit.
-    misfits: usize,
-}
-
-/// Why a pack as a whole gave nothing.
-struct Trouble {
-    words: String,
-    device_lost: bool,
-}
-
-impl Trouble {
-    fn of_pack(words: String) -> Self {
-        Self { words, device_lost: false }
-    }
-}
-
-/// All models over one pack, or over parts of it where the device has no room for the whole.
-fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Forwarded, Trouble> {
-    let sizes: Vec<usize> = next.picks.iter().map(|pick| pick.tokens).collect();
-    let run = || -> Result<(Forwarded, usize), Trouble> {
-        let whole = next.pack.as_ref().map_err(|problem| Trouble::of_pack(problem.clone()))?;
-        let mut computed = 0;
-        let parts = in_parts(&sizes, |range| {
-            let part;
-            let pack = if range.len() == sizes.len() {
-                whole
-            } else {
-                part = Pack::forest(&next.encodings[range.clone()], |tokens| next.models.first()?.prefix_key(tokens));
-                &part
-            };
-            let outputs = forward_pack(&next.models, device, pack).map_err(|error| match error {
-                ModelError::OutOfMemory(_) => Ok(error.to_string()),
-                ModelError::DeviceLost(_) => Err(Trouble { words: error.to_string(), device_lost: true }),
-                ModelError::Failed(_) => Err(Trouble::of_pack(error.to_string())),
-            })?;
-            if outputs.len() != range.len() {
-                return Err(Err(Trouble::of_pack(format!("expected {} outputs of the model, found {}", range.len(), outputs.len()))));
-            }
-            computed += pack.computed_tokens();
-            Ok(outputs)
-        })?;
-        Ok((Forwarded { outcomes: parts.outcomes, largest: parts.largest, misfits: parts.misfits }, computed))
-    };
-    let caught = catch_unwind(AssertUnwindSafe(run));
-    let tokens = sizes.iter().sum::<usize>();
-    metrics.pack_samples.observe(next.picks.len() as f64);
-    let outcome = match &caught {
-        Ok(Ok((forwarded, computed))) => {
-            metrics.pack_tokens.observe(*computed as f64);
-            metrics.samples.inc_by(forwarded.outcomes.iter().filter(|outcome| outcome.is_ok()).count() as u64);
-            metrics.tokens_shared.inc_by((tokens.saturating_sub(*computed) * next.models.len()) as u64);
-            metrics.tokens_computed.inc_by((computed * next.models.len()) as u64);
-            if forwarded.misfits == 0 { "ok" } else { "split" }
-        }
-        Ok(Err(_)) => "error",
-        Err(_) => "panic",
-    };
-    metrics.packs.with_label_values(&[outcome]).inc();
-    let result = caught.unwrap_or_else(|panic| {
-        let words = panic_message(panic.as_ref());
-        Err(Trouble::of_pack(format!("the forward pass panicked: {words}")))
-    });
-    if let Err(Trouble { words, device_lost }) = &result {
-        tracing::error!(problem = words, samples = next.picks.len(), tokens, device, device_lost, "a pack failed");
-    }
-    result.map(|(forwarded, _)| forwarded)
-}
-
-/// All models over one pack: per sample, one output per model.
-fn forward_pack(models: &[Arc<dyn RewardModel>], device: usize, pack: &Pack) -> Result<Vec<Vec<Output>>, ModelError> {
-    let mut samples: Vec<Vec<Output>> = Vec::new();
-    for (i, model) in models.iter().enumerate() {
-        let _forward = tracing::debug_span!("forward", model = i).entered();
-        let outputs = model.forward_on(device, pack)?;
-        if i == 0 {
-            samples = outputs.into_iter().map(|output| vec![output]).collect();
-            continue;
-        }
-        if outputs.len() != samples.len() {
-            return Err(ModelError::Failed(format!("expected {} outputs of model {i}, found {}", samples.len(), outputs.len())));
-        }
-        for (sample, output) in samples.iter_mut().zip(outputs) {
-            sample.push(output);
-        }
-    }
-    Ok(samples)
-}
-
 impl Drop for Worker {
     fn drop(&mut self) {
         let mut state = lock(&self.shared.state);
@@ -396,11 +283,6 @@ fn found(picks: Vec<Pick>, state: &State, metrics: &ScorerMetrics, now: Instant)
         }
     }
     Some((picks, first.submission.models.clone(), encodings, span))
-}
-
-/// The words of a panic, where it has some.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::super::line::Answer;
 use super::*;
-use crate::model::{Limits, ModelError};
+use crate::model::{Limits, ModelError, Output, Pack};
 use crate::scorer::{Permit, SampleError, Submission};
 
 /// Gives every sample's sum of ids; panics, fails or forgets a sample where an id asks for it.
