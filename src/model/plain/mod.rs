@@ -29,6 +29,11 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 pub fn activate(kind: Activation, x: &Tensor) -> Result<Tensor> {
+    // Of 16-bit numbers candle rounds every step of these on a card, but for one.
+    let stepwise = x.dtype() != DType::F32 && (kind, x.dtype()) != (Activation::Silu, DType::BF16);
+    if stepwise {
+        return activate(kind, &x.to_dtype(DType::F32)?)?.to_dtype(x.dtype());
+    }
     match kind {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
