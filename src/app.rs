@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use crate::clock::Clock;
 use crate::config::{Config, ConfigError, LiveConfig};
 use crate::domain::GenerationId;
+use crate::model::Place;
 use crate::registry::{
     Engine, EngineOptions, EngineParts, Generation, Progress, Registry, RegistryMetrics, ReloadEvent, ReloadOptions, ReloadOutcome,
     Reloader, Source, Swap, Watch, WatchOptions,
@@ -31,6 +32,7 @@ use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phas
 use crate::shutdown::Stop;
 
 pub use loading::{load_spec, loader, with_causes};
+pub use memory::limit as memory_limit;
 pub use reloading::{SettingsError, SettingsSource, Started};
 use watching::FileWatch;
 
@@ -72,6 +74,8 @@ pub struct App {
     grpc: GrpcOptions,
     reloads: ReloadOptions,
     live: LiveConfig,
+    /// The devices that hold the models.
+    places: Vec<Place>,
     reloader: Option<Reloader>,
     /// What the files to watch are asked from.
     watched: Option<SettingsSource>,
@@ -99,16 +103,21 @@ impl App {
             },
             scorer_metrics.clone(),
         );
+        let places = config
+            .device
+            .resolve()
+            .map_err(|error| AppError::Config { place: format!("device {}", error.place), problem: error.problem })?;
         let scorer_options = ScorerOptions {
+            devices: places.len(),
             max_pack_tokens: config.max_pack_tokens,
             max_queue_samples: config.admission.max_queue,
-            threads: config.threads.unwrap_or(0),
+            threads: threads_per_device(config.threads, places.len()),
             nice: config.nice,
             retry_after: config.admission.retry_after,
             ..ScorerOptions::default()
         };
-        // The worker's thread ends by itself when the last handle goes.
-        let (scorer, _worker) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
+        // The workers' threads end by themselves when the last handle goes.
+        let (scorer, _workers) = crate::scorer::spawn(scorer_options, clock.clone(), scorer_metrics)?;
         let engine_options = EngineOptions { instance, tokenizer_threads: config.threads.unwrap_or(0), ..EngineOptions::default() };
         let tenants = Arc::new(Tenants::new(&config.tenants));
         let watch_options = WatchOptions {
@@ -145,12 +154,27 @@ impl App {
             threads: (cores / 4).max(1),
         };
         let (reloader, watched) = (None, None);
-        Ok(Self { engine, admission, readiness, metrics, calls, grpc, reloads, live, reloader, watched, drain_delay, drain_deadline })
+        Ok(Self {
+            engine,
+            admission,
+            readiness,
+            metrics,
+            calls,
+            grpc,
+            reloads,
+            live,
+            places,
+            reloader,
+            watched,
+            drain_delay,
+            drain_deadline,
+        })
     }
 
     /// Takes further generations from `source`, for calls and signals. Needs a tokio runtime.
     pub fn reload_from(&mut self, source: Arc<dyn Source>) -> Reloader {
-        let free = Box::new(free_memory::free_memory);
+        let places = self.places.clone();
+        let free = Box::new(move || free_memory::free_on(&places));
         let reloader = Reloader::new(self.engine.clone(), source, self.reloads, free, tokio::runtime::Handle::current());
         self.reloader = Some(reloader.clone());
         reloader
@@ -275,6 +299,15 @@ impl App {
     }
 }
 
+/// The workers share the threads that one would have; 0 is one per core.
+fn threads_per_device(threads: Option<usize>, devices: usize) -> usize {
+    if devices <= 1 {
+        return threads.unwrap_or(0);
+    }
+    let all = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
+    (all / devices).max(1)
+}
+
 fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
     let registry = engine.registry();
     // A load is a trace of its own.
@@ -293,6 +326,7 @@ fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) ->
                 architecture = %info.architecture,
                 members = info.members.len(),
                 dtype = %info.dtype,
+                devices = info.devices.join(", "),
                 "loaded"
             );
             registry.metrics().reloaded(ReloadOutcome::Loaded);

@@ -2,8 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::model::{Place, inventory};
+
+/// Bytes that are free on each of these devices; `None` where nobody tells.
+pub(super) fn free_on(places: &[Place]) -> Option<u64> {
+    if !places.iter().any(|place| matches!(place, Place::Cuda(_))) {
+        return free_memory();
+    }
+    let cards = inventory().cards;
+    let of = |place: &Place| cards.iter().find(|card| card.device == place.to_string()).map(|card| card.free_bytes);
+    places.iter().map(of).min().flatten()
+}
+
 /// Bytes that this process may still take; `None` where the system does not tell.
-pub(super) fn free_memory() -> Option<u64> {
+fn free_memory() -> Option<u64> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let machine = read(Path::new("/proc/meminfo")).and_then(|text| available(&text));
     let groups = read(Path::new("/proc/self/cgroup")).map(|text| groups(&text)).unwrap_or_default();

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use super::{AppError, Loader};
-use crate::checkpoint::Dtype;
 use crate::checkpoint::remote::Remotes;
 use crate::clock::Clock;
 use crate::config::{CalibrationConfig, Config, EnsembleMode, ModelChoice};
@@ -25,8 +24,8 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         Some(ModelChoice::Folders(folders)) => Recipe::uniform(folders),
     };
     let mut recipe = recipe.map_err(|error| wrong("model", error))?;
-    if config.dtype.is_some() {
-        recipe = recipe.with_dtype(Dtype::F32).ok_or_else(|| wrong("dtype", "no model runs in it"))?;
+    if let Some(dtype) = config.dtype {
+        recipe = recipe.with_dtype(dtype).ok_or_else(|| wrong("dtype", "no model runs in it"))?;
     }
     recipe = recipe.with_head(config.head.clone(), config.pooling.clone());
     let mut members = MeasuredMembers::default();
@@ -62,6 +61,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         max_tokens: config.max_tokens,
         max_pack_tokens: config.max_pack_tokens,
         prefix_cache_bytes: config.prefix_cache_bytes,
+        device: config.device.clone(),
         calibration,
         remotes: Some(Remotes::from_environment(&config.remotes.0, config.download_max_bytes as u64, Clock::system())),
         cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),

@@ -1,7 +1,7 @@
 //! How much memory this process may use.
 
 /// The limit of the control group, or the memory of the machine where there is none; 0 where nobody says.
-pub(super) fn limit() -> u64 {
+pub fn limit() -> u64 {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let group = read("/sys/fs/cgroup/memory.max").or_else(|| read("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
     lower(group.as_deref().and_then(parse_group), read("/proc/meminfo").as_deref().and_then(parse_machine))

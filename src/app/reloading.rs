@@ -230,8 +230,10 @@ impl Source for SettingsSource {
     fn prepare(&self, progress: &mut dyn FnMut(Progress)) -> Result<Box<dyn Candidate>, String> {
         let now = self.0.started.resolve().map_err(|error| error.to_string())?;
         let spec = load_spec(&now.config).map_err(|error| error.to_string())?;
-        // What a pack holds is settled when the device worker starts.
-        let spec = LoadSpec { max_pack_tokens: self.0.at_start.config.max_pack_tokens, ..spec };
+        // What a pack holds, and how many devices there are, is settled when the devices' workers start.
+        let at_start = &self.0.at_start.config;
+        let (device, prefix_cache_bytes) = (at_start.device.clone(), at_start.prefix_cache_bytes);
+        let spec = LoadSpec { max_pack_tokens: at_start.max_pack_tokens, device, prefix_cache_bytes, ..spec };
         Ok(Box::new(self.candidate(&spec, &now.config, restart_needed(&self.0.at_start, &now), progress)?))
     }
 

@@ -5,6 +5,7 @@ mod bench;
 mod compare;
 mod demo;
 mod demo_report;
+mod devices;
 mod fleet;
 mod health;
 mod merge;
@@ -67,6 +68,8 @@ enum Command {
     Activate(fleet::ActivateArgs),
     /// Show which generations are live, staged and held; the exit code is 0 if all servers agree.
     Status(fleet::StatusArgs),
+    /// List the devices that this machine has and this build can use.
+    Devices(devices::DevicesArgs),
     /// Ask a running server whether it serves; the exit code is 0 if it does.
     Health(health::HealthArgs),
     /// Print the version.
@@ -132,6 +135,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Reload(arguments) => fleet::reload(arguments),
         Command::Activate(arguments) => fleet::activate(arguments),
         Command::Status(arguments) => fleet::status(arguments),
+        Command::Devices(arguments) => devices::run(&arguments),
         Command::Health(arguments) => health::run(&arguments),
         Command::Version => {
             println!("warm {} ({})", crate::domain::VERSION, crate::domain::COMMIT);

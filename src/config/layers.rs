@@ -106,6 +106,13 @@ pub(super) fn file(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Fi
                     Ok(text) => _ = read.layer.0.insert(key_of(&key), Given { text, origin: Origin::File(path.to_owned()) }),
                     Err(error) => refuse(&key, error.to_string()),
                 },
+                Value::Sequence(ref names) if LISTS.contains(&key.as_str()) => match names.iter().map(scalar).collect::<Option<Vec<_>>>() {
+                    Some(names) => {
+                        let text = format!("[{}]", names.join(", "));
+                        read.layer.0.insert(key_of(&key), Given { text, origin: Origin::File(path.to_owned()) });
+                    }
+                    None => refuse(&key, "expected a list of words".to_owned()),
+                },
                 value => match (find(&key), scalar(&value)) {
                     (None, _) => refuse(&key, unknown(&key, SETTINGS.iter().map(|setting| setting.key.to_owned()))),
                     (Some(_), None) => refuse(&key, "expected a single value".to_owned()),
@@ -152,6 +159,9 @@ pub(super) fn flags(flags: &[(String, String)], errors: &mut Vec<ConfigError>) -
 
 /// Settings that may hold more than one value.
 const STRUCTURED: [&str; 2] = ["head", "pooling"];
+
+/// Settings that may hold a list of words.
+const LISTS: [&str; 1] = ["device"];
 
 fn key_of(key: &str) -> &'static str {
     find(key).map_or("", |setting| setting.key)

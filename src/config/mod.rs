@@ -21,9 +21,10 @@ pub use remotes::RemoteVariables;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 pub use values::{AdmissionConfig, CacheConfig, CalibrationConfig, EnsembleMode, MessageConfig, ModelChoice, TextConfig};
 
-use crate::checkpoint::HeadChoice;
 use crate::checkpoint::remote::Remotes;
+use crate::checkpoint::{Dtype, HeadChoice};
 use crate::merge::Recipe;
+use crate::model::DeviceChoice;
 use crate::telemetry::LogFormat;
 use layers::Layer;
 
@@ -42,8 +43,8 @@ pub struct Config {
     /// Absent: as the recipe says.
     pub pooling: Option<HeadChoice>,
     /// Absent: as the recipe says.
-    pub dtype: Option<String>,
-    pub device: String,
+    pub dtype: Option<Dtype>,
+    pub device: DeviceChoice,
     /// Absent: one per core.
     pub threads: Option<usize>,
     pub nice: u8,
@@ -303,8 +304,8 @@ impl Reader<'_> {
             ),
             head: self.get("head", parse::head),
             pooling: self.get("pooling", parse::pooling),
-            dtype: self.get("dtype", parse::choice(&[("", None), ("float32", Some("float32"))])).map(str::to_owned),
-            device: self.get("device", parse::choice(&[("cpu", "cpu")])).to_owned(),
+            dtype: self.get("dtype", parse::dtype),
+            device: self.get("device", str::parse),
             threads: self.get("threads", parse::auto_count),
             nice: self.get("nice", parse::nice),
             max_tokens: self.get("max_tokens", parse::auto_count),

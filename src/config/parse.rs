@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::checkpoint::HeadChoice;
+use crate::checkpoint::{Dtype, HeadChoice};
 
 pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "expected an address such as 127.0.0.1:50051".to_owned())
@@ -147,6 +147,11 @@ pub(super) fn choice<T: Copy>(choices: &'static [(&'static str, T)]) -> impl Fn(
             format!("expected {}", names.join(" or "))
         })
     }
+}
+
+/// What a model may run in.
+pub(super) fn dtype(text: &str) -> Result<Option<Dtype>, String> {
+    choice(&[("", None), ("float32", Some(Dtype::F32)), ("bfloat16", Some(Dtype::Bf16)), ("float16", Some(Dtype::F16))])(text)
 }
 
 /// The `head:` of a recipe, or the name of one alone.

@@ -152,3 +152,17 @@ proptest! {
         let _ = resolve(&text, &[], &[]);
     }
 }
+
+#[test]
+fn devices_are_named_by_a_word_or_a_list() {
+    let device = |file: &str| resolve(file, &[], &[]).map(|resolved| resolved.config.device);
+    assert_eq!(device(""), Ok(DeviceChoice::Auto));
+    assert_eq!(device("device: cpu"), Ok("cpu".parse().expect("a device")));
+    assert_eq!(device("device: [cuda:0, cuda:1]"), Ok("cuda:0,cuda:1".parse().expect("devices")));
+    let flag = resolve("", &[], &[("device", "[cuda:0, cuda:1]")]).expect("valid");
+    assert_eq!(Ok(flag.config.device), device("device: [\"cuda:0\", \"cuda:1\"]"));
+    let found = mistakes(resolve("device: [cuda:0, {a: b}]\ndtype: int8\nlisten: [a, b]\n", &[], &[("device", "gpu")]));
+    assert_eq!(found.len(), 4, "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.contains("expected auto, cpu, cuda:0")), "{found:#?}");
+    assert!(found.iter().any(|mistake| mistake.contains("bfloat16")), "{found:#?}");
+}

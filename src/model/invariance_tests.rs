@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use proptest::prelude::*;
 
 use super::pack::MIN_ROWS;
@@ -13,7 +13,7 @@ use crate::merge::{MergePlan, Merged, Recipe};
 use crate::text::Encoding;
 
 /// A family of the committed fixtures for every code path of the forward pass.
-const PATHS: [&str; 16] = [
+pub const PATHS: [&str; 16] = [
     "llama",
     "llama-dynamic",
     "mistral-window",

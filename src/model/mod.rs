@@ -1,22 +1,25 @@
 //! Tokens to rewards: packing, the forward pass, and the head. The only layer that knows candle.
 
 mod cost;
+mod device;
 mod head;
 mod kernels;
 mod ops;
 mod pack;
+mod plain;
 mod prefix_cache;
 mod prefixes;
+mod replicas;
 mod transformer;
 mod trie;
 mod weights;
 
 use std::sync::Arc;
 
-use candle_core::Device;
-
-use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
+use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use cost::shared_prefix;
+use device::{Backend, Fault};
+pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory};
 use head::{Head, Verdict};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 use prefixes::{Memory, Prefixes};
@@ -28,6 +31,17 @@ use weights::Loader;
 pub trait RewardModel: Send + Sync {
     /// Scores every sample of a pack, in order.
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError>;
+
+    /// The same on one of the devices that hold the model, counted from 0: each device's worker has a number of its own.
+    fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        let _ = device;
+        self.forward(pack)
+    }
+
+    /// Where it runs, for people: one name a device.
+    fn runs_on(&self) -> Vec<String> {
+        vec![Place::Cpu.to_string()]
+    }
 
     /// What the queue may put into one pack.
     fn limits(&self) -> Limits;
@@ -94,9 +108,28 @@ pub struct Limits {
 }
 
 /// A forward pass that failed as a whole.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("forward failed: {0}")]
-pub struct ModelError(pub String);
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ModelError {
+    #[error("forward failed: {0}")]
+    Failed(String),
+    /// A smaller pack may fit.
+    #[error("the device is out of memory: {0}")]
+    OutOfMemory(String),
+    /// Nothing will run on this device until the process starts anew.
+    #[error("the device is lost: {0}")]
+    DeviceLost(String),
+}
+
+impl From<candle_core::Error> for ModelError {
+    fn from(error: candle_core::Error) -> Self {
+        let words = error.to_string();
+        match Fault::of(&words) {
+            Fault::OutOfMemory => Self::OutOfMemory(words),
+            Fault::Lost => Self::DeviceLost(words),
+            Fault::Other => Self::Failed(words),
+        }
+    }
+}
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +140,8 @@ pub enum LoadError {
     Tensor { tensor: String, problem: String },
     #[error("device: {0}")]
     Device(#[from] candle_core::Error),
+    #[error(transparent)]
+    Place(#[from] DeviceError),
 }
 
 /// Loads a reward model onto the CPU, where it computes in float32 whatever its weights are stored in. `progress` gets
@@ -119,9 +154,44 @@ pub fn load(
     max_tokens: usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
-    let device = Device::Cpu;
-    let mut loader = Loader::new(source, layout.used(), &device, progress);
-    let transformer = Transformer::load(architecture, layout, &mut loader, &device)?;
+    let what = What { source, architecture, layout, readout, max_tokens };
+    load_on(&[Place::Cpu], Dtype::F32, &what, progress)
+}
+
+/// What is to be loaded, and how much of a sample it may be given.
+#[derive(Clone, Copy)]
+pub struct What<'a> {
+    pub source: &'a dyn TensorSource,
+    pub architecture: &'a Architecture,
+    pub layout: &'a Layout,
+    pub readout: &'a Readout,
+    /// The longest sample, at most [`Architecture::longest`].
+    pub max_tokens: usize,
+}
+
+/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once. Away from the
+/// CPU, matrices are stored and multiplied in `weights`.
+pub fn load_on(
+    places: &[Place],
+    weights: Dtype,
+    what: &What<'_>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Arc<dyn RewardModel>, LoadError> {
+    let open = |place: &Place| place.open(weights, what.architecture);
+    let backends: Vec<Backend> = places.iter().map(open).collect::<Result<_, _>>()?;
+    let (first, rest) = backends.split_first().ok_or_else(|| DeviceError { place: String::new(), problem: "none named".to_owned() })?;
+    let model = load_with(first, what, progress)?;
+    if rest.is_empty() {
+        return Ok(Arc::new(model));
+    }
+    let copies = rest.iter().map(|backend| model.on(backend)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Arc::new(replicas::Replicas::new(model, copies)))
+}
+
+fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, LoadError> {
+    let &What { source, architecture, layout, readout, max_tokens } = what;
+    let mut loader = Loader::new(source, layout.used(), backend, progress);
+    let transformer = Transformer::load(architecture, layout, &mut loader)?;
     let head = Head::load(layout, readout, &mut loader)?;
     let limits = Limits {
         max_tokens: max_tokens.min(architecture.longest().unwrap_or(max_tokens)),
@@ -129,13 +199,23 @@ pub fn load(
         parameters: loader.parameters,
         device_bytes: loader.device_bytes,
     };
-    let prefixes = Prefixes::new(architecture);
-    Ok(Arc::new(Model { transformer, head, limits, prefixes, architecture: architecture.clone() }))
+    let (head, prefixes) = (Arc::new(head), Prefixes::of(backend, architecture));
+    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone() })
 }
 
 /// Bytes of a model of these tensors on the CPU, but for the few rows that narrow matrices are padded with.
 pub fn device_bytes(manifest: &Manifest) -> u64 {
     manifest.iter().map(|(_, info)| (info.elements() * size_of::<f32>()) as u64).sum()
+}
+
+/// The same of [`load_on`], on each device. Workers on one CPU share their weights.
+pub fn device_bytes_on(places: &[Place], weights: Dtype, manifest: &Manifest) -> u64 {
+    if places.contains(&Place::Cpu) {
+        return device_bytes(manifest);
+    }
+    // Matrices are stored in what they are multiplied in, and little else has many elements.
+    let size = |info: &TensorInfo| if info.shape.len() > 1 { weights.size() } else { size_of::<f32>() };
+    manifest.iter().map(|(_, info)| (info.elements() * size(info)) as u64).sum()
 }
 
 /// Bytes that [`load`] needs beside the model, at most: a chunk of one tensor. The model's own memory is filled in place.
@@ -146,11 +226,21 @@ pub fn load_buffer_bytes(manifest: &Manifest) -> u64 {
 
 struct Model {
     transformer: Transformer,
-    head: Head,
+    /// On the host, wherever the rest is.
+    head: Arc<Head>,
     limits: Limits,
-    /// Absent for a model whose tokens depend on what comes after them.
+    /// Absent where our kernels do not compute, and for a model whose tokens depend on what comes after them.
     prefixes: Option<Prefixes>,
     architecture: Architecture,
+}
+
+impl Model {
+    /// The same on another device.
+    fn on(&self, backend: &Backend) -> Result<Self, LoadError> {
+        let (transformer, head) = (self.transformer.on(backend)?, Arc::clone(&self.head));
+        let (architecture, prefixes) = (self.architecture.clone(), Prefixes::of(backend, &self.architecture));
+        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture })
+    }
 }
 
 impl RewardModel for Model {
@@ -171,7 +261,7 @@ impl RewardModel for Model {
         if let (Some(mut cache), Some(memory)) = (cache, memory) {
             memory.leave(&mut cache, hidden.is_ok());
         }
-        let hidden = hidden.map_err(|error| ModelError(error.to_string()))?;
+        let hidden = hidden?;
         let mut rest = hidden.as_slice();
         let outputs = places.iter().enumerate().map(|(sample, places)| {
             let cached_tokens = pack.absent_tokens(sample);
@@ -192,6 +282,10 @@ impl RewardModel for Model {
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn runs_on(&self) -> Vec<String> {
+        vec![self.transformer.backend().describe()]
     }
 
     fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {

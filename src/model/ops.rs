@@ -1,5 +1,5 @@
-//! The seam between candle's tensors and our kernels: each function takes tensors on one device and does there what its
-//! kernel says. On the CPU that is [`super::kernels`].
+//! The seam between the forward pass and what computes it: each function takes tensors on one device and does there what
+//! its kernel says. On the CPU that is [`super::kernels`]; anywhere else it is [`super::plain`], in operations of candle.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 
@@ -8,43 +8,77 @@ use super::kernels::distances::Distances;
 use super::kernels::rope::HeadTransform;
 use super::kernels::{activation, attention, linear, norm, rope};
 use super::pack::Pack;
+use super::plain;
 use super::prefixes::Memory;
 use crate::checkpoint::{Activation, Norm};
 
-/// Normalises the rows of `x`.
-pub fn normalise(kind: Norm, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    match bias {
-        None => x.apply_op2_no_bwd(weight, &NormOp(kind)),
-        Some(bias) => x.apply_op3_no_bwd(weight, bias, &NormOp(kind)),
+/// Which of the two computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ops {
+    /// Our kernels, on the CPU in float32, in place where they can be: a tensor that is handed over has no other use.
+    Kernels,
+    /// Operations of candle, on any device. What stands in the residual stream is in float32.
+    Plain,
+}
+
+impl Ops {
+    /// Normalises the rows of `x`.
+    pub fn normalise(self, kind: Norm, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match (self, bias) {
+            (Self::Plain, _) => plain::normalise(kind, x, weight, bias),
+            (Self::Kernels, None) => x.apply_op2_no_bwd(weight, &NormOp(kind)),
+            (Self::Kernels, Some(bias)) => x.apply_op3_no_bwd(weight, bias, &NormOp(kind)),
+        }
+    }
+
+    /// `x + y`, where the rows of `y` may be wider than those of `x`.
+    pub fn add(self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain => plain::add(&x, y),
+            Self::Kernels => x.inplace_op2(y, &AddRows).map(|()| x),
+        }
+    }
+
+    /// `x + bias` on the first columns of every row.
+    pub fn add_bias(self, x: Tensor, bias: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain => x.broadcast_add(bias),
+            Self::Kernels => x.inplace_op2(bias, &AddBias).map(|()| x),
+        }
+    }
+
+    /// `act(x)`.
+    pub fn activate(self, kind: Activation, x: Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain => plain::activate(kind, &x),
+            Self::Kernels => x.inplace_op1(&Activate(kind)).map(|()| x),
+        }
+    }
+
+    /// `act(gate) * up` of rows `[gate | up | ...]`, `width` columns each.
+    pub fn gate(self, kind: Activation, x: &Tensor, width: usize) -> Result<Tensor> {
+        match self {
+            Self::Plain => plain::gate(kind, x, width),
+            Self::Kernels => x.apply_op1_no_bwd(&Gate { kind, width }),
+        }
+    }
+
+    /// `x` with `weights[i] * y[i]` added to each `x[rows[i]]`, where the rows of `y` may be wider than those of `x`, and more.
+    pub fn scatter_add(self, x: Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
+        match self {
+            Self::Plain => plain::scatter_add(&x, y, rows, weights),
+            Self::Kernels => x.inplace_op2(y, &ScatterAdd { rows, weights }).map(|()| x),
+        }
     }
 }
 
-/// `x += y`, where the rows of `y` may be wider than those of `x`.
-pub fn add(x: &Tensor, y: &Tensor) -> Result<()> {
-    x.inplace_op2(y, &AddRows)
-}
-
-/// `x += bias` on the first columns of every row.
-pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
-    x.inplace_op2(bias, &AddBias)
-}
-
-/// `act(x)` in place.
-pub fn activate(kind: Activation, x: &Tensor) -> Result<()> {
-    x.inplace_op1(&Activate(kind))
-}
-
-/// `act(gate) * up` of rows `[gate | up | ...]`, `width` columns each.
-pub fn gate(kind: Activation, x: &Tensor, width: usize) -> Result<Tensor> {
-    x.apply_op1_no_bwd(&Gate { kind, width })
-}
-
-/// Norms and rotates the query and key heads of `[queries | keys | values]` in place.
+/// Norms and rotates the query and key heads of `[queries | keys | values]` in place, on the CPU.
 pub fn transform_heads(x: &Tensor, heads: Heads) -> Result<()> {
     x.inplace_op1(&heads)
 }
 
-/// Attention of `[queries | keys | values]` over the forest of the pack, in a layer of this number that goes by `memory`.
+/// Attention of `[queries | keys | values]` over the forest of the pack, on the CPU, in a layer of this number that goes by
+/// `memory`.
 pub fn attend(
     x: &Tensor,
     shape: &AttentionShape,
@@ -53,11 +87,6 @@ pub fn attend(
     memory: Option<(&Memory, usize)>,
 ) -> Result<Tensor> {
     x.apply_op1_no_bwd(&Attend { shape, distances, pack, memory })
-}
-
-/// `x[rows[i]] += weights[i] * y[i]`, where the rows of `y` may be wider than those of `x`, and more.
-pub fn scatter_add(x: &Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<()> {
-    x.inplace_op2(y, &ScatterAdd { rows, weights })
 }
 
 /// What [`transform_heads`] needs beside the rows.

@@ -107,6 +107,20 @@ impl Pack {
         self.positions.resize(rows, 0);
     }
 
+    /// A forest without samples: runs of so many tokens, each behind its parent, which stands before it.
+    pub(super) fn bare(runs: &[(Option<usize>, usize)]) -> Self {
+        let mut nodes: Vec<Node> = Vec::with_capacity(runs.len());
+        for &(parent, tokens) in runs {
+            let first = nodes.last().map_or(0, |node| node.rows.end);
+            let start = parent.map_or(0, |parent| nodes[parent].start + nodes[parent].rows.len());
+            nodes.push(Node { rows: first..first + tokens, parent, start });
+        }
+        let positions: Vec<u32> = nodes.iter().flat_map(|node| node.start as u32..(node.start + node.rows.len()) as u32).collect();
+        let longest = nodes.iter().map(|node| node.start + node.rows.len()).max().unwrap_or(0);
+        let zeros = vec![0; positions.len()];
+        Self { ids: zeros.clone(), type_ids: zeros, positions, nodes, samples: Vec::new(), longest }
+    }
+
     /// Tokens that a forward computes: those of all samples, less what is shared.
     pub fn computed_tokens(&self) -> usize {
         self.nodes.iter().map(|node| node.rows.len()).sum()

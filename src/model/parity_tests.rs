@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device, Tensor};
+use candle_nn::attention::cpu_flash::varlen::flash_attn_varlen_cpu;
 use serde_json::Value;
 
+use super::kernels::attention::Shape;
 use super::*;
 use crate::checkpoint::RopeScaling;
 use crate::merge::{MergePlan, Merged, Recipe};
@@ -42,15 +45,52 @@ fn numbers(value: &Value, name: &str) -> Option<Vec<u32>> {
     Some(list.iter().map(|id| id.as_u64().expect("an id") as u32).collect())
 }
 
-fn loaded(plan: &Arc<MergePlan>) -> Arc<dyn RewardModel> {
+/// What computes.
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Kernels,
+    /// Operations of candle, as on any other device, here on the CPU.
+    Plain,
+    /// The same, with an attention of sequences end to end in place of the flash kernels.
+    Flash,
+}
+
+/// In place of the flash kernels: candle's own loop over rows, which knows lengths and not beginnings.
+pub fn oracle(
+    shape: &Shape,
+    [queries, keys, values]: [&Tensor; 3],
+    starts: &[Tensor; 2],
+    longest: [usize; 2],
+) -> candle_core::Result<Tensor> {
+    let lengths = |starts: &Tensor| {
+        let starts = starts.to_vec1::<u32>()?;
+        Tensor::new(starts.windows(2).map(|pair| pair[1] - pair[0]).collect::<Vec<_>>(), &Device::Cpu)
+    };
+    let (query_lengths, key_lengths) = (lengths(&starts[0])?, lengths(&starts[1])?);
+    assert!(shape.softcap.is_none());
+    let beside = shape.window.map(|window| window - 1);
+    // It takes no window on one side alone; causality is said besides.
+    let ahead = beside.map(|beside| if shape.causal { 0 } else { beside });
+    let (causal, scale, [most_queries, most_keys]) = (shape.causal, shape.scale, longest);
+    flash_attn_varlen_cpu(queries, keys, values, None, &query_lengths, &key_lengths, most_queries, most_keys, scale, causal, beside, ahead)
+}
+
+fn loaded(plan: &Arc<MergePlan>, side: Side) -> Arc<dyn RewardModel> {
     let merged = Merged::new(Arc::clone(plan)).expect("coefficients");
     let reward = plan.reward().expect("a reward model");
     let readout = Readout::unnamed(reward.architecture, reward.layout);
-    load(&merged, reward.architecture, reward.layout, &readout, usize::MAX, &mut |_, _| {}).expect("loads")
+    let backend = match side {
+        Side::Kernels => Backend::cpu(),
+        Side::Plain => Backend::plain_on_cpu(DType::F32),
+        Side::Flash => Backend { flash: Some(oracle), ..Backend::plain_on_cpu(DType::F32) },
+    };
+    let (architecture, layout) = (reward.architecture, reward.layout);
+    let what = What { source: &merged, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+    Arc::new(load_with(&backend, &what, &mut |_, _| {}).expect("loads"))
 }
 
-fn scores(model: &dyn RewardModel, encodings: &[Arc<Encoding>]) -> Vec<Vec<f32>> {
-    model.forward(&Pack::new(encodings)).expect("forward").into_iter().map(|output| output.values).collect()
+fn scores(model: &dyn RewardModel, pack: &Pack) -> Vec<Vec<f32>> {
+    model.forward(pack).expect("forward").into_iter().map(|output| output.values).collect()
 }
 
 /// One golden score for each output.
@@ -81,7 +121,7 @@ impl HeldTable {
 }
 
 /// Checks every member of a family, and their average where the golden has it: how many scores, and the largest deviation.
-fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
+fn check(family: &Path, golden: &Value, side: Side) -> Result<(usize, f64), String> {
     let list = golden["cases"].as_array().expect("cases");
     let encodings: Vec<_> = list
         .iter()
@@ -104,9 +144,16 @@ fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
         let plan = Arc::new(MergePlan::open(&recipe).map_err(|error| error.to_string())?);
         let alone = golden.get("scores_by").is_some();
         let architecture = plan.reward().expect("a reward model").architecture;
+        if side == Side::Flash && (architecture.attention_softcap.is_some() || architecture.disentangled.is_some()) {
+            return Ok((0, 0.0));
+        }
         let own: Vec<_> = encodings.iter().map(|encoding| alone || held.is_own(architecture, encoding.tokens())).collect();
-        let model = loaded(&plan);
-        let packed = scores(&*model, &encodings);
+        let model = loaded(&plan, side);
+        let packed = match side {
+            Side::Kernels => scores(&*model, &Pack::new(&encodings)),
+            // Its sums depend on the company, so alone is no other test; what is shared is.
+            Side::Plain | Side::Flash => scores(&*model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))),
+        };
         for (((case, encoding), packed), own) in list.iter().zip(&encodings).zip(packed).zip(own) {
             if !own {
                 continue;
@@ -118,10 +165,12 @@ fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
                 assert!(deviation < 1e-4, "{} {name}: {packed} against {expected} over {} tokens", family.display(), encoding.tokens());
                 largest = largest.max(deviation);
             }
-            let alone = &scores(&*model, std::slice::from_ref(encoding))[0];
-            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
             cases += 1;
+            if side == Side::Kernels {
+                let alone = &scores(&*model, &Pack::new(std::slice::from_ref(encoding)))[0];
+                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
+            }
         }
     }
     Ok((cases, largest))
@@ -129,6 +178,20 @@ fn check(family: &Path, golden: &Value) -> Result<(usize, f64), String> {
 
 #[test]
 fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
+    check_all(Side::Kernels);
+}
+
+#[test]
+fn the_plain_path_scores_as_transformers_does_with_what_is_shared_computed_once() {
+    check_all(Side::Plain);
+}
+
+#[test]
+fn sequences_end_to_end_score_as_transformers_does_too() {
+    check_all(Side::Flash);
+}
+
+fn check_all(side: Side) {
     let mut cases = 0;
     let mut largest = 0f64;
     for family in families() {
@@ -138,7 +201,7 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
             println!("{}: skipped, its scores were taken with rounded rotary frequencies", family.display());
             continue;
         }
-        match check(&family, &golden) {
+        match check(&family, &golden, side) {
             Ok((count, deviation)) => {
                 println!("{:60} {count:4} scores, largest deviation {deviation:.1e}", family.display());
                 cases += count;
@@ -149,4 +212,40 @@ fn every_member_and_the_merge_score_as_transformers_does_alone_and_packed() {
     }
     println!("{cases} scores, largest deviation {largest:.2e}");
     assert!(cases >= 500, "{cases}");
+}
+
+#[test]
+fn in_sixteen_bits_every_kind_of_model_stays_near_its_float32() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance/transformers-5");
+    let mut deviations = Vec::new();
+    for name in super::invariance_tests::PATHS {
+        let golden: Value = serde_json::from_slice(&std::fs::read(root.join(name).join("golden.json")).expect("readable")).expect("JSON");
+        let case = |case: &Value| Arc::new(Encoding::for_test(numbers(case, "input_ids").expect("ids")));
+        let encodings: Vec<_> = golden["cases"].as_array().expect("cases").iter().take(6).map(case).collect();
+        let recipe = Recipe::uniform(&[root.join(name).join("member-0")]).expect("recipe");
+        let plan = Arc::new(MergePlan::open(&recipe).expect("opens"));
+        let run = |weights: DType| {
+            let (merged, reward) = (Merged::new(Arc::clone(&plan)).expect("coefficients"), plan.reward().expect("a reward model"));
+            let (architecture, layout) = (reward.architecture, reward.layout);
+            let readout = Readout::unnamed(architecture, layout);
+            let what = What { source: &merged, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+            let model = load_with(&Backend::plain_on_cpu(weights), &what, &mut |_, _| {}).expect("loads");
+            (scores(&model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))), model.limits().device_bytes)
+        };
+        let (exact, whole) = run(DType::F32);
+        for weights in [DType::BF16, DType::F16] {
+            let (rounded, bytes) = run(weights);
+            // Norms stay in float32, matrices take half.
+            assert!(bytes < whole * 6 / 10, "{name} {weights:?}: {bytes} of {whole}");
+            for (rounded, exact) in rounded.iter().flatten().zip(exact.iter().flatten()) {
+                let deviation = (rounded - exact).abs() / exact.abs().max(1.0);
+                assert!(deviation < 0.1, "{name} {weights:?}: {rounded} against {exact}");
+                deviations.push(deviation);
+            }
+        }
+    }
+    deviations.sort_by(f32::total_cmp);
+    let median = deviations[deviations.len() / 2];
+    println!("{} scores, median deviation {median:.1e}, largest {:.1e}", deviations.len(), deviations[deviations.len() - 1]);
+    assert!(median < 5e-3, "{median}");
 }

@@ -7,7 +7,9 @@
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
+use super::device::Backend;
 use super::kernels::keys::{Block, Blocks, Form, Kept, Past};
+use super::ops::Ops;
 use super::pack::{Pack, PrefixKey};
 use super::prefix_cache::{BLOCK, Plan, PrefixCache, Wanted};
 use crate::checkpoint::Architecture;
@@ -31,6 +33,11 @@ pub struct Memory {
 }
 
 impl Prefixes {
+    /// `None` where operations of candle compute, which take no keys of earlier packs.
+    pub fn of(backend: &Backend, architecture: &Architecture) -> Option<Self> {
+        if backend.ops == Ops::Kernels { Self::new(architecture) } else { None }
+    }
+
     /// `None` for models whose tokens depend on more than what comes before them.
     pub fn new(architecture: &Architecture) -> Option<Self> {
         let a = architecture;

@@ -43,6 +43,10 @@ impl TensorSource for Random {
 
 /// A decoder of two layers: 3 query heads to every key head, and whatever else `more` says.
 fn model(family: &str, more: Value) -> Arc<dyn RewardModel> {
+    loaded(family, more, |what| load_on(&[Place::Cpu], Dtype::F32, what, &mut |_, _| {}).expect("loads"))
+}
+
+fn loaded<T>(family: &str, more: Value, load: impl Fn(&What) -> T) -> T {
     let mut config = json!({
         "model_type": family, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 6, "num_key_value_heads": 2,
         "head_dim": 8, "num_hidden_layers": 2, "vocab_size": VOCAB + 1, "max_position_embeddings": 512, "id2label": {"0": "LABEL_0"},
@@ -73,7 +77,8 @@ fn model(family: &str, more: Value) -> Arc<dyn RewardModel> {
     }
     let manifest: Manifest = tensors.into_iter().map(|(name, shape)| (name, TensorInfo { dtype: Dtype::F32, shape })).collect();
     let layout = Layout::new(&architecture, &manifest).expect("complete");
-    load(&Random(manifest), &architecture, &layout, &Readout::unnamed(&architecture, &layout), usize::MAX, &mut |_, _| {}).expect("loads")
+    let (source, readout) = (Random(manifest), Readout::unnamed(&architecture, &layout));
+    load(&What { source: &source, architecture: &architecture, layout: &layout, readout: &readout, max_tokens: usize::MAX })
 }
 
 fn bits(model: &dyn RewardModel, pack: &Pack) -> Vec<u32> {
@@ -193,4 +198,27 @@ fn what_is_no_number_stays_with_its_sample() {
     assert_eq!(check_arrivals(&*model, &[sample(BROKEN), sample(1), sample(2)], &[1], 20).expect("equal"), 64 + 100);
     let scored = |last: u32| f32::from_bits(bits(&*model, &Pack::new(&[Arc::new(Encoding::for_test(sample(last)))]))[0]);
     assert!(scored(BROKEN).is_nan() && scored(1).is_finite());
+}
+
+#[test]
+fn every_device_keeps_what_its_own_packs_leave_and_a_share_of_the_bytes() {
+    let several = loaded("llama", json!({}), |what| load_on(&[Place::Cpu; 3], Dtype::F32, what, &mut |_, _| {}).expect("loads"));
+    let pack = Pack::new(&[Arc::new(Encoding::for_test([3; 150].to_vec()))]);
+    let cached = |device: usize| several.forward_on(device, &pack).expect("forward")[0].cached_tokens;
+    several.keep_prefixes(3 << 20);
+    assert_eq!([1, 1, 0, 0, 2].map(cached), [0, 128, 0, 128, 0]);
+    // Enough for a block of one of them is nothing for three.
+    several.keep_prefixes(2 * (2 * 2 * 64 * (8 + 32) * 4 + 1024));
+    assert_eq!([0, 0].map(cached), [0, 0]);
+}
+
+#[test]
+fn operations_of_candle_take_nothing_from_earlier_packs() {
+    let plain =
+        loaded("llama", json!({}), |what| load_with(&Backend::plain_on_cpu(candle_core::DType::F32), what, &mut |_, _| {}).expect("loads"));
+    let pack = Pack::new(&[Arc::new(Encoding::for_test([3; 150].to_vec()))]);
+    plain.keep_prefixes(1 << 20);
+    let outputs = || plain.forward(&pack).expect("forward").remove(0);
+    let (first, second) = (outputs(), outputs());
+    assert_eq!((second.cached_tokens, second.reward.to_bits()), (0, first.reward.to_bits()));
 }

@@ -6,16 +6,19 @@ mod convolution;
 mod embedding;
 mod experts;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::LoadError;
+use super::device::Backend;
 use super::kernels::distances::{self, Distances};
 use super::kernels::rope::{Rotation, Tables};
+use super::ops::Ops;
 use super::pack::{MIN_ROWS, Pack};
+use super::plain::PackPlan;
 use super::prefixes::Memory;
 use super::weights::{Linear, Loader, NormWeights};
 use crate::checkpoint::{Architecture, Layout, Residual};
-use block::{Block, Context};
+use block::{Block, Context, LayerDistances};
 use convolution::Convolution;
 use embedding::Embedding;
 
@@ -23,7 +26,7 @@ use embedding::Embedding;
 #[derive(Debug)]
 pub struct Transformer {
     architecture: Architecture,
-    device: Device,
+    backend: Backend,
     embedding: Embedding,
     convolution: Option<Convolution>,
     blocks: Vec<Block>,
@@ -33,12 +36,7 @@ pub struct Transformer {
 }
 
 impl Transformer {
-    pub fn load(
-        architecture: &Architecture,
-        layout: &Layout,
-        loader: &mut Loader,
-        device: &Device,
-    ) -> std::result::Result<Self, LoadError> {
+    pub fn load(architecture: &Architecture, layout: &Layout, loader: &mut Loader) -> std::result::Result<Self, LoadError> {
         let embedding = Embedding::load(architecture, layout, loader)?;
         let relative = embedding::relative(architecture, layout, loader)?;
         let mut blocks = Vec::with_capacity(layout.blocks.len());
@@ -53,7 +51,26 @@ impl Transformer {
             output_projection: layout.output_projection.as_ref().map(|keys| loader.fused(&[keys])).transpose()?,
             ropes: architecture.ropes.iter().map(Tables::new).collect(),
             architecture: architecture.clone(),
-            device: device.clone(),
+            backend: loader.backend().clone(),
+        })
+    }
+
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// The same on another device of the same kind.
+    pub fn on(&self, backend: &Backend) -> Result<Self> {
+        let device = &backend.device;
+        Ok(Self {
+            embedding: self.embedding.on(device)?,
+            convolution: self.convolution.as_ref().map(|convolution| convolution.on(device)).transpose()?,
+            blocks: self.blocks.iter().map(|block| block.on(device)).collect::<Result<_>>()?,
+            final_norm: self.final_norm.as_ref().map(|norm| norm.on(device)).transpose()?,
+            output_projection: self.output_projection.as_ref().map(|projection| projection.on(device)).transpose()?,
+            ropes: self.architecture.ropes.iter().map(Tables::new).collect(),
+            architecture: self.architecture.clone(),
+            backend: backend.clone(),
         })
     }
 
@@ -61,22 +78,30 @@ impl Transformer {
     /// `memory` has what the pack lacks of its samples.
     pub fn hidden(&self, pack: &Pack, rows: &[u32], memory: Option<&Memory>) -> Result<Vec<Vec<f32>>> {
         let architecture = &self.architecture;
-        let mut x = self.embedding.embed(architecture, pack, &self.device)?;
+        let mut x = self.embedding.embed(architecture, pack, &self.backend.device)?;
         // Behind the last attention only the rows that are read are worth computing; at least so many that a product
         // of them takes its usual path.
         let mut read = rows.to_vec();
         read.resize(rows.len().max(MIN_ROWS), 0);
-        let read = Tensor::new(read, &self.device)?;
+        let read = Tensor::new(read, &self.backend.device)?;
         let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
         let mut convolved = self.convolution.as_ref().map(|convolution| convolution.of(&x, pack)).transpose()?;
         let embeddings = architecture.disentangled.as_ref().map(|disentangled| distances::embeddings(disentangled, pack.longest()));
+        let plan = match self.backend.ops {
+            Ops::Kernels => None,
+            Ops::Plain => Some(PackPlan::new(architecture, pack, &rotations, embeddings.as_deref(), &self.backend)?),
+        };
         for (layer, block) in self.blocks.iter().enumerate() {
             let kind = &architecture.layers[layer];
-            let projected = block.projected.as_ref().zip(embeddings.as_deref());
-            let distances = projected.map(|(projected, embeddings)| Distances { projected, embeddings, longest: pack.longest() });
-            let rotation = kind.rope.map(|rope| &rotations[rope]);
+            let distances = match (&block.distances, embeddings.as_deref()) {
+                (Some(LayerDistances::Kernels(projected)), Some(embeddings)) => {
+                    Some(Distances { projected, embeddings, longest: pack.longest() })
+                }
+                _ => None,
+            };
+            let rotation = kind.rope.map(|rope| (rope, &rotations[rope]));
             let memory = memory.map(|memory| (memory, layer));
-            let context = Context { architecture, pack, window: kind.window, rotation, distances, memory };
+            let context = Context { architecture, pack, window: kind.window, rotation, distances, memory, plan: plan.as_ref() };
             let mut attended = block.attend(&x, &context)?;
             if layer + 1 == self.blocks.len() {
                 attended = attended.index_select(&read, 0)?;

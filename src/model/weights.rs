@@ -1,11 +1,15 @@
 //! A tensor source to tensors on a device: pulled chunk by chunk, widened to float32, fused where the forward pass
-//! multiplies by several matrices at once.
+//! multiplies by several matrices at once, and rounded to what the device multiplies in.
 
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
 
-use super::{LoadError, ops};
+use super::LoadError;
+use super::device::Backend;
+use super::ops::Ops;
 use crate::checkpoint::{CHUNK_ELEMENTS, Elements, LinearKeys, Norm, NormKeys, Rows, TensorSource};
 
 /// Fewest outputs of a matrix product. Crate gemm computes a narrower product in an order of additions that depends on
@@ -19,27 +23,40 @@ pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
     outputs: usize,
+    ops: Ops,
 }
 
 impl Linear {
     /// `[rows, inputs]` to `[rows, at least outputs]`; the columns behind `outputs` are zero.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.matmul(&self.weight)
+        x.to_dtype(self.weight.dtype())?.matmul(&self.weight)
     }
 
     /// [`Linear::forward`] with the bias added.
     pub fn forward_biased(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.forward(x)?;
-        if let Some(bias) = &self.bias {
-            ops::add_bias(&y, bias)?;
+        match &self.bias {
+            Some(bias) => self.ops.add_bias(y, bias),
+            None => Ok(y),
         }
-        Ok(y)
     }
 
     /// [`Linear::forward_biased`] without the columns behind `outputs`.
     pub fn forward_narrow(&self, x: &Tensor) -> Result<Tensor> {
         narrowed(&self.forward_biased(x)?, self.outputs)
     }
+
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        // A view of the other orientation keeps the stored one whole.
+        let weight = self.weight.t()?.to_device(device)?.t()?;
+        Ok(Self { weight, bias: on(self.bias.as_ref(), device)?, outputs: self.outputs, ops: self.ops })
+    }
+}
+
+/// A tensor, where there is one, on another device.
+pub fn on(tensor: Option<&Tensor>, device: &Device) -> Result<Option<Tensor>> {
+    tensor.map(|tensor| tensor.to_device(device)).transpose()
 }
 
 /// Without the zero columns that a narrow product was padded with.
@@ -52,19 +69,25 @@ pub fn narrowed(x: &Tensor, width: usize) -> Result<Tensor> {
 pub struct NormWeights {
     weight: Tensor,
     bias: Option<Tensor>,
+    ops: Ops,
 }
 
 impl NormWeights {
     /// Normalises the leading columns of every row, as many as there are weights.
     pub fn apply(&self, kind: Norm, x: &Tensor) -> Result<Tensor> {
-        ops::normalise(kind, x, &self.weight, self.bias.as_ref())
+        self.ops.normalise(kind, x, &self.weight, self.bias.as_ref())
+    }
+
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        Ok(Self { weight: self.weight.to_device(device)?, bias: on(self.bias.as_ref(), device)?, ops: self.ops })
     }
 }
 
 /// Reads tensors of one source onto one device, and counts what it read.
 pub struct Loader<'a> {
     source: &'a dyn TensorSource,
-    device: &'a Device,
+    backend: &'a Backend,
     progress: &'a mut dyn FnMut(u64, u64),
     total: u64,
     done: u64,
@@ -76,17 +99,21 @@ pub struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub fn new(source: &'a dyn TensorSource, used: &[String], device: &'a Device, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+    pub fn new(source: &'a dyn TensorSource, used: &[String], backend: &'a Backend, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
         let size = |name: &String| source.manifest().get(name).map_or(0, |info| (info.elements() * info.dtype.size()) as u64);
         let total = used.iter().map(size).sum();
-        Self { source, device, progress, total, done: 0, buffer: Elements::default(), parameters: 0, device_bytes: 0 }
+        Self { source, backend, progress, total, done: 0, buffer: Elements::default(), parameters: 0, device_bytes: 0 }
     }
 
-    /// A tensor as it is stored.
+    pub fn backend(&self) -> &'a Backend {
+        self.backend
+    }
+
+    /// A tensor in its own shape.
     pub fn tensor(&mut self, name: &str) -> std::result::Result<Tensor, LoadError> {
         let shape = self.source.manifest().get(name).map(|info| info.shape.clone()).unwrap_or_default();
         let values = self.host(name)?;
-        self.place(values, &shape)
+        self.place(values, &shape, self.backend.weights)
     }
 
     /// The values of a tensor, in float32, on the host.
@@ -111,7 +138,7 @@ impl<'a> Loader<'a> {
         for value in &mut values {
             *value *= factor as f32;
         }
-        self.place(values, &shape)
+        self.place(values, &shape, self.backend.weights)
     }
 
     /// A norm's weight, on the host.
@@ -126,10 +153,11 @@ impl<'a> Loader<'a> {
     }
 
     pub fn norm(&mut self, keys: &NormKeys) -> std::result::Result<NormWeights, LoadError> {
-        let bias = keys.bias.as_deref().map(|bias| self.tensor(bias)).transpose()?;
+        let bias = keys.bias.as_deref().map(|bias| self.host(bias)).transpose()?;
         let weight = self.norm_weight(keys)?;
         let width = weight.len();
-        Ok(NormWeights { weight: self.place(weight, &[width])?, bias })
+        let bias = bias.map(|bias| self.place(bias, &[width], DType::F32)).transpose()?;
+        Ok(NormWeights { weight: self.place(weight, &[width], DType::F32)?, bias, ops: self.backend.ops })
     }
 
     pub fn optional_norm(&mut self, keys: Option<&NormKeys>) -> std::result::Result<Option<NormWeights>, LoadError> {
@@ -140,7 +168,7 @@ impl<'a> Loader<'a> {
     pub fn fused(&mut self, parts: &[&LinearKeys]) -> std::result::Result<Linear, LoadError> {
         let inputs = parts.first().map_or(0, |part| part.inputs);
         let outputs: usize = parts.iter().map(|part| part.outputs).sum();
-        let padded = outputs.max(MIN_OUTPUTS);
+        let padded = if self.backend.ops == Ops::Kernels { outputs.max(MIN_OUTPUTS) } else { outputs };
         let mut weight = vec![0.0; padded * inputs];
         let mut bias = vec![0.0; outputs];
         let mut first = 0;
@@ -152,9 +180,10 @@ impl<'a> Loader<'a> {
             }
             first = end;
         }
-        let bias = if parts.iter().any(|part| part.bias.is_some()) { Some(self.place(bias, &[outputs])?) } else { None };
-        let weight = self.place(weight, &[padded, inputs])?.t()?;
-        Ok(Linear { weight, bias, outputs })
+        let bias =
+            if parts.iter().any(|part| part.bias.is_some()) { Some(self.place(bias, &[outputs], self.backend.weights)?) } else { None };
+        let weight = self.place(weight, &[padded, inputs], self.backend.weights)?.t()?;
+        Ok(Linear { weight, bias, outputs, ops: self.backend.ops })
     }
 
     /// `[outputs, inputs]` of a layer, as it is stored or turned round.
@@ -190,9 +219,16 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    fn place(&mut self, values: Vec<f32>, shape: &[usize]) -> std::result::Result<Tensor, LoadError> {
-        self.device_bytes += (values.len() * size_of::<f32>()) as u64;
-        Ok(Tensor::from_vec(values, shape, self.device)?)
+    /// The host's copy is gone when this returns: one tensor at a time is all that loading holds beside the device.
+    pub fn place(&mut self, values: Vec<f32>, shape: &[usize], dtype: DType) -> std::result::Result<Tensor, LoadError> {
+        self.device_bytes += (values.len() * dtype.size_in_bytes()) as u64;
+        let device = &self.backend.device;
+        // Rounded here, so that no more bytes than those that stay travel to the device.
+        Ok(match dtype {
+            DType::BF16 => Tensor::from_vec(values.par_iter().map(|value| bf16::from_f32(*value)).collect::<Vec<_>>(), shape, device)?,
+            DType::F16 => Tensor::from_vec(values.par_iter().map(|value| f16::from_f32(*value)).collect::<Vec<_>>(), shape, device)?,
+            _ => Tensor::from_vec(values, shape, device)?,
+        })
     }
 
     /// Elements of a tensor from `first` on.
@@ -289,7 +325,8 @@ mod tests {
         let source = Counting([("w".to_owned(), info)].into_iter().collect());
         let mut progress = |_, _| {};
         let used = ["w".to_owned()];
-        let mut loader = Loader::new(&source, &used, &Device::Cpu, &mut progress);
+        let backend = Backend::cpu();
+        let mut loader = Loader::new(&source, &used, &backend, &mut progress);
         let linear = loader.fused(parts).expect("loads");
         let weight = linear.weight.t().expect("turned").narrow(0, 0, linear.outputs).expect("rows");
         let flat = |tensor: &Tensor| tensor.flatten_all().expect("flat").to_vec1().expect("values");

@@ -81,12 +81,21 @@ pub(super) fn leased(model: Arc<dyn RewardModel>, lease: &Arc<Lease>) -> Arc<dyn
     Arc::new(Leased { model: Some(model), lease: lease.clone() })
 }
 
+fn freed() -> ModelError {
+    ModelError::Failed("the model has been freed".to_owned())
+}
+
 impl RewardModel for Leased {
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        match &self.model {
-            Some(model) => model.forward(pack),
-            None => Err(ModelError("the model has been freed".to_owned())),
-        }
+        self.model.as_ref().ok_or_else(freed)?.forward(pack)
+    }
+
+    fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        self.model.as_ref().ok_or_else(freed)?.forward_on(device, pack)
+    }
+
+    fn runs_on(&self) -> Vec<String> {
+        self.model.as_ref().map_or_else(Vec::new, |model| model.runs_on())
     }
 
     fn limits(&self) -> Limits {

@@ -16,7 +16,7 @@ use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, S
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, MemberName, Sample, Score, Truncation};
 use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
-use crate::model::{self, Pack, RewardModel};
+use crate::model::{self, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
 /// Whether the members stand on the device beside the merged model.
@@ -63,6 +63,7 @@ pub struct LoadSpec {
     pub max_pack_tokens: usize,
     /// Bytes of keys and values that the generation's models keep together; 0 for none.
     pub prefix_cache_bytes: usize,
+    pub device: DeviceChoice,
     pub calibration: CalibrationChoice,
     /// Where members that are not folders come from.
     pub remotes: Option<Remotes>,
@@ -102,6 +103,7 @@ impl LoadSpec {
             max_tokens: None,
             max_pack_tokens,
             prefix_cache_bytes: 0,
+            device: DeviceChoice::Places(vec![Place::Cpu]),
             calibration: CalibrationChoice::None,
             remotes: None,
             cache: None,
@@ -164,6 +166,8 @@ pub enum LoadError {
     Source(#[from] SourceError),
     #[error("cannot load {what}")]
     Model { what: String, source: model::LoadError },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error(transparent)]
     NotServed(#[from] NotServed),
     #[error("{field}: {problem}")]
@@ -264,16 +268,24 @@ pub(super) fn probes(text: &TextPipeline, readout: &Readout) -> Result<Vec<Arc<E
 /// Every probe gets a finite score.
 pub(super) fn warm_up(what: &str, model: &dyn RewardModel, probes: &[Arc<Encoding>]) -> Result<(), LoadError> {
     let wrong = |problem: String| LoadError::WarmUp { what: what.to_owned(), problem };
-    let outputs = model.forward(&Pack::new(probes)).map_err(|error| wrong(error.to_string()))?;
-    if outputs.len() != probes.len() {
-        return Err(wrong(format!("expected scores of {} probes, found {}", probes.len(), outputs.len())));
+    // On every device that holds it.
+    for device in 0..model.runs_on().len() {
+        let outputs = model.forward_on(device, &Pack::new(probes)).map_err(|error| wrong(error.to_string()))?;
+        check_probes(&outputs, probes.len()).map_err(wrong)?;
+    }
+    Ok(())
+}
+
+fn check_probes(outputs: &[Output], expected: usize) -> Result<(), String> {
+    if outputs.len() != expected {
+        return Err(format!("expected scores of {expected} probes, found {}", outputs.len()));
     }
     for (i, output) in outputs.iter().enumerate() {
         if output.values.is_empty() && output.steps.is_empty() {
-            return Err(wrong("the head has no output".to_owned()));
+            return Err("the head has no output".to_owned());
         }
         if let Some(bad) = output.values.iter().chain([&output.reward]).find_map(|&value| Score::try_from(value).err()) {
-            return Err(wrong(format!("probe {i}: {bad}")));
+            return Err(format!("probe {i}: {bad}"));
         }
     }
     Ok(())
@@ -300,7 +312,7 @@ pub(super) fn info(
         members: members.collect(),
         architecture: architecture.model_type.clone(),
         dtype: dtype_name(spec.recipe.dtype()).to_owned(),
-        devices: vec!["cpu".to_owned()],
+        devices: Vec::new(),
         recipe: spec.recipe.to_resolved_string(),
         loaded: clock.wall(),
         ensemble: spec.ensemble.name().to_owned(),
@@ -324,7 +336,14 @@ pub(super) fn hex(hash: &[u8; 32]) -> String {
     blake3::Hash::from(*hash).to_hex().to_string()
 }
 
-pub(super) fn dtype_name(dtype: Dtype) -> &'static str {
+/// What a score depends on beside the weights: the CPU computes in float32 whatever they were rounded to, other devices in
+/// what they are rounded to.
+pub(super) fn arithmetic(dtype: Dtype, places: &[Place]) -> String {
+    let name = dtype_name(dtype);
+    if dtype == Dtype::F32 || places.contains(&Place::Cpu) { name.to_owned() } else { format!("{name} in {name}") }
+}
+
+fn dtype_name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::F32 => "float32",
         Dtype::Bf16 => "bfloat16",

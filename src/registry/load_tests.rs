@@ -381,3 +381,40 @@ fn statistics_of_other_weights_are_not_used() {
     let notes = wrong.info.notes.join("; ");
     assert!(notes.contains("the calibration was measured on other weights") && notes.contains("member rm-0"), "{notes}");
 }
+
+#[test]
+fn a_model_on_several_devices_answers_on_each_as_it_does_on_one() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths = [member(dir.path(), "rm-0", |_| {}, 1), member(dir.path(), "rm-1", |_| {}, 2)];
+    let mut spec = LoadSpec::uniform(&paths).expect("two folders");
+    let (one, _) = load(&spec).expect("loads");
+    spec.device = "[cpu, cpu, cpu]".parse().expect("devices");
+    let (several, _) = load(&spec).expect("loads");
+    assert_eq!(several.info.devices, ["cpu"; 3]);
+    assert_eq!(one.fingerprint, several.fingerprint);
+    let sample = Sample::Text("abcde".to_owned());
+    let encoding = Arc::new(one.text.encode(&sample, Truncation::Refuse).expect("fits"));
+    let pack = Pack::new(&[encoding]);
+    let reward = |generation: &Generation, device: usize| generation.merged.models[0].forward_on(device, &pack).expect("forward")[0].reward;
+    for device in 0..3 {
+        assert_eq!(reward(&several, device).to_bits(), reward(&one, 0).to_bits());
+    }
+    let nowhere = several.merged.models[0].forward_on(3, &pack).expect_err("there are three").to_string();
+    assert!(nowhere.contains("no device number 3"), "{nowhere}");
+}
+
+#[test]
+fn what_a_score_is_computed_in_is_part_of_the_fingerprint_where_it_matters() {
+    let (cpu, cuda) = ([Place::Cpu], [Place::Cuda(0)]);
+    assert_eq!(arithmetic(Dtype::F32, &cpu), arithmetic(Dtype::F32, &cuda));
+    assert_ne!(arithmetic(Dtype::Bf16, &cpu), arithmetic(Dtype::Bf16, &cuda));
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named_before_anything_is_loaded() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut spec = LoadSpec::uniform(&[member(dir.path(), "rm-0", |_| {}, 1)]).expect("one folder");
+    spec.device = "cuda:999".parse().expect("a device");
+    let refused = load(&spec).map(|_| ()).expect_err("no such card").to_string();
+    assert!(refused.starts_with("device cuda:999: "), "{refused}");
+}

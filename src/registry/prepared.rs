@@ -5,16 +5,16 @@ use std::sync::{Arc, OnceLock};
 
 use super::canary::{Answers, CanaryBounds, Figures, Probes, examine};
 use super::generation::{FingerprintParts, equipment};
-use super::load::{calibration, dtype_name, hex, info, max_tokens, open_text, probes, warm_up};
+use super::load::{arithmetic, calibration, hex, info, max_tokens, open_text, probes, warm_up};
 use super::members::StreamedMembers;
 use super::outcomes::{answer, scored};
 use super::weights::{MergedModel, load_merged, remembered};
 use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MeasuredMembers, MemberInfo, Progress};
-use crate::checkpoint::{Readout, SourceError, TensorSource};
+use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::{Fingerprint, GenerationId, MemberName, Truncation, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
-use crate::model::{self, Pack, RewardModel};
+use crate::model::{self, Pack, Place, RewardModel, What};
 use crate::text::TextPipeline;
 
 /// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
@@ -36,6 +36,8 @@ pub struct Prepared {
     text: Arc<TextPipeline>,
     readout: Readout,
     max_tokens: usize,
+    /// Where it is to be loaded.
+    on: On,
     /// The architecture and the reading of the head in their canonical form.
     canonical: String,
     calibration: Option<Calibration>,
@@ -43,6 +45,13 @@ pub struct Prepared {
     merged: OnceLock<Arc<Merged>>,
     /// Known once the weights, or what is remembered of them, have been read.
     names: OnceLock<Names>,
+}
+
+/// Where models are loaded, and what their matrices are in there.
+#[derive(Clone)]
+struct On {
+    places: Vec<Place>,
+    dtype: Dtype,
 }
 
 /// What names weights.
@@ -61,6 +70,7 @@ impl Prepared {
         let architecture = plan.reward()?.architecture;
         let max_tokens = max_tokens(spec, architecture)?;
         members_can_stand_alone(spec.ensemble, &plan)?;
+        let on = On { places: spec.device.resolve()?, dtype: spec.recipe.dtype() };
         // What is read and how is as much a part of a score as the body is.
         let canonical = serde_json::to_string(&(architecture, &readout))
             .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
@@ -68,7 +78,7 @@ impl Prepared {
         let (spec, clock, text) = (spec.clone(), clock.clone(), Arc::new(text));
         progress(Progress::step("plan", 1, 1));
         let (merged, names) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { spec, clock, plan, text, readout, max_tokens, canonical, calibration, merged, names })
+        Ok(Self { spec, clock, plan, text, readout, max_tokens, on, canonical, calibration, merged, names })
     }
 
     /// What is loaded, with every member in a folder.
@@ -80,14 +90,14 @@ impl Prepared {
         &self.plan
     }
 
-    /// Bytes of weights on the device once it is loaded, by the plan: float32, whatever they are stored in.
+    /// Bytes of weights on each device once it is loaded, by the plan.
     pub fn device_bytes(&self) -> u64 {
         let members = match self.spec.ensemble {
             Ensemble::Resident if self.plan.members().len() > 1 => self.plan.members().len() as u64,
             Ensemble::Streamed => 1,
             Ensemble::Resident | Ensemble::Off => 0,
         };
-        model::device_bytes(self.plan.manifest()).saturating_mul(1 + members)
+        model::device_bytes_on(&self.on.places, self.on.dtype, self.plan.manifest()).saturating_mul(1 + members)
     }
 
     /// The name that the loaded generation will have. Reads every weight once, and keeps none, unless a cache remembers
@@ -135,7 +145,7 @@ impl Prepared {
         let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
         let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
             let mut tell = |done, total| progress(Progress::step(stage, done, total));
-            load_model(plan, readout, self.max_tokens, source, &mut tell).map_err(|error| error.within(what))
+            load_model(&self.on, plan, readout, self.max_tokens, source, &mut tell).map_err(|error| error.within(what))
         };
         let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
         let MergedModel { model: merged, weights_id, members: hashes, notes } =
@@ -167,6 +177,7 @@ impl Prepared {
         let (fingerprint, calibration) = (self.name(weights_id), self.calibration(weights_id).cloned());
         let mut info = info(&self.spec, plan, plan.reward()?, &hashes, text.policy(), readout, &self.clock);
         info.notes.extend(notes);
+        info.devices = merged.runs_on();
         let (max_tokens, made_for) = (self.max_tokens, plan.reward()?.architecture.max_positions);
         if max_tokens > made_for {
             info.notes.push(format!("max_tokens is {max_tokens}; the model's config says that it is made for {made_for} positions"));
@@ -177,8 +188,8 @@ impl Prepared {
         let member_calibrations = matching(&self.spec.members, &info.members, &mut info.notes);
         let streamed = (self.spec.ensemble == Ensemble::Streamed).then(|| {
             info.notes.push("members are streamed: every comparison loads each of them anew, one after another".to_owned());
-            let (plan, readout) = (plan.clone(), readout.clone());
-            Arc::new(FromPlan { plan, readout, max_tokens: self.max_tokens }) as Arc<dyn StreamedMembers>
+            let (on, plan, readout) = (self.on.clone(), plan.clone(), readout.clone());
+            Arc::new(FromPlan { on, plan, readout, max_tokens: self.max_tokens }) as Arc<dyn StreamedMembers>
         });
         let text = text.clone();
         let parts =
@@ -203,7 +214,7 @@ impl Prepared {
     fn name(&self, weights_id: WeightsId) -> Fingerprint {
         let parts = FingerprintParts {
             weights_id,
-            dtype: dtype_name(self.spec.recipe.dtype()),
+            dtype: &arithmetic(self.on.dtype, &self.on.places),
             architecture: &self.canonical,
             text: self.text.hash(),
             max_tokens: self.max_tokens,
@@ -244,6 +255,7 @@ fn matching(measured: &MeasuredMembers, infos: &[MemberInfo], notes: &mut Vec<St
 
 /// A model of the plan's architecture and reading, from a source of its weights.
 fn load_model(
+    on: &On,
     plan: &MergePlan,
     readout: &Readout,
     max_tokens: usize,
@@ -251,7 +263,8 @@ fn load_model(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, NotLoaded> {
     let Reward { architecture, layout, .. } = plan.reward().map_err(|error| NotLoaded::Load(error.into()))?;
-    model::load(source, architecture, layout, readout, max_tokens, progress).map_err(NotLoaded::Model)
+    let what = What { source, architecture, layout, readout, max_tokens };
+    model::load_on(&on.places, on.dtype, &what, progress).map_err(NotLoaded::Model)
 }
 
 /// Why one model is not loaded.
@@ -271,6 +284,7 @@ impl NotLoaded {
 
 /// Members that are read from the plan's checkpoints once more. Bytes that differ from those that were merged are refused.
 struct FromPlan {
+    on: On,
     plan: Arc<MergePlan>,
     readout: Readout,
     max_tokens: usize,
@@ -280,7 +294,7 @@ impl StreamedMembers for FromPlan {
     fn load(&self, index: usize) -> Result<Arc<dyn RewardModel>, String> {
         let source = self.plan.member_source(index).map_err(|error| error.to_string())?;
         let source = source.ok_or_else(|| format!("the plan has no member {index}"))?;
-        load_model(&self.plan, &self.readout, self.max_tokens, &source, &mut |_, _| {}).map_err(|error| match error {
+        load_model(&self.on, &self.plan, &self.readout, self.max_tokens, &source, &mut |_, _| {}).map_err(|error| match error {
             NotLoaded::Load(error) => error.to_string(),
             NotLoaded::Model(error) => error.to_string(),
         })

@@ -54,12 +54,24 @@ impl RewardModel for Placed {
         self.model.forward(pack)
     }
 
+    fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        self.model.forward_on(device, pack)
+    }
+
+    fn runs_on(&self) -> Vec<String> {
+        self.model.runs_on()
+    }
+
     fn limits(&self) -> Limits {
         self.model.limits()
     }
 
     fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
         self.model.prefix_key(tokens)
+    }
+
+    fn keep_prefixes(&self, bytes: usize) {
+        self.model.keep_prefixes(bytes);
     }
 
     fn token_cost(&self, from: usize, to: usize) -> usize {

@@ -51,7 +51,7 @@ impl RewardModel for FakeModel {
             hook(&samples);
         }
         if samples.iter().any(|ids| ids[0] == FAIL) {
-            return Err(ModelError("asked to fail".to_owned()));
+            return Err(ModelError::Failed("asked to fail".to_owned()));
         }
         assert!(!samples.iter().any(|ids| ids[0] == PANIC), "asked to panic");
         let value = |ids: &Vec<u32>| if ids[0] == NAN { f32::NAN } else { self.score(ids) };

@@ -7,7 +7,7 @@ use super::Permit;
 use crate::model::{Output, RewardModel};
 use crate::text::Encoding;
 
-/// Settings of one device's scorer.
+/// Settings of a scorer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScorerOptions {
     /// Tokens of one forward pass at most, shared ones counted once and attention counted in; at least the longest sample
@@ -18,7 +18,9 @@ pub struct ScorerOptions {
     pub max_queue_tokens: usize,
     /// What one level of priority is worth in time of arrival.
     pub ageing: Duration,
-    /// Threads of the pool that forwards run in; 0 is one per core.
+    /// Devices, each with a worker of its own, which take packs from one queue.
+    pub devices: usize,
+    /// Threads of the pool that the forwards of one device run in; 0 is one per core.
     pub threads: usize,
     /// How far these threads stand behind all others, so that a busy server still answers, and refuses, at once.
     pub nice: u8,
@@ -34,6 +36,7 @@ impl Default for ScorerOptions {
             max_queue_samples: 65_536,
             max_queue_tokens: 8 << 20,
             ageing: Duration::from_secs(1),
+            devices: 1,
             threads: 0,
             nice: 5,
             retry_after: Duration::from_secs(1),

@@ -28,7 +28,9 @@ pub(super) struct Job {
 pub(super) struct State {
     pub queue: Queue,
     pub jobs: HashMap<JobId, Job>,
-    /// The worker has ended, so nothing would be answered.
+    /// Workers that run.
+    pub workers: usize,
+    /// A worker has ended before its time, so not all would be answered.
     pub gone: bool,
     /// The last handle has been dropped, so nothing more will come.
     pub hung_up: bool,
@@ -62,6 +64,12 @@ impl State {
         job.outcomes[pick.sample] = Some(outcome);
         job.open -= 1;
         if job.open == 0 { self.jobs.remove(&pick.job) } else { None }
+    }
+
+    /// Takes out the job of a sample that cannot be answered, with what is left of it in the queue; `None` if it is gone.
+    pub fn withdraw(&mut self, pick: Pick) -> Option<Job> {
+        self.queue.remove(pick.job);
+        self.jobs.remove(&pick.job)
     }
 }
 
@@ -137,7 +145,7 @@ impl ScorerHandle {
         &self.line.0.options
     }
 
-    /// Whether the worker is there to answer.
+    /// Whether every worker is there to answer.
     pub fn is_alive(&self) -> bool {
         !lock(&self.line.0.state).gone
     }

@@ -71,7 +71,12 @@ impl ScorerMetrics {
             tokens_shared: tokens.with_label_values(&["shared"]),
             tokens_cached: tokens.with_label_values(&["cached"]),
             samples,
-            packs: counters("warm_scorer_packs_total", "Packs, by how their forward ended.", "outcome", &["ok", "error", "panic"])?,
+            packs: counters(
+                "warm_scorer_packs_total",
+                "Packs, by how their forward ended.",
+                "outcome",
+                &["ok", "split", "error", "panic"],
+            )?,
             skipped: counters(
                 "warm_scorer_skipped_total",
                 "Queued work that was never run: samples past their deadline, and jobs whose caller has gone.",

@@ -1,6 +1,8 @@
-//! One device behind one bounded queue: admission, the pure policy of the queue, and the worker that owns the device.
+//! Devices behind one bounded queue: admission, the pure policy of the queue, and the workers that own a device each.
 
 mod admission;
+mod budget;
+mod forward;
 mod job;
 mod line;
 mod metrics;
@@ -8,12 +10,12 @@ mod queue;
 mod worker;
 
 pub use admission::{Admission, AdmissionOptions, Permit, Shed, ShedReason};
+pub(crate) use forward::panic_message;
 pub use job::{Reply, SampleError, ScorerError, ScorerOptions, Submission};
 pub use line::ScorerHandle;
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
 pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
-pub(crate) use worker::panic_message;
-pub use worker::{Worker, pair, spawn};
+pub use worker::{Worker, crew, pair, spawn};
 
 /// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves
 /// consistent counts.

@@ -1,4 +1,5 @@
-//! The device worker: an actor on an OS thread that owns the device. Queue, pack, forward, reply.
+//! The device worker: an actor on an OS thread that owns its device. Queue, pack, forward, reply. Several devices have a
+//! worker each, and all of them take from one queue.
 //!
 //! It never waits for more work to come: an idle device starts on whatever there is, and what arrives meanwhile makes the
 //! next pack. While the device is busy the worker makes the next pack ready, if there is enough to fill it: a pack that
@@ -6,19 +7,25 @@
 //! is done.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
+use super::budget::Budget;
+use super::forward::{Forwarded, Next, Trouble, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
 use crate::clock::Clock;
-use crate::model::{Output, Pack, RewardModel};
+use crate::model::RewardModel;
 use crate::text::Encoding;
 
-/// The one that owns the device. [`spawn`] gives it a thread; a test steps it by hand.
+/// The one that owns a device. [`spawn`] gives it a thread; a test steps it by hand.
 pub struct Worker {
     shared: Arc<Shared>,
+    /// Which of the devices.
+    device: usize,
+    budget: Budget,
+    /// The device answers no more, so nothing else is tried.
+    lost: bool,
     pool: Option<rayon::ThreadPool>,
     /// A full pack that was made ready while the device was busy.
     ahead: Option<Next>,
@@ -26,25 +33,44 @@ pub struct Worker {
 
 /// A handle and its worker, which does nothing by itself and runs forwards on the thread that steps it.
 pub fn pair(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Worker) {
-    metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
-    let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
-    let state = State { queue: Queue::new(bounds, options.ageing), jobs: HashMap::new(), gone: false, hung_up: false };
-    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
-    (ScorerHandle::new(shared.clone()), Worker { shared, pool: None, ahead: None })
+    let (handle, shared) = line(ScorerOptions { devices: 1, ..options }, clock, metrics);
+    (handle, Worker::new(shared, 0))
 }
 
-/// Starts the worker on a thread of its own, with a pool of its own for the forwards. The thread ends when the last
+/// [`pair`] with a worker for every device.
+pub fn crew(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Vec<Worker>) {
+    let (handle, shared) = line(options, clock, metrics);
+    (handle, (0..options.devices).map(|device| Worker::new(shared.clone(), device)).collect())
+}
+
+fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Arc<Shared>) {
+    metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
+    let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
+    let queue = Queue::new(bounds, options.ageing);
+    let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };
+    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
+    (ScorerHandle::new(shared.clone()), shared)
+}
+
+/// Starts every worker on a thread of its own, with a pool of its own for the forwards. The threads end when the last
 /// handle is dropped and the queue is empty.
-pub fn spawn(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> std::io::Result<(ScorerHandle, std::thread::JoinHandle<()>)> {
-    let (handle, mut worker) = pair(options, clock, metrics);
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(options.threads)
-        .thread_name(|i| format!("warm-device-{i}"))
-        .start_handler(move |_| stand_back(options.nice))
-        .build();
-    worker.pool = Some(pool.map_err(std::io::Error::other)?);
-    let thread = std::thread::Builder::new().name("warm-device".to_owned()).spawn(move || worker.run())?;
-    Ok((handle, thread))
+pub fn spawn(
+    options: ScorerOptions,
+    clock: Clock,
+    metrics: ScorerMetrics,
+) -> std::io::Result<(ScorerHandle, Vec<std::thread::JoinHandle<()>>)> {
+    let (handle, workers) = crew(options, clock, metrics);
+    let mut threads = Vec::with_capacity(workers.len());
+    for mut worker in workers {
+        let device = worker.device;
+        let name = move |thread: usize| if device == 0 { format!("warm-device-{thread}") } else { format!("warm-device{device}-{thread}") };
+        let behind = move |_| stand_back(options.nice);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).thread_name(name).start_handler(behind).build();
+        worker.pool = Some(pool.map_err(std::io::Error::other)?);
+        let name = if device == 0 { "warm-device".to_owned() } else { format!("warm-device{device}") };
+        threads.push(std::thread::Builder::new().name(name).spawn(move || worker.run())?);
+    }
+    Ok((handle, threads))
 }
 
 /// Lowers the priority of this thread. Where that cannot be done it computes all the same.
@@ -63,28 +89,17 @@ fn stand_back(nice: u8) {
 #[cfg(not(target_os = "linux"))]
 fn stand_back(_: u8) {}
 
-/// A pack to run, and whose samples it holds.
-struct Next {
-    picks: Vec<Pick>,
-    models: Arc<[Arc<dyn RewardModel>]>,
-    encodings: Vec<Arc<Encoding>>,
-    /// `Err`: why it could not be made.
-    pack: Result<Pack, String>,
-    span: tracing::Span,
-}
-
-impl Next {
-    fn new(picks: Vec<Pick>, models: Arc<[Arc<dyn RewardModel>]>, encodings: Vec<Arc<Encoding>>, span: tracing::Span) -> Self {
-        // The models of a lane are of one architecture, so what may be shared is the same for all of them.
-        let make = || Pack::forest(&encodings, |tokens| models.first()?.prefix_key(tokens));
-        let pack = catch_unwind(AssertUnwindSafe(make)).map_err(|panic| format!("packing panicked: {}", panic_message(panic.as_ref())));
-        Self { picks, models, encodings, pack, span }
-    }
-}
-
 impl Worker {
+    fn new(shared: Arc<Shared>, device: usize) -> Self {
+        let budget = Budget::new(shared.options.max_pack_tokens);
+        Self { shared, device, budget, lost: false, pool: None, ahead: None }
+    }
+
     /// Settles what is expired and runs one pack; false if there was nothing to do. Never waits.
     pub fn step(&mut self) -> bool {
+        if self.lost {
+            return false;
+        }
         if let Some(next) = self.ahead.take() {
             if let Some(next) = self.still_wanted(next) {
                 self.execute(next);
@@ -102,6 +117,9 @@ impl Worker {
     pub fn run(mut self) {
         loop {
             while self.step() {}
+            if self.lost {
+                return;
+            }
             let state = lock(&self.shared.state);
             if !state.queue.is_empty() {
                 continue;
@@ -116,14 +134,19 @@ impl Worker {
 
     fn draw(&self, mut guard: MutexGuard<'_, State>) -> (bool, Option<Next>) {
         let (shared, now) = (&self.shared, self.shared.clock.now());
-        let limits = PackLimits { max_tokens: shared.options.max_pack_tokens, max_samples: shared.options.max_pack_samples };
+        let limits = PackLimits { max_tokens: self.budget.tokens(), max_samples: shared.options.max_pack_samples };
         let state = &mut *guard;
         let draw = state.queue.next_pack(now, limits);
         let closed = shared.settle(state, &draw.expired);
         shared.show_depth(state);
         let drew = !draw.is_empty();
         let found = found(draw.picks, state, &shared.metrics, now);
+        let more = !state.queue.is_empty();
         drop(guard);
+        if more {
+            // There may be another device that waits.
+            shared.wake.notify_one();
+        }
         answer_all(closed, now);
         (drew, found.map(|(picks, models, encodings, span)| Next::new(picks, models, encodings, span)))
     }
@@ -131,7 +154,7 @@ impl Worker {
     /// The next pack, if what waits fills one.
     fn collate(&self) -> Option<Next> {
         let state = lock(&self.shared.state);
-        if state.queue.tokens() < self.shared.options.max_pack_tokens { None } else { self.draw(state).1 }
+        if state.queue.tokens() < self.budget.tokens() { None } else { self.draw(state).1 }
     }
 
     /// A pack that was made ready, without what has become too late or been withdrawn since.
@@ -162,14 +185,15 @@ impl Worker {
 
     fn execute(&mut self, next: Next) {
         let (shared, started) = (self.shared.clone(), self.shared.clock.now());
-        let run = || next.span.in_scope(|| forward(&next, &shared.metrics));
+        let device = self.device;
+        let run = || next.span.in_scope(|| forward(&next, device, &shared.metrics));
         let result = match &self.pool {
             None => {
                 self.ahead = self.collate();
                 run()
             }
             Some(pool) => {
-                let (mut result, mut ahead) = (Err("the device's threads have ended".to_owned()), None);
+                let (mut result, mut ahead) = (Err(Trouble::of_pack("the device's threads have ended".to_owned())), None);
                 pool.in_place_scope(|scope| {
                     scope.spawn(|_| result = run());
                     ahead = self.collate();
@@ -193,80 +217,60 @@ impl Worker {
         }
         let mut closed = Vec::new();
         match result {
-            Ok(outputs) => {
-                for (pick, outputs) in next.picks.iter().zip(outputs) {
-                    closed.extend(state.record(*pick, Ok(outputs)));
+            Ok(Forwarded { outcomes, largest, misfits }) => {
+                let mut failed = Vec::new();
+                for (pick, outcome) in next.picks.iter().zip(outcomes) {
+                    match outcome {
+                        Ok(outputs) => closed.extend(state.record(*pick, Ok(outputs))),
+                        Err(problem) => failed.extend(state.withdraw(*pick).map(|job| (job, problem))),
+                    }
                 }
+                shared.show_depth(state);
                 drop(guard);
                 answer_all(closed, ended);
+                for (job, problem) in failed {
+                    job.fail(ScorerError::Forward(problem));
+                }
+                self.learn(&next, largest, misfits);
             }
-            Err(problem) => {
+            Err(trouble) => {
                 // The rest of these requests would be scored for nothing.
                 for pick in &next.picks {
-                    state.queue.remove(pick.job);
-                    closed.extend(state.jobs.remove(&pick.job));
+                    closed.extend(state.withdraw(*pick));
                 }
                 shared.show_depth(state);
                 drop(guard);
                 for job in closed {
-                    job.fail(ScorerError::Forward(problem.clone()));
+                    job.fail(ScorerError::Forward(trouble.words.clone()));
                 }
+                self.lost = trouble.device_lost;
             }
         }
     }
-}
 
-/// All models over one pack: per sample, one output per model.
-fn forward(next: &Next, metrics: &ScorerMetrics) -> Result<Vec<Vec<Output>>, String> {
-    let run = || -> Result<Vec<Vec<Output>>, String> {
-        let pack = next.pack.as_ref().map_err(String::clone)?;
-        let mut samples = vec![Vec::with_capacity(next.models.len()); next.encodings.len()];
-        for (i, model) in next.models.iter().enumerate() {
-            let _forward = tracing::debug_span!("forward", model = i).entered();
-            let outputs = model.forward(pack).map_err(|error| error.to_string())?;
-            if outputs.len() != samples.len() {
-                return Err(format!("expected {} outputs of the model, found {}", samples.len(), outputs.len()));
-            }
-            for (sample, output) in samples.iter_mut().zip(outputs) {
-                sample.push(output);
-            }
+    /// What a forward says of the room on the device.
+    fn learn(&mut self, next: &Next, largest: usize, misfits: usize) {
+        if misfits == 0 {
+            self.budget.fits();
+            return;
         }
-        Ok(samples)
-    };
-    let caught = catch_unwind(AssertUnwindSafe(run));
-    let tokens = next.picks.iter().map(|pick| pick.tokens).sum::<usize>();
-    metrics.pack_samples.observe(next.picks.len() as f64);
-    let outcome = match &caught {
-        Ok(Ok(samples)) => {
-            metrics.samples.inc_by(samples.len() as u64);
-            for model in 0..next.models.len() {
-                let there = |sample: usize| samples[sample][model].cached_tokens;
-                let computed = next.pack.as_ref().map_or(0, |pack| pack.computed_without(there));
-                let cached: usize = (0..samples.len()).map(there).sum();
-                if model == 0 {
-                    metrics.pack_tokens.observe(computed as f64);
-                }
-                metrics.tokens_computed.inc_by(computed as u64);
-                metrics.tokens_cached.inc_by(cached as u64);
-                metrics.tokens_shared.inc_by(tokens.saturating_sub(computed + cached) as u64);
-            }
-            "ok"
-        }
-        Ok(Err(_)) => "error",
-        Err(_) => "panic",
-    };
-    metrics.packs.with_label_values(&[outcome]).inc();
-    let result = caught.unwrap_or_else(|panic| Err(format!("the forward pass panicked: {}", panic_message(panic.as_ref()))));
-    if let Err(problem) = &result {
-        tracing::error!(problem, samples = next.picks.len(), tokens, "a pack failed");
+        let whole: usize = next.picks.iter().map(|pick| pick.tokens).sum();
+        let lower = self.budget.lower(largest, whole);
+        let tokens = self.budget.tokens();
+        tracing::warn!(device = self.device, whole, largest, lower, max_pack_tokens = tokens, "the device had no room for a pack");
+        self.shared.metrics.max_pack_tokens.set(i64::try_from(tokens).unwrap_or(i64::MAX));
     }
-    result
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // Dropping the jobs tells every caller that nobody will answer.
         let mut state = lock(&self.shared.state);
+        state.workers -= 1;
+        // One that ends in its time leaves the jobs of the others alone.
+        if state.hung_up && !self.lost && !std::thread::panicking() && state.workers > 0 {
+            return;
+        }
+        // Dropping the jobs tells every caller that nobody will answer.
         state.gone = true;
         let jobs = std::mem::take(&mut state.jobs);
         for id in jobs.keys() {
@@ -296,11 +300,6 @@ fn found(picks: Vec<Pick>, state: &State, metrics: &ScorerMetrics, now: Instant)
         }
     }
     Some((picks, first.submission.models.clone(), encodings, span))
-}
-
-/// The words of a panic, where it has some.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
-    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
 #[cfg(test)]

@@ -1,14 +1,14 @@
 //! Steps the worker by hand: no thread, no sleep.
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use std::time::Duration;
 
 use super::super::line::Answer;
 use super::*;
-use crate::model::{Limits, ModelError};
+use crate::model::{Limits, ModelError, Output, Pack};
 use crate::scorer::{Permit, SampleError, Submission};
 
 /// Gives every sample's sum of ids; panics, fails or forgets a sample where an id asks for it.
@@ -17,6 +17,12 @@ struct Sum {
     seen: Mutex<Vec<Vec<u32>>>,
     forwards: AtomicU64,
     clock: Clock,
+    /// Tokens that the device has room for; 0 for any number.
+    room: AtomicU64,
+    /// The device is broken.
+    broken: AtomicBool,
+    /// The device of every forward, in order.
+    devices: Mutex<Vec<usize>>,
 }
 
 const PANIC: u32 = 1001;
@@ -27,12 +33,19 @@ impl RewardModel for Sum {
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         self.forwards.fetch_add(1, Ordering::Relaxed);
         self.clock.advance(Duration::from_millis(10));
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(ModelError::DeviceLost("CUDA_ERROR_ILLEGAL_ADDRESS".to_owned()));
+        }
+        let room = self.room.load(Ordering::Relaxed);
+        if room > 0 && pack.computed_tokens() as u64 > room {
+            return Err(ModelError::OutOfMemory(format!("{} tokens", pack.computed_tokens())));
+        }
         let samples: Vec<Vec<u32>> = (0..pack.len()).map(|i| pack.encoding(i).ids().to_vec()).collect();
         lock(&self.seen).extend(samples.clone());
         let asked = |id: u32| samples.iter().flatten().any(|&found| found == id);
         assert!(!asked(PANIC), "asked to panic");
         if asked(FAIL) {
-            return Err(ModelError("asked to fail".to_owned()));
+            return Err(ModelError::Failed("asked to fail".to_owned()));
         }
         let outputs = samples.iter().map(|ids| Output {
             reward: ids.iter().sum::<u32>() as f32,
@@ -43,6 +56,11 @@ impl RewardModel for Sum {
             cached_tokens: 0,
         });
         Ok(outputs.skip(usize::from(asked(FORGET))).collect())
+    }
+
+    fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        lock(&self.devices).push(device);
+        self.forward(pack)
     }
 
     fn limits(&self) -> Limits {
@@ -217,13 +235,15 @@ fn a_worker_that_is_gone_is_an_error_for_those_who_wait_and_those_who_come() {
 }
 
 #[test]
-fn the_thread_finishes_what_is_queued_and_ends_with_the_last_handle() {
-    let options = ScorerOptions { threads: 1, ..small() };
-    let (handle, thread) = spawn(options, Clock::system(), ScorerMetrics::unregistered()).expect("threads");
+fn the_threads_of_several_devices_finish_what_is_queued_and_end_with_the_last_handle() {
+    let options = ScorerOptions { threads: 1, devices: 3, ..small() };
+    let (handle, threads) = spawn(options, Clock::system(), ScorerMetrics::unregistered()).expect("threads");
     let bench = Bench::new(options);
     let answers: Vec<_> = (0..20).map(|i| handle.clone().submit(bench.submission(&[&[i; 8], &[i; 3]])).expect("room")).collect();
     drop(handle);
-    thread.join().expect("no panic");
+    for thread in threads {
+        thread.join().expect("no panic");
+    }
     for (i, answer) in answers.into_iter().enumerate() {
         assert_eq!(values(now(answer)), [8.0 * i as f32, 3.0 * i as f32]);
     }
@@ -240,4 +260,83 @@ fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
     });
     assert_eq!(behind.join().expect("no panic"), (before + 3).min(19));
     assert_eq!(priority(), before);
+}
+
+#[test]
+fn several_devices_take_packs_from_one_queue() {
+    let clock = Clock::manual();
+    let (handle, mut workers) = crew(ScorerOptions { devices: 2, ..small() }, clock.clone(), ScorerMetrics::unregistered());
+    let model = Arc::new(Sum { clock: clock.clone(), ..Sum::default() });
+    let (other, worker) = pair(small(), clock.clone(), ScorerMetrics::unregistered());
+    let bench = Bench { clock, handle: other, worker, model };
+    let answer = handle.submit(bench.submission(&[&[1; 8], &[2; 8], &[3; 8], &[4; 8]])).expect("room");
+    for turn in 0..4 {
+        assert!(workers[turn % 2].step());
+    }
+    assert_eq!(values(now(answer)), [8.0, 16.0, 24.0, 32.0]);
+    assert_eq!(*lock(&bench.model.devices), [0, 1, 0, 1]);
+    // A worker that ends when nobody is there any more leaves the rest to the others.
+    let kept = handle.submit(bench.submission(&[&[5]])).expect("room");
+    drop(handle);
+    drop(workers.pop());
+    assert!(workers[0].step());
+    assert_eq!(values(now(kept)), [5.0]);
+}
+
+#[test]
+fn a_pack_that_does_not_fit_is_run_in_parts_and_the_next_ones_are_smaller() {
+    let mut bench = Bench::new(ScorerOptions { max_pack_tokens: 64, ..ScorerOptions::default() });
+    bench.model.room.store(20, Ordering::Relaxed);
+    let samples: Vec<Vec<u32>> = (1..=8).map(|id| vec![id; 8]).collect();
+    let samples: Vec<&[u32]> = samples.iter().map(Vec::as_slice).collect();
+    let answer = bench.submit(&samples);
+    assert!(bench.worker.step());
+    assert_eq!(values(now(answer)), [8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0, 64.0]);
+    // 64 and twice 32 do not fit, four times 16 does.
+    assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 7);
+    assert_eq!(bench.worker.budget.tokens(), 16);
+    let metrics = &bench.worker.shared.metrics;
+    assert_eq!((metrics.packs.with_label_values(&["split"]).get(), metrics.max_pack_tokens.get()), (1, 16));
+    assert_eq!((metrics.tokens_computed.get(), metrics.tokens_shared.get()), (64, 0));
+    let answer = bench.submit(&samples);
+    while bench.worker.step() {}
+    assert_eq!(values(now(answer)).len(), 8);
+    assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 7 + 4);
+    assert!(bench.handle.is_alive());
+}
+
+#[test]
+fn a_sample_that_does_not_fit_even_alone_costs_its_request_only() {
+    let mut bench = Bench::new(ScorerOptions { max_pack_tokens: 64, ..ScorerOptions::default() });
+    bench.model.room.store(20, Ordering::Relaxed);
+    let fine = bench.submit(&[&[1; 8]]);
+    let large = bench.submit(&[&[2; 30]]);
+    let after = bench.submit(&[&[3; 8]]);
+    while bench.worker.step() {}
+    assert_eq!((values(now(fine)), values(now(after))), (vec![8.0], vec![24.0]));
+    let error = now(large).expect("answered").expect_err("no room");
+    assert!(error.to_string().contains("out of memory"), "{error}");
+    // Nothing was done with its tokens.
+    let metrics = &bench.worker.shared.metrics;
+    assert_eq!((metrics.tokens_computed.get(), metrics.tokens_shared.get(), metrics.tokens_cached.get()), (16, 0, 0));
+    assert!(bench.handle.is_alive());
+}
+
+#[test]
+fn a_lost_device_is_asked_no_more_and_everybody_is_told() {
+    let clock = Clock::manual();
+    let (handle, mut workers) = crew(ScorerOptions { devices: 2, ..small() }, clock.clone(), ScorerMetrics::unregistered());
+    let (other, worker) = pair(small(), clock.clone(), ScorerMetrics::unregistered());
+    let bench = Bench { model: Arc::new(Sum { clock: clock.clone(), ..Sum::default() }), clock, handle: other, worker };
+    bench.model.broken.store(true, Ordering::Relaxed);
+    let running = handle.submit(bench.submission(&[&[1; 8]])).expect("room");
+    let queued = handle.submit(bench.submission(&[&[2; 8]])).expect("room");
+    assert!(workers[1].step());
+    let error = now(running).expect("answered").expect_err("lost");
+    assert!(error.to_string().contains("the device is lost: CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
+    let worker = workers.pop().expect("two");
+    // Its thread ends by itself, although there is work.
+    worker.run();
+    assert!(!handle.is_alive());
+    assert_eq!(now(queued), Some(Err(ScorerError::WorkerGone)));
 }

@@ -10,7 +10,7 @@ use super::tile::{ROWS, Rows, multiply_add};
 use crate::checkpoint::Disentangled;
 
 /// Embeddings of distances, projected by one layer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Projected {
     head_dim: usize,
     /// Embeddings, and zeros up to whole blocks.

@@ -1,6 +1,8 @@
 //! Rotary positions (RoFormer, 2104.09864), with the norms on queries and keys that some families put before them.
 
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
+
+use candle_core::{Device, Result, Tensor};
 
 use super::norm::rms_scale;
 use super::{RowKernel, for_rows};
@@ -13,6 +15,8 @@ pub struct Table {
     half: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// Both on the model's device, `[rows, half]`, once they were asked for there.
+    placed: OnceLock<(Tensor, Tensor)>,
 }
 
 /// The tables of one rotary embedding. Which of them rotates a sample depends on the sample's own length, in embeddings
@@ -33,7 +37,7 @@ pub struct Rotation {
 
 impl Tables {
     pub fn new(rope: &Rope) -> Self {
-        let empty = || RwLock::new(Arc::new(Table { half: rope.dims / 2, cos: Vec::new(), sin: Vec::new() }));
+        let empty = || RwLock::new(Arc::new(Table { half: rope.dims / 2, cos: Vec::new(), sin: Vec::new(), placed: OnceLock::new() }));
         Self { rope: rope.clone(), kept: [empty(), empty()] }
     }
 
@@ -79,12 +83,33 @@ impl Tables {
     }
 }
 
+impl Rotation {
+    /// Cosines and sines of every row of a pack on the device, `[rows, dims / 2]`, where row `i` stands at `positions[i]`.
+    pub fn angles(&self, positions: &[u32], device: &Device) -> Result<(Tensor, Tensor)> {
+        if let [table] = self.tables.as_slice() {
+            let (cos, sin) = table.placed(device)?;
+            let positions = Tensor::new(positions, device)?;
+            return Ok((cos.index_select(&positions, 0)?, sin.index_select(&positions, 0)?));
+        }
+        let half = self.tables.first().map_or(0, |table| table.half);
+        let (mut cos, mut sin) = (Vec::with_capacity(positions.len() * half), Vec::with_capacity(positions.len() * half));
+        for (position, which) in positions.iter().zip(&self.which) {
+            let (table, first) = (&self.tables[*which as usize], *position as usize * half);
+            cos.extend_from_slice(&table.cos[first..first + half]);
+            sin.extend_from_slice(&table.sin[first..first + half]);
+        }
+        let shape = (positions.len(), half);
+        Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
+    }
+}
+
 impl Table {
     fn new(frequencies: &[f32], factor: f32, rows: usize) -> Self {
         let mut table = Self {
             half: frequencies.len(),
             cos: Vec::with_capacity(rows * frequencies.len()),
             sin: Vec::with_capacity(rows * frequencies.len()),
+            placed: OnceLock::new(),
         };
         for position in 0..rows {
             for frequency in frequencies {
@@ -95,6 +120,19 @@ impl Table {
             }
         }
         table
+    }
+
+    fn placed(&self, device: &Device) -> Result<&(Tensor, Tensor)> {
+        if self.placed.get().is_none() {
+            let shape = (self.rows(), self.half);
+            let table = (Tensor::from_slice(&self.cos, shape, device)?, Tensor::from_slice(&self.sin, shape, device)?);
+            // Another thread's copy is as good.
+            let _ = self.placed.set(table);
+        }
+        match self.placed.get() {
+            Some(placed) => Ok(placed),
+            None => candle_core::bail!("the rotary table is not on the device"),
+        }
     }
 
     fn rows(&self) -> usize {

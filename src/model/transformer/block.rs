@@ -1,13 +1,14 @@
 //! One transformer layer: attention and an MLP, and the norms around them.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::kernels::attention::Shape;
 use super::super::kernels::distances::{Distances, Projected};
 use super::super::kernels::rope::{HeadTransform, Rotation};
-use super::super::ops::{self, Heads};
+use super::super::ops::{self, Heads, Ops};
 use super::super::pack::Pack;
+use super::super::plain::{self, PackPlan};
 use super::super::prefixes::Memory;
 use super::super::weights::{Linear, Loader, NormWeights, narrowed};
 use super::experts::Mixture;
@@ -18,11 +19,25 @@ pub struct Block {
     pub attention_norms: Norms,
     /// `[queries | keys | values]` in one product.
     qkv: Linear,
-    qk_norms: Option<(Vec<f32>, Vec<f32>)>,
-    pub projected: Option<Projected>,
+    qk_norms: Option<QkNorms>,
+    pub distances: Option<LayerDistances>,
     pub output: Linear,
     pub mlp_norms: Norms,
     mlp: Mlp,
+}
+
+/// The weights of the norms on queries and keys, for either side of the seam.
+#[derive(Debug)]
+enum QkNorms {
+    Kernels(Vec<f32>, Vec<f32>),
+    Plain(Tensor, Tensor),
+}
+
+/// The embeddings of distances as one layer meets them, for either side of the seam.
+#[derive(Debug)]
+pub enum LayerDistances {
+    Kernels(Projected),
+    Plain(plain::Embedded),
 }
 
 /// The norms around one part of a layer; see [`PartNorms`].
@@ -31,6 +46,7 @@ pub struct Norms {
     before: Option<NormWeights>,
     behind: Option<NormWeights>,
     after: Option<NormWeights>,
+    ops: Ops,
 }
 
 #[derive(Debug)]
@@ -44,6 +60,7 @@ pub struct Dense {
     /// `[gate | up]` in one product, or `up` alone.
     up: Linear,
     down: Linear,
+    ops: Ops,
 }
 
 /// What the attention of one layer needs to know beside its weights.
@@ -51,10 +68,13 @@ pub struct Context<'a> {
     pub architecture: &'a Architecture,
     pub pack: &'a Pack,
     pub window: Option<usize>,
-    pub rotation: Option<&'a Rotation>,
+    /// Index of the rotary embedding, and how it rotates this pack.
+    pub rotation: Option<(usize, &'a Rotation)>,
     pub distances: Option<Distances<'a>>,
-    /// What was computed with earlier packs, and the number of this layer in it.
+    /// What was computed with earlier packs, and the number of this layer in it; for the kernels alone.
     pub memory: Option<(&'a Memory, usize)>,
+    /// What stands on the device for this pack; absent where the kernels compute.
+    pub plan: Option<&'a PackPlan>,
 }
 
 impl Block {
@@ -65,13 +85,13 @@ impl Block {
         loader: &mut Loader,
     ) -> std::result::Result<Self, LoadError> {
         let qk_norms = match (&keys.query_norm, &keys.key_norm) {
-            (Some(query), Some(key)) => Some((loader.norm_weight(query)?, loader.norm_weight(key)?)),
+            (Some(query), Some(key)) => Some(QkNorms::load(loader.norm_weight(query)?, loader.norm_weight(key)?, loader)?),
             _ => None,
         };
         let qkv = loader.fused(&[&keys.query, &keys.key, &keys.value])?;
         Ok(Self {
             attention_norms: Norms::load(&keys.attention_norms, loader)?,
-            projected: relative.map(|relative| projected(architecture, keys, &qkv, relative, loader)).transpose()?,
+            distances: relative.map(|relative| distances(architecture, keys, &qkv, relative, loader)).transpose()?,
             qkv,
             qk_norms,
             output: loader.fused(&[&keys.output])?,
@@ -83,18 +103,50 @@ impl Block {
         })
     }
 
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            attention_norms: self.attention_norms.on(device)?,
+            qkv: self.qkv.on(device)?,
+            qk_norms: self.qk_norms.as_ref().map(|norms| norms.on(device)).transpose()?,
+            distances: self.distances.as_ref().map(|distances| distances.on(device)).transpose()?,
+            output: self.output.on(device)?,
+            mlp_norms: self.mlp_norms.on(device)?,
+            mlp: match &self.mlp {
+                Mlp::Dense(dense) => Mlp::Dense(dense.on(device)?),
+                Mlp::Mixture(mixture) => Mlp::Mixture(mixture.on(device)?),
+            },
+        })
+    }
+
     /// Attention, before its output layer.
     pub fn attend(&self, x: &Tensor, context: &Context) -> Result<Tensor> {
-        let &Context { architecture, pack, window, rotation, distances, memory } = context;
+        let &Context { architecture, pack, window, rotation, distances, memory, plan } = context;
         let qkv = self.qkv.forward_biased(&self.attention_norms.before(architecture, x)?)?;
         let (heads, kv_heads, head_dim) = (architecture.heads, architecture.kv_heads, architecture.head_dim);
-        let norms = self.qk_norms.as_ref().map(|(query, key)| (&query[..], &key[..], architecture.norm.eps()));
+        let (scale, softcap) = (architecture.attention_scale as f32, architecture.attention_softcap.map(|cap| cap as f32));
+        let shape = Shape { heads, kv_heads, head_dim, scale, softcap, causal: architecture.causal, window };
+        let eps = architecture.norm.eps();
+        if let Some(plan) = plan {
+            let norms = match &self.qk_norms {
+                Some(QkNorms::Plain(query, key)) => Some((query, key, eps)),
+                _ => None,
+            };
+            let distances = match &self.distances {
+                Some(LayerDistances::Plain(embedded)) => Some(embedded),
+                _ => None,
+            };
+            return plan.attend(&qkv, &shape, &plain::Heads { norms, rope: rotation.map(|(rope, _)| rope), distances });
+        }
+        let norms = match &self.qk_norms {
+            Some(QkNorms::Kernels(query, key)) => Some((&query[..], &key[..], eps)),
+            _ => None,
+        };
         if norms.is_some() || rotation.is_some() {
+            let rotation = rotation.map(|(_, rotation)| rotation);
             let transform = HeadTransform { query_heads: heads, key_heads: kv_heads, head_dim, norms, rotation };
             ops::transform_heads(&qkv, Heads { transform, positions: pack.positions() })?;
         }
-        let (scale, softcap) = (architecture.attention_scale as f32, architecture.attention_softcap.map(|cap| cap as f32));
-        let shape = Shape { heads, kv_heads, head_dim, scale, softcap, causal: architecture.causal, window };
         ops::attend(&qkv, &shape, distances, pack, memory)
     }
 
@@ -114,7 +166,13 @@ impl Norms {
             before: loader.optional_norm(keys.before.as_ref())?,
             behind: loader.optional_norm(keys.behind.as_ref())?,
             after: loader.optional_norm(keys.after.as_ref())?,
+            ops: loader.backend().ops,
         })
+    }
+
+    fn on(&self, device: &Device) -> Result<Self> {
+        let on = |norm: &Option<NormWeights>| norm.as_ref().map(|norm| norm.on(device)).transpose();
+        Ok(Self { before: on(&self.before)?, behind: on(&self.behind)?, after: on(&self.after)?, ops: self.ops })
     }
 
     /// What the part reads of the stream.
@@ -124,10 +182,10 @@ impl Norms {
 
     /// The stream with what the part gave.
     pub fn add(&self, architecture: &Architecture, x: Tensor, y: Tensor) -> Result<Tensor> {
-        match &self.behind {
-            Some(norm) => ops::add(&x, &norm.apply(architecture.norm, &y)?)?,
-            None => ops::add(&x, &y)?,
-        }
+        let x = match &self.behind {
+            Some(norm) => self.ops.add(x, &norm.apply(architecture.norm, &y)?)?,
+            None => self.ops.add(x, &y)?,
+        };
         self.after.as_ref().map_or(Ok(x.clone()), |norm| norm.apply(architecture.norm, &x))
     }
 }
@@ -135,30 +193,63 @@ impl Norms {
 impl Dense {
     pub fn load(keys: &DenseKeys, loader: &mut Loader) -> std::result::Result<Self, LoadError> {
         let up: Vec<_> = keys.gate.iter().chain([&keys.up]).collect();
-        Ok(Self { up: loader.fused(&up)?, down: loader.fused(&[&keys.down])? })
+        Ok(Self { up: loader.fused(&up)?, down: loader.fused(&[&keys.down])?, ops: loader.backend().ops })
+    }
+
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        Ok(Self { up: self.up.on(device)?, down: self.down.on(device)?, ops: self.ops })
     }
 
     /// `width` is that of the activation in between.
     pub fn forward(&self, architecture: &Architecture, width: usize, x: &Tensor) -> Result<Tensor> {
         let up = self.up.forward_biased(x)?;
         let inner = if architecture.gated {
-            ops::gate(architecture.activation, &up, width)?
+            self.ops.gate(architecture.activation, &up, width)?
         } else {
-            ops::activate(architecture.activation, &up)?;
-            narrowed(&up, width)?
+            narrowed(&self.ops.activate(architecture.activation, up)?, width)?
         };
         self.down.forward_biased(&inner)
     }
 }
 
+impl QkNorms {
+    fn load(query: Vec<f32>, key: Vec<f32>, loader: &mut Loader) -> std::result::Result<Self, LoadError> {
+        if loader.backend().ops == Ops::Kernels {
+            return Ok(Self::Kernels(query, key));
+        }
+        let mut place = |weight: Vec<f32>| {
+            let width = weight.len();
+            loader.place(weight, &[width], DType::F32)
+        };
+        Ok(Self::Plain(place(query)?, place(key)?))
+    }
+
+    fn on(&self, device: &Device) -> Result<Self> {
+        Ok(match self {
+            Self::Kernels(query, key) => Self::Kernels(query.clone(), key.clone()),
+            Self::Plain(query, key) => Self::Plain(query.to_device(device)?, key.to_device(device)?),
+        })
+    }
+}
+
+impl LayerDistances {
+    fn on(&self, device: &Device) -> Result<Self> {
+        Ok(match self {
+            Self::Kernels(projected) => Self::Kernels(projected.clone()),
+            Self::Plain(embedded) => Self::Plain(embedded.on(device)?),
+        })
+    }
+}
+
 /// The embeddings of distances as this layer's queries and keys meet them.
-fn projected(
+fn distances(
     architecture: &Architecture,
     keys: &BlockKeys,
     qkv: &Linear,
     relative: &Tensor,
     loader: &mut Loader,
-) -> std::result::Result<Projected, LoadError> {
+) -> std::result::Result<LayerDistances, LoadError> {
     let (heads, head_dim) = (architecture.heads, architecture.head_dim);
     let width = heads * head_dim;
     let disentangled = architecture.disentangled.as_ref();
@@ -172,13 +263,17 @@ fn projected(
         if !wanted {
             continue;
         }
-        let values = match own {
+        *side = Some(match own {
             Some(own) => loader.fused(&[own])?.forward_biased(relative)?.narrow(1, 0, width)?,
             None => qkv.forward_biased(relative)?.narrow(1, column, width)?,
-        };
-        *side = Some(values.contiguous()?.flatten_all()?.to_vec1::<f32>()?);
+        });
     }
     let [as_keys, as_queries] = sides;
+    if loader.backend().ops == Ops::Plain {
+        return Ok(LayerDistances::Plain(plain::Embedded::new(heads, as_keys.as_ref(), as_queries.as_ref())?));
+    }
+    let host = |side: Option<Tensor>| side.map(|values| values.contiguous()?.flatten_all()?.to_vec1::<f32>()).transpose();
+    let (as_keys, as_queries) = (host(as_keys)?, host(as_queries)?);
     let embeddings = relative.dim(0)?;
-    Ok(Projected::new(heads, head_dim, embeddings, as_keys.as_deref(), as_queries.as_deref()))
+    Ok(LayerDistances::Kernels(Projected::new(heads, head_dim, embeddings, as_keys.as_deref(), as_queries.as_deref())))
 }

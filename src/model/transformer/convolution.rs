@@ -1,9 +1,9 @@
 //! The convolution beside DeBERTa v2's first layer.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::super::LoadError;
-use super::super::ops;
+use super::super::ops::Ops;
 use super::super::pack::Pack;
 use super::super::weights::{Linear, Loader, NormWeights};
 use crate::checkpoint::{self, Architecture, Layout};
@@ -13,12 +13,18 @@ pub struct Convolution {
     kind: checkpoint::Convolution,
     linear: Linear,
     norm: NormWeights,
+    ops: Ops,
 }
 
 impl Convolution {
     pub fn load(architecture: &Architecture, layout: &Layout, loader: &mut Loader) -> std::result::Result<Option<Self>, LoadError> {
         let (Some(kind), Some(keys)) = (architecture.convolution, &layout.convolution) else { return Ok(None) };
-        Ok(Some(Self { kind, linear: loader.fused(&[&keys.linear])?, norm: loader.norm(&keys.norm)? }))
+        Ok(Some(Self { kind, linear: loader.fused(&[&keys.linear])?, norm: loader.norm(&keys.norm)?, ops: loader.backend().ops }))
+    }
+
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        Ok(Self { kind: self.kind, linear: self.linear.on(device)?, norm: self.norm.on(device)?, ops: self.ops })
     }
 
     /// The activated convolution of the embeddings `x`, every sample by itself: a product of each token's window.
@@ -30,14 +36,12 @@ impl Convolution {
         let windows = Tensor::new(windows(pack, rows, kernel), x.device())?;
         let windows = padded.index_select(&windows, 0)?.reshape((rows, kernel, width))?;
         let convolved = self.linear.forward_biased(&windows.transpose(1, 2)?.contiguous()?.reshape((rows, width * kernel))?)?;
-        ops::activate(self.kind.activation, &convolved)?;
-        Ok(convolved)
+        self.ops.activate(self.kind.activation, convolved)
     }
 
     /// What the first layer gave, with the convolution, normed.
     pub fn join(&self, architecture: &Architecture, x: Tensor, convolved: Tensor) -> Result<Tensor> {
-        ops::add(&x, &convolved)?;
-        self.norm.apply(architecture.norm, &x)
+        self.norm.apply(architecture.norm, &self.ops.add(x, &convolved)?)
     }
 }
 

@@ -1,11 +1,11 @@
 //! From tokens to the first hidden states.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::super::LoadError;
-use super::super::ops;
+use super::super::ops::Ops;
 use super::super::pack::Pack;
-use super::super::weights::{Linear, Loader, NormWeights};
+use super::super::weights::{self, Linear, Loader, NormWeights};
 use crate::checkpoint::{Architecture, Layout, Positions, ProjectionPlace};
 
 #[derive(Debug)]
@@ -15,6 +15,7 @@ pub struct Embedding {
     token_types: Option<Tensor>,
     projection: Option<Linear>,
     norm: Option<NormWeights>,
+    ops: Ops,
 }
 
 impl Embedding {
@@ -26,6 +27,19 @@ impl Embedding {
             token_types: optional(loader, layout.token_types.as_ref())?,
             projection: layout.embedding_projection.as_ref().map(|keys| loader.fused(&[keys])).transpose()?,
             norm: loader.optional_norm(layout.embedding_norm.as_ref())?,
+            ops: loader.backend().ops,
+        })
+    }
+
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            tokens: self.tokens.to_device(device)?,
+            positions: weights::on(self.positions.as_ref(), device)?,
+            token_types: weights::on(self.token_types.as_ref(), device)?,
+            projection: self.projection.as_ref().map(|projection| projection.on(device)).transpose()?,
+            norm: self.norm.as_ref().map(|norm| norm.on(device)).transpose()?,
+            ops: self.ops,
         })
     }
 
@@ -37,18 +51,19 @@ impl Embedding {
             }
             _ => Ok(x),
         };
-        let mut x = project(rows(&self.tokens, pack.ids())?, ProjectionPlace::BeforePositions)?;
+        // The residual stream is in float32, whatever the tables are in.
+        let mut x = project(rows(&self.tokens, pack.ids())?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
         if let Some(table) = &self.token_types {
-            ops::add(&x, &rows(table, pack.type_ids())?)?;
+            x = self.ops.add(x, &rows(table, pack.type_ids())?)?;
         }
         if let (Some(table), Some(positions)) = (&self.positions, &architecture.positions) {
-            ops::add(&x, &rows(table, &position_rows(positions, pack))?)?;
+            x = self.ops.add(x, &rows(table, &position_rows(positions, pack))?)?;
         }
         x = project(x, ProjectionPlace::BeforeNorm)?;
         if let Some(norm) = &self.norm {
             x = norm.apply(architecture.norm, &x)?;
         }
-        project(x, ProjectionPlace::AfterNorm)
+        project(x, ProjectionPlace::AfterNorm)?.to_dtype(DType::F32)
     }
 }
 

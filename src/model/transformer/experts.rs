@@ -4,11 +4,11 @@
 //! rows chose the same expert (a product's rows are independent of each other), and its experts are added in the order
 //! of their numbers, whatever stands beside it.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::kernels::route::{Routed, route};
-use super::super::ops;
+use super::super::ops::Ops;
 use super::super::pack::MIN_ROWS;
 use super::super::weights::{Linear, Loader};
 use super::block::Dense;
@@ -19,6 +19,7 @@ pub struct Mixture {
     router: Linear,
     experts: Vec<Dense>,
     shape: Experts,
+    ops: Ops,
 }
 
 impl Mixture {
@@ -33,13 +34,21 @@ impl Mixture {
             router: loader.fused(&[router])?,
             experts: experts.iter().map(|keys| Dense::load(keys, loader)).collect::<std::result::Result<_, _>>()?,
             shape: architecture.experts.clone().unwrap_or(none),
+            ops: loader.backend().ops,
         })
     }
 
+    /// The same on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        let experts = self.experts.iter().map(|expert| expert.on(device)).collect::<Result<_>>()?;
+        Ok(Self { router: self.router.on(device)?, experts, shape: self.shape.clone(), ops: self.ops })
+    }
+
     pub fn forward(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
-        let logits = self.router.forward_narrow(x)?.flatten_all()?.to_vec1::<f32>()?;
+        // The one place in a forward where the host waits for the device: it chooses the experts.
+        let logits = self.router.forward_narrow(x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let routed = route(&logits, self.shape.count, self.shape.per_token, self.shape.normalised);
-        let output = x.zeros_like()?;
+        let mut output = x.zeros_like()?;
         for (expert, Routed { rows, weights }) in self.experts.iter().zip(routed) {
             if rows.is_empty() {
                 continue;
@@ -49,7 +58,7 @@ impl Mixture {
             gathered.resize(rows.len().max(MIN_ROWS), rows[0]);
             let own = x.index_select(&Tensor::new(gathered, x.device())?, 0)?;
             let y = expert.forward(architecture, self.shape.intermediate_size, &own)?;
-            ops::scatter_add(&output, &y, &rows, &weights)?;
+            output = self.ops.scatter_add(output, &y, &rows, &weights)?;
         }
         Ok(output)
     }

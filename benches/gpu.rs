@@ -1,0 +1,305 @@
+//! One device by itself, without a server: `benches/gpu.sh` runs it on a card beside transformers; on the CPU it shows that
+//! the bench works.
+//!
+//! ```text
+//! cargo bench --features cuda --bench gpu -- rates --device cuda:0 --dtype bfloat16 CHECKPOINT_DIR...
+//! cargo bench --features cuda --bench gpu -- parity --device cuda:0 --dtype float32 CONFORMANCE_DIR
+//! cargo bench --features cuda --bench gpu -- scores --device cuda:0 --dtype bfloat16 --ids FILE CHECKPOINT_DIR
+//! ```
+//!
+//! Every line of output is a JSON object. Rates are medians of some rounds after a warm-up.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use clap::{Parser, ValueEnum};
+use serde_json::{Value, json};
+use warm::checkpoint::{Architecture, Dtype, Readout, TextFacts};
+use warm::domain::{Sample, Truncation};
+use warm::merge::{MergePlan, Merged, Recipe};
+use warm::model::{self, Pack, Place, RewardModel, What};
+use warm::text::{Encoding, TextOptions, TextPipeline};
+
+type Failure = Box<dyn std::error::Error>;
+
+#[derive(Parser)]
+struct Arguments {
+    mode: Mode,
+    /// A checkpoint, the members of a merge, or a folder of conformance families.
+    folders: Vec<PathBuf>,
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    #[arg(long, default_value = "float32")]
+    dtype: String,
+    /// Tokens of one pack.
+    #[arg(long, default_value_t = 16384)]
+    pack: usize,
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// A JSON list of lists of token ids.
+    #[arg(long)]
+    ids: Option<PathBuf>,
+    /// Cargo says so to every bench.
+    #[arg(long)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Mode {
+    Rates,
+    Parity,
+    Scores,
+}
+
+struct Loaded {
+    model: Arc<dyn RewardModel>,
+    architecture: Architecture,
+    text: TextPipeline,
+}
+
+impl Arguments {
+    fn dtype(&self) -> Result<Dtype, Failure> {
+        match self.dtype.as_str() {
+            "float32" => Ok(Dtype::F32),
+            "bfloat16" => Ok(Dtype::Bf16),
+            "float16" => Ok(Dtype::F16),
+            other => Err(format!("expected float32, bfloat16 or float16, found {other}").into()),
+        }
+    }
+
+    fn load(&self, members: &[PathBuf]) -> Result<Loaded, Failure> {
+        let dtype = self.dtype()?;
+        let recipe = Recipe::uniform(members)?.with_dtype(dtype).ok_or("no merge can be stored in that")?;
+        let plan = Arc::new(MergePlan::open(&recipe)?);
+        let (merged, reward) = (Merged::new(Arc::clone(&plan))?, plan.reward()?);
+        let readout = Readout::unnamed(reward.architecture, reward.layout);
+        let what =
+            What { source: &merged, architecture: reward.architecture, layout: reward.layout, readout: &readout, max_tokens: usize::MAX };
+        let place: Place = self.device.parse()?;
+        let model = model::load_on(&[place], dtype, &what, &mut |_, _| {})?;
+        let facts = TextFacts::open(&members[0])?;
+        let limit = model.limits().max_tokens;
+        let text = TextPipeline::new(&facts, TextOptions::new(limit, reward.architecture.vocab_size, jiff::civil::DateTime::default()))?;
+        Ok(Loaded { model, architecture: reward.architecture.clone(), text })
+    }
+}
+
+impl Loaded {
+    fn encode(&self, ids: Vec<u32>) -> Result<Arc<Encoding>, Failure> {
+        let encoded = self.text.encode(&Sample::Tokens(ids), Truncation::Refuse);
+        Ok(Arc::new(encoded.map_err(|failure| failure.to_string())?))
+    }
+
+    fn pack(&self, samples: &[Arc<Encoding>]) -> Pack {
+        Pack::forest(samples, |tokens| self.model.prefix_key(tokens))
+    }
+
+    fn random(&self, length: usize, seed: usize) -> Vec<u32> {
+        let vocabulary = self.architecture.vocab_size - 20;
+        (0..length).map(|i| ((i + 1) * 7919 + seed * 104_729) % vocabulary + 10).map(|id| id as u32).collect()
+    }
+}
+
+fn seconds(rounds: usize, mut run: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
+    run()?;
+    let mut times = Vec::with_capacity(rounds);
+    for _ in 0..rounds.max(1) {
+        let start = Instant::now();
+        run()?;
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Operations of a second in the model's own largest product, at the pack's size.
+fn matrix_rate(arguments: &Arguments, architecture: &Architecture) -> Result<f64, Failure> {
+    let device = match arguments.device.parse::<Place>()? {
+        Place::Cuda(ordinal) => Device::new_cuda(ordinal)?,
+        Place::Metal(ordinal) => Device::new_metal(ordinal)?,
+        Place::Cpu => Device::Cpu,
+    };
+    let dtype = match arguments.dtype()? {
+        Dtype::Bf16 if !device.is_cpu() => DType::BF16,
+        Dtype::F16 if !device.is_cpu() => DType::F16,
+        _ => DType::F32,
+    };
+    let (rows, inputs, outputs) = (arguments.pack, architecture.hidden_size, 2 * architecture.intermediate_size);
+    let x = Tensor::randn(0f32, 1., (rows, inputs), &device)?.to_dtype(dtype)?;
+    let weight = Tensor::randn(0f32, 1., (outputs, inputs), &device)?.to_dtype(dtype)?.t()?;
+    let took = seconds(arguments.rounds, || {
+        for _ in 0..4 {
+            x.matmul(&weight)?;
+        }
+        Ok(device.synchronize()?)
+    })?;
+    Ok(4.0 * 2.0 * (rows * inputs * outputs) as f64 / took)
+}
+
+fn rates(arguments: &Arguments) -> Result<(), Failure> {
+    let bytes: u64 = weights(&arguments.folders)?.iter().map(|file| Ok(file.metadata()?.len())).sum::<std::io::Result<u64>>()?;
+    let read = seconds(1, || {
+        for file in weights(&arguments.folders)? {
+            std::io::copy(&mut std::fs::File::open(file)?, &mut std::io::sink())?;
+        }
+        Ok(())
+    })?;
+    let start = Instant::now();
+    let loaded = arguments.load(&arguments.folders)?;
+    let took = start.elapsed().as_secs_f64();
+    let on = loaded.model.runs_on().join(", ");
+    println!(
+        "{}",
+        json!({"what": "load", "on": on, "bytes": bytes, "seconds": took, "plain_read_seconds": read, "times_a_read": took / read})
+    );
+    let rate = matrix_rate(arguments, &loaded.architecture)?;
+    println!("{}", json!({"what": "matrix products", "on": on, "dtype": arguments.dtype, "tera_per_second": rate / 1e12}));
+
+    let a = &loaded.architecture;
+    let embedding = (a.vocab_size * a.embedding_size()) as u64;
+    // Two operations a weight and token; attention is not counted.
+    let per_token = 2.0 * (loaded.model.limits().parameters - embedding) as f64;
+    let long = 1024.min(loaded.model.limits().max_tokens / 2);
+    let equal: Vec<Vec<u32>> = (0..(arguments.pack / long).max(1)).map(|seed| loaded.random(long, seed)).collect();
+    // From a sixteenth of that length to four times it, evenly on a scale of doublings.
+    let most = loaded.model.limits().max_tokens.min(4 * long);
+    let mixed: Vec<Vec<u32>> = (0..64usize)
+        .map(|i| ((long / 16).max(1) as f64 * 64f64.powf(i as f64 / 63.0)) as usize)
+        .map(|length| loaded.random(length.min(most), length))
+        .collect();
+    let prompt = loaded.random(long, 1);
+    let group: Vec<Vec<u32>> = (0..16).map(|i| [prompt.clone(), loaded.random(long / 4, i + 2)].concat()).collect();
+    for (what, samples) in [("equal lengths", equal), ("mixed lengths", mixed), ("a group", group)] {
+        let samples = samples.into_iter().map(|ids| loaded.encode(ids)).collect::<Result<Vec<_>, _>>()?;
+        let mut packs: Vec<Vec<Arc<Encoding>>> = vec![Vec::new()];
+        for sample in &samples {
+            let last = packs.last().map_or(0, |pack| pack.iter().map(|sample| sample.tokens()).sum::<usize>());
+            if what == "mixed lengths" && last > 0 && last + sample.tokens() > arguments.pack {
+                packs.push(Vec::new());
+            }
+            packs.last_mut().ok_or("a pack")?.push(sample.clone());
+        }
+        let packs: Vec<Pack> = packs.iter().map(|samples| loaded.pack(samples)).collect();
+        let took = seconds(arguments.rounds, || {
+            for pack in &packs {
+                loaded.model.forward(pack)?;
+            }
+            Ok(())
+        })?;
+        let tokens: usize = samples.iter().map(|sample| sample.tokens()).sum();
+        let computed: usize = packs.iter().map(Pack::computed_tokens).sum();
+        let share = computed as f64 * per_token / took / rate;
+        println!(
+            "{}",
+            json!({"what": what, "on": on, "dtype": arguments.dtype, "samples": samples.len(), "tokens": tokens, "computed": computed,
+                "seconds": took, "tokens_per_second": tokens as f64 / took, "share_of_matrix_rate": share})
+        );
+        // A score may not depend on its company by more than rounding.
+        let together = loaded.model.forward(&loaded.pack(&samples[..4.min(samples.len())]))?;
+        let mut apart = 0f32;
+        for (sample, together) in samples.iter().zip(&together) {
+            let alone = loaded.model.forward(&Pack::new(std::slice::from_ref(sample)))?;
+            apart = apart.max((alone[0].reward - together.reward).abs());
+        }
+        println!(
+            "{}",
+            json!({"what": format!("{what}, alone against packed"), "on": on, "dtype": arguments.dtype, "largest_difference": apart})
+        );
+    }
+    Ok(())
+}
+
+fn weights(folders: &[PathBuf]) -> std::io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for folder in folders {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
+                files.push(path);
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Golden scores of every family below a folder, on this device.
+fn parity(arguments: &Arguments) -> Result<(), Failure> {
+    let (mut cases, mut largest) = (0, 0f64);
+    for family in families(arguments.folders.first().ok_or("expected a folder of families")?)? {
+        let golden: Value = serde_json::from_slice(&std::fs::read(family.join("golden.json"))?)?;
+        // One table of frequencies is held from text to text there; the tests of the CPU know which of its cases count.
+        let held = family.file_name().is_some_and(|name| name.to_string_lossy().contains("dynamic"));
+        if golden["dtype"] != "float32" || held || golden.get("scores_by").is_some() {
+            continue;
+        }
+        let loaded = match arguments.load(&[family.join("member-0")]) {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                println!("{}", json!({"what": "parity", "family": family, "skipped": error.to_string()}));
+                continue;
+            }
+        };
+        let mut worst = 0f64;
+        for case in golden["cases"].as_array().into_iter().flatten() {
+            let types = case.get("token_type_ids").and_then(Value::as_array);
+            if types.is_some_and(|types| types.iter().any(|id| id.as_u64() != Some(0))) {
+                continue;
+            }
+            let ids = case["input_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64).map(|id| id as u32).collect();
+            let Ok(encoding) = loaded.encode(ids) else { continue };
+            let values = &loaded.model.forward(&Pack::new(&[encoding]))?[0].values;
+            let score = &case["scores"]["member-0"];
+            let expected = score.as_f64().or_else(|| score.get(0)?.as_f64()).ok_or("a score")?;
+            worst = worst.max((f64::from(values[0]) - expected).abs() / expected.abs().max(1.0));
+            cases += 1;
+        }
+        println!("{}", json!({"what": "parity", "family": family, "on": loaded.model.runs_on(), "largest": worst}));
+        largest = largest.max(worst);
+    }
+    println!("{}", json!({"what": "parity, all", "dtype": arguments.dtype, "cases": cases, "largest": largest}));
+    Ok(())
+}
+
+fn families(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    if folder.join("golden.json").exists() {
+        return Ok(vec![folder.to_owned()]);
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() && !path.join("config.json").exists() {
+            found.extend(families(&path)?);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The reward of every list of ids.
+fn scores(arguments: &Arguments) -> Result<(), Failure> {
+    let loaded = arguments.load(&arguments.folders)?;
+    let lists: Vec<Vec<u32>> = serde_json::from_slice(&std::fs::read(arguments.ids.as_ref().ok_or("expected --ids")?)?)?;
+    let samples = lists.into_iter().map(|ids| loaded.encode(ids)).collect::<Result<Vec<_>, _>>()?;
+    let mut rewards = Vec::with_capacity(samples.len());
+    for samples in samples.chunks(16) {
+        rewards.extend(loaded.model.forward(&loaded.pack(samples))?.into_iter().map(|output| output.reward));
+    }
+    println!("{}", json!({"what": "scores", "on": loaded.model.runs_on(), "rewards": rewards}));
+    Ok(())
+}
+
+fn main() -> Result<(), Failure> {
+    // Without a mode this is the run of all benches, in which a card has no part.
+    if std::env::args().skip(1).all(|argument| argument.starts_with("--")) {
+        println!("name a mode, such as `cargo bench --bench gpu -- rates CHECKPOINT_DIR`");
+        return Ok(());
+    }
+    let arguments = Arguments::parse();
+    match arguments.mode {
+        Mode::Rates => rates(&arguments),
+        Mode::Parity => parity(&arguments),
+        Mode::Scores => scores(&arguments),
+    }
+}

@@ -1,0 +1,152 @@
+//! What becomes of a pack that the device has no room for: it is run in parts, and the packs after it are smaller. Pure.
+
+use std::ops::Range;
+
+/// However often a device had no room, a pack is given this part of what the settings allow.
+const SMALLEST_PART: usize = 64;
+/// Packs that fit in a row before a lowered budget is tried higher again: what took the memory may have gone.
+const PATIENCE: usize = 512;
+
+/// What the packs of one device may cost, in tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Budget {
+    most: usize,
+    now: usize,
+    fitted: usize,
+}
+
+impl Budget {
+    /// As the settings have it.
+    pub fn new(most: usize) -> Self {
+        Self { most, now: most, fitted: 0 }
+    }
+
+    pub fn tokens(&self) -> usize {
+        self.now
+    }
+
+    /// A pack fitted as a whole.
+    pub fn fits(&mut self) {
+        self.fitted += 1;
+        if self.fitted >= PATIENCE {
+            (self.fitted, self.now) = (0, self.most.min(self.now + self.now.div_ceil(4)));
+        }
+    }
+
+    /// Of a pack of `whole` tokens, parts of `part` at most did fit. Says whether the budget is lower for it.
+    pub fn lower(&mut self, part: usize, whole: usize) -> bool {
+        let before = self.now;
+        let share = self.now.saturating_mul(part) / whole.max(1);
+        self.now = share.clamp(self.most.div_ceil(SMALLEST_PART), before);
+        self.fitted = 0;
+        self.now < before
+    }
+}
+
+/// How a run in parts went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parts<T, E> {
+    /// Per item, in order: `Err` where it did not fit even alone.
+    pub outcomes: Vec<Result<T, E>>,
+    /// The largest part that did fit, by size; 0 if none did.
+    pub largest: usize,
+    /// Attempts that did not fit.
+    pub misfits: usize,
+}
+
+/// Runs items of these sizes at once, or, where `attempt` says that there is no room, by halves. `attempt` gives an outcome
+/// for every item of a range, `Err(Ok(error))` where the range does not fit and `Err(Err(error))` where nothing will help.
+pub fn in_parts<T, E, F>(sizes: &[usize], mut attempt: impl FnMut(Range<usize>) -> Result<Vec<T>, Result<E, F>>) -> Result<Parts<T, E>, F> {
+    let mut parts = Parts { outcomes: Vec::with_capacity(sizes.len()), largest: 0, misfits: 0 };
+    // The ranges that are still to be run, the next one last.
+    let mut waiting: Vec<Range<usize>> = std::iter::once(0..sizes.len()).collect();
+    while let Some(range) = waiting.pop() {
+        match attempt(range.clone()) {
+            Ok(outcomes) => {
+                parts.largest = parts.largest.max(sizes[range].iter().sum());
+                parts.outcomes.extend(outcomes.into_iter().map(Ok));
+            }
+            Err(Err(fatal)) => return Err(fatal),
+            Err(Ok(no_room)) => {
+                parts.misfits += 1;
+                if range.len() <= 1 {
+                    parts.outcomes.push(Err(no_room));
+                    continue;
+                }
+                let cut = range.start + half(&sizes[range.clone()]);
+                waiting.push(cut..range.end);
+                waiting.push(range.start..cut);
+            }
+        }
+    }
+    Ok(parts)
+}
+
+/// How many of at least two items make about half of the whole; neither half is empty.
+fn half(sizes: &[usize]) -> usize {
+    let whole: usize = sizes.iter().sum();
+    let mut sum = 0;
+    let reached = sizes.iter().position(|size| {
+        sum += size;
+        2 * sum >= whole
+    });
+    (reached.unwrap_or(0) + 1).clamp(1, sizes.len() - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A device with room for so many.
+    fn device(room: usize, sizes: &[usize]) -> impl FnMut(Range<usize>) -> Result<Vec<usize>, Result<&'static str, ()>> {
+        move |range| if sizes[range.clone()].iter().sum::<usize>() <= room { Ok(range.collect()) } else { Err(Ok("no room")) }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_fits_alone_is_run_once_and_in_order(sizes in prop::collection::vec(1usize..100, 1..30), room in 1usize..400) {
+            let parts = in_parts(&sizes, device(room, &sizes)).expect("nothing is fatal");
+            let expected: Vec<_> = sizes.iter().enumerate().map(|(i, size)| if *size <= room { Ok(i) } else { Err("no room") }).collect();
+            prop_assert_eq!(parts.outcomes, expected);
+            prop_assert!(parts.largest <= room);
+            prop_assert_eq!(parts.misfits == 0, sizes.iter().sum::<usize>() <= room);
+        }
+
+        #[test]
+        fn a_budget_stays_within_its_bounds_and_falls_to_what_fits(most in 1usize..100_000, steps in prop::collection::vec((1usize..100, 1usize..100), 0..20)) {
+            let mut budget = Budget::new(most);
+            for (part, more) in steps {
+                let before = budget.tokens();
+                let lower = budget.lower(part, part + more);
+                prop_assert!(budget.tokens() <= before && budget.tokens() >= most.div_ceil(SMALLEST_PART));
+                prop_assert_eq!(lower, budget.tokens() < before);
+            }
+        }
+    }
+
+    #[test]
+    fn a_device_with_half_the_room_gets_packs_of_half_the_size_until_it_proves_to_have_more() {
+        let mut budget = Budget::new(8192);
+        assert!(budget.lower(4000, 8000));
+        assert_eq!(budget.tokens(), 4096);
+        for _ in 0..PATIENCE {
+            assert_eq!(budget.tokens(), 4096);
+            budget.fits();
+        }
+        assert_eq!(budget.tokens(), 5120);
+        (0..10 * PATIENCE).for_each(|_| budget.fits());
+        assert_eq!(budget.tokens(), 8192);
+    }
+
+    #[test]
+    fn what_nothing_helps_against_ends_the_run() {
+        let mut attempts = 0;
+        let run = in_parts(&[1, 1, 1, 1], |range| {
+            attempts += 1;
+            if range.len() > 2 { Err(Ok(())) } else { Err::<Vec<()>, _>(Err("lost")) }
+        });
+        assert_eq!((run, attempts), (Err("lost"), 2));
+    }
+}
