@@ -2,7 +2,7 @@
 
 use super::MergePlan;
 use super::combine::{Combination, Gram, Step, slerp};
-use super::products::{Buffers, sum_products};
+use super::products::{Buffers, Vectors, sum_products};
 use crate::checkpoint::SourceError;
 
 /// What SLERP found in one group of tensors.
@@ -29,7 +29,7 @@ pub fn measure(plan: &MergePlan, t: f64) -> Result<Vec<Group>, SourceError> {
     let tensors = groups.values().enumerate().flat_map(|(group, tensors)| tensors.iter().map(move |tensor| (group, *tensor)));
     let tensors = tensors.filter_map(|(group, tensor)| Some((group, tensor, plan.manifest.get(tensor)?)));
     let mut grams = vec![Gram::zero(members.len()); groups.len()];
-    let products = |buffers: &mut Buffers, tensor: &str, range| buffers.task_vectors(tensor, range, &members, init);
+    let products = |buffers: &mut Buffers, tensor: &str, range| buffers.products(Vectors::Tasks, tensor, range, &members, init);
     sum_products(tensors, &mut grams, products)?;
     let group = |((name, tensors), gram): ((&str, Vec<&str>), Gram)| {
         let (coefficients, steps) = slerp(&gram, t);

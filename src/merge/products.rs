@@ -68,6 +68,15 @@ pub fn sum_products<'t>(
     }
 }
 
+/// Which vectors are multiplied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Vectors {
+    /// `φ_m − base` of every member.
+    Tasks,
+    /// The same, and the base itself as the last one.
+    TasksAndBase,
+}
+
 /// What one thread needs for the products of a block.
 #[derive(Default)]
 pub struct Buffers {
@@ -79,35 +88,14 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// The products of `φ_m − base`, in the order of [`Gram::pairs`].
-    pub fn task_vectors(
+    /// The products of all pairs of vectors, in the order of [`Gram::pairs`].
+    pub fn products(
         &mut self,
+        vectors: Vectors,
         tensor: &str,
         range: Range<usize>,
         members: &[&PlannedSource],
         base: &PlannedSource,
-    ) -> Result<Vec<f64>, SourceError> {
-        self.products(tensor, range, members, base, false)
-    }
-
-    /// The same, with the base itself as the last vector.
-    pub fn task_vectors_and_base(
-        &mut self,
-        tensor: &str,
-        range: Range<usize>,
-        members: &[&PlannedSource],
-        base: &PlannedSource,
-    ) -> Result<Vec<f64>, SourceError> {
-        self.products(tensor, range, members, base, true)
-    }
-
-    fn products(
-        &mut self,
-        tensor: &str,
-        range: Range<usize>,
-        members: &[&PlannedSource],
-        base: &PlannedSource,
-        with_base: bool,
     ) -> Result<Vec<f64>, SourceError> {
         base.weights.glance(tensor, range.clone(), &mut self.base)?;
         self.members.resize_with(members.len(), Elements::default);
@@ -116,7 +104,7 @@ impl Buffers {
                 member.weights.glance(tensor, range.clone(), elements)?;
             }
         }
-        let vectors = members.len() + usize::from(with_base);
+        let vectors = members.len() + usize::from(vectors == Vectors::TasksAndBase);
         // The last one is the base, whether it is one of the vectors or not.
         self.strips.resize_with(members.len() + 1, Vec::new);
         self.lanes.clear();

@@ -16,7 +16,7 @@ use super::MergePlan;
 use super::choice::{Treatment, finished, group_of, turns};
 use super::combine::{Combination, Gram, Step, slerp};
 use super::plan::PlannedSource;
-use super::products::{Buffers, sum_products};
+use super::products::{Buffers, Vectors, sum_products};
 use super::recipe::{Granularity, Method, dtype_name};
 use crate::checkpoint::{SourceError, TensorInfo};
 pub use verdict::{Finding, Standing};
@@ -156,7 +156,8 @@ fn measure<'p>(plan: &'p MergePlan, progress: &mut dyn FnMut(u64, u64)) -> Resul
     let base = |name: &str| plan.init().filter(|init| has(init, name)).unwrap_or(first);
     let mut grams = vec![Gram::zero(members.len() + 1); tensors.len()];
     for (place, ((name, info), gram)) in tensors.iter().zip(&mut grams).enumerate() {
-        let products = |buffers: &mut Buffers, tensor: &str, range| buffers.task_vectors_and_base(tensor, range, &members, base(tensor));
+        let products =
+            |buffers: &mut Buffers, tensor: &str, range| buffers.products(Vectors::TasksAndBase, tensor, range, &members, base(tensor));
         sum_products(std::iter::once((0, *name, *info)), std::slice::from_mut(gram), products)?;
         progress(place as u64 + 1, tensors.len() as u64);
     }
