@@ -78,15 +78,13 @@ impl Buckets {
             let found = repository.snapshot(version.trim(), "");
             return if found.is_dir() { Ok(found) } else { Err(missing()) };
         }
-        let runtime = OwnRuntime::new().map_err(|error| fail(error.to_string()))?;
+        let (_runtime, handle) = OwnRuntime::new().map_err(|error| fail(error.to_string()))?;
         let store = self.store(path).map_err(|error| fail(plain(&error)))?;
-        let files =
-            BucketFiles { store, handle: runtime.0.as_ref().map(Runtime::handle).cloned(), kind: path.store, objects: BTreeMap::new() };
         // On a thread of its own, because the caller's may belong to a runtime.
-        let listed =
-            std::thread::scope(|scope| scope.spawn(|| files.list(path)).join().unwrap_or_else(|_| Err("the listing panicked".to_owned())));
+        let listing = || handle.block_on(list(&*store, path));
+        let listed = std::thread::scope(|scope| scope.spawn(listing).join().unwrap_or_else(|_| Err("the listing panicked".to_owned())));
         let (listing, objects) = listed.map_err(fail)?;
-        let files = BucketFiles { objects, ..files };
+        let files = BucketFiles { store, handle, kind: path.store, objects };
         repository.fetch(&files, &listing, "", "latest", progress).map_err(fail)
     }
 
@@ -97,22 +95,16 @@ impl Buckets {
         let variables = self.variables.iter().filter(own).map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
         let options = std::iter::once(("timeout".to_owned(), TIMEOUT.to_owned())).chain(variables);
         // A variable that the crate does not know is for other tools.
+        macro_rules! build {
+            ($builder:expr) => {{
+                let known = options.filter_map(|(name, value)| Some((name.parse().ok()?, value)));
+                Box::new(known.fold($builder, |builder, (key, value)| builder.with_config(key, value)).build()?)
+            }};
+        }
         Ok(match path.store {
-            Store::S3 => {
-                let builder = AmazonS3Builder::new().with_bucket_name(&path.bucket);
-                let known = options.filter_map(|(name, value)| Some((name.parse().ok()?, value)));
-                Box::new(known.fold(builder, |builder, (key, value)| builder.with_config(key, value)).build()?)
-            }
-            Store::Gcs => {
-                let builder = GoogleCloudStorageBuilder::new().with_bucket_name(&path.bucket);
-                let known = options.filter_map(|(name, value)| Some((name.parse().ok()?, value)));
-                Box::new(known.fold(builder, |builder, (key, value)| builder.with_config(key, value)).build()?)
-            }
-            Store::Azure => {
-                let builder = MicrosoftAzureBuilder::new().with_container_name(&path.bucket);
-                let known = options.filter_map(|(name, value)| Some((name.parse().ok()?, value)));
-                Box::new(known.fold(builder, |builder, (key, value)| builder.with_config(key, value)).build()?)
-            }
+            Store::S3 => build!(AmazonS3Builder::new().with_bucket_name(&path.bucket)),
+            Store::Gcs => build!(GoogleCloudStorageBuilder::new().with_bucket_name(&path.bucket)),
+            Store::Azure => build!(MicrosoftAzureBuilder::new().with_container_name(&path.bucket)),
         })
     }
 }
@@ -121,8 +113,10 @@ impl Buckets {
 struct OwnRuntime(Option<Runtime>);
 
 impl OwnRuntime {
-    fn new() -> io::Result<Self> {
-        Builder::new_multi_thread().worker_threads(2).thread_name("warm-download").enable_all().build().map(Some).map(Self)
+    fn new() -> io::Result<(Self, Handle)> {
+        let runtime = Builder::new_multi_thread().worker_threads(2).thread_name("warm-download").enable_all().build()?;
+        let handle = runtime.handle().clone();
+        Ok((Self(Some(runtime)), handle))
     }
 }
 
@@ -143,78 +137,64 @@ fn with_provider() {
 /// The files of one folder, each in the version that was listed.
 struct BucketFiles {
     store: Box<dyn ObjectStore>,
-    handle: Option<Handle>,
+    handle: Handle,
     kind: Store,
     objects: BTreeMap<String, ObjectMeta>,
 }
 
-impl BucketFiles {
-    fn handle(&self) -> Result<&Handle, String> {
-        self.handle.as_ref().ok_or_else(|| "there is no runtime".to_owned())
-    }
-
-    fn list(&self, path: &BucketPath) -> Result<(Listing, BTreeMap<String, ObjectMeta>), String> {
-        let prefix = Path::parse(&path.folder).map_err(|error| error.to_string())?;
-        let mut objects = BTreeMap::new();
-        self.handle()?.block_on(async {
-            let mut found = self.store.list(Some(&prefix));
-            let mut seen = 0;
-            while let Some(object) = found.next().await {
-                let object = object.map_err(|error| self.words(&error))?;
-                seen += 1;
-                if seen > MAX_FILES {
-                    return Err(format!("holds more than {MAX_FILES} objects, so it is no checkpoint's own folder"));
-                }
-                let within: Vec<_> = object.location.prefix_match(&prefix).into_iter().flatten().collect();
-                // Not what lies in folders within.
-                let [name] = &within[..] else { continue };
-                let name = name.as_ref().to_owned();
-                if is_segment(&name) && is_wanted(&name) {
-                    objects.insert(name, object);
-                }
-            }
-            Ok(())
-        })?;
-        let file = |(name, object): (&String, &ObjectMeta)| {
-            let version = format!("{}\n{}\n{}", object.location, object.size, version(object));
-            RemoteFile {
-                name: name.clone(),
-                bytes: object.size,
-                digest: Digest::Version(hex(digest(&SHA256, version.as_bytes()).as_ref())),
-            }
-        };
-        let files: Vec<RemoteFile> = objects.iter().map(file).collect();
-        check(&files)?;
-        let all: String = files.iter().map(|file| format!("{} {}\n", file.name, file.digest.hex())).collect();
-        Ok((Listing { commit: hex(&digest(&SHA256, all.as_bytes()).as_ref()[..20]), files }, objects))
-    }
-
-    fn needs_credentials(&self, words: &str) -> String {
-        format!("this needs credentials that may list and read it (variables {}...): {words}", self.kind.variables())
-    }
-
-    /// What went wrong, and what can be done.
-    fn words(&self, error: &Error) -> String {
-        let words = plain(error);
-        // A listing that is refused has no kind of its own, but says the status.
-        let says = |status: &str| words.contains(&format!("code: {status} "));
-        match error {
-            Error::NotFound { .. } => format!("there is no such bucket or object, or only for others: {words}"),
-            _ if says("404") => format!("there is no such bucket or object, or only for others: {words}"),
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => self.needs_credentials(&words),
-            _ if says("401") || says("403") => self.needs_credentials(&words),
-            _ => words,
+/// What a checkpoint needs of a folder, and what the store says of each file.
+async fn list(store: &dyn ObjectStore, path: &BucketPath) -> Result<(Listing, BTreeMap<String, ObjectMeta>), String> {
+    let prefix = Path::parse(&path.folder).map_err(|error| error.to_string())?;
+    let mut objects = BTreeMap::new();
+    let mut found = store.list(Some(&prefix));
+    let mut seen = 0;
+    while let Some(object) = found.next().await {
+        let object = object.map_err(|error| words(path.store, &error))?;
+        seen += 1;
+        if seen > MAX_FILES {
+            return Err(format!("holds more than {MAX_FILES} objects, so it is no checkpoint's own folder"));
         }
+        let within: Vec<_> = object.location.prefix_match(&prefix).into_iter().flatten().collect();
+        // Not what lies in folders within.
+        let [name] = &within[..] else { continue };
+        let name = name.as_ref().to_owned();
+        if is_segment(&name) && is_wanted(&name) {
+            objects.insert(name, object);
+        }
+    }
+    let file = |(name, object): (&String, &ObjectMeta)| {
+        let version = format!("{}\n{}\n{}", object.location, object.size, version(object));
+        RemoteFile { name: name.clone(), bytes: object.size, digest: Digest::Version(hex(digest(&SHA256, version.as_bytes()).as_ref())) }
+    };
+    let files: Vec<RemoteFile> = objects.iter().map(file).collect();
+    check(&files)?;
+    let all: String = files.iter().map(|file| format!("{} {}\n", file.name, file.digest.hex())).collect();
+    Ok((Listing { commit: hex(&digest(&SHA256, all.as_bytes()).as_ref()[..20]), files }, objects))
+}
+
+/// What went wrong, and what can be done.
+fn words(store: Store, error: &Error) -> String {
+    let words = plain(error);
+    // A listing that is refused has no kind of its own, but says the status.
+    let says = |status: &str| words.contains(&format!("code: {status} "));
+    if matches!(error, Error::NotFound { .. }) || says("404") {
+        format!("there is no such bucket or object, or only for others: {words}")
+    } else if matches!(error, Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) || says("401") || says("403") {
+        format!("this needs credentials that may list and read it (variables {}...): {words}", store.variables())
+    } else {
+        words
     }
 }
 
 impl Source for BucketFiles {
     fn open<'s>(&'s self, file: &RemoteFile, begin: u64, end: u64) -> Result<Box<dyn Read + 's>, Trouble> {
         let listed = self.objects.get(&file.name).ok_or_else(|| Trouble::Final("was not listed".to_owned()))?;
-        let handle = self.handle().map_err(Trouble::Final)?;
+        let handle = &self.handle;
         let options = GetOptions { range: Some(GetRange::Bounded(begin..end)), ..GetOptions::default() };
         let found: GetResult = handle.block_on(self.store.get_opts(&listed.location, options)).map_err(|error| match error {
-            Error::NotFound { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Trouble::Final(self.words(&error)),
+            Error::NotFound { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
+                Trouble::Final(words(self.kind, &error))
+            }
             other => Trouble::passing(plain(&other)),
         })?;
         let stated = |object: &ObjectMeta| object.e_tag.as_deref().map(|tag| tag.trim_matches('"').to_owned());
