@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
 use super::arguments::ModelArgs;
-use super::score::{Cut, create, load, open};
+use super::lines::{InputArgs, OutputArgs};
+use super::score::load;
 use super::{CommandError, Environment, runtime};
 use crate::app::calibration::{CalibrationFile, MemberNumbers, numbers};
 use crate::client::Client;
@@ -30,12 +30,10 @@ enum Scale {
 pub(super) struct CompareArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Lines of JSON, also {"prompt", "chosen", "rejected"}; `-` for standard input.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    input: PathBuf,
-    /// Where the comparisons go, one line each; `-` for standard output.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    output: PathBuf,
+    #[command(flatten)]
+    input: InputArgs,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Show a table of so many samples, those in which merged model and ensemble differ most.
     #[arg(long, value_name = "N", default_value_t = 0)]
     top: usize,
@@ -48,9 +46,6 @@ pub(super) struct CompareArgs {
     /// Compare with this member, by name; may be given again. Without it: all.
     #[arg(long = "member", value_name = "NAME")]
     members: Vec<String>,
-    /// Cut samples that are too long, from this side; without it they fail.
-    #[arg(long, value_name = "SIDE")]
-    truncate: Option<Cut>,
     /// Compare through a running server at this address.
     #[arg(long, value_name = "ADDR", conflicts_with = "checkpoints")]
     connect: Option<String>,
@@ -60,18 +55,13 @@ pub(super) struct CompareArgs {
 pub(super) struct CalibrateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// The reference set: lines of JSON; `-` for standard input.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    input: PathBuf,
-    /// Where the calibration goes; `-` for standard output.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    output: PathBuf,
+    #[command(flatten)]
+    input: InputArgs,
+    #[command(flatten)]
+    output: OutputArgs,
     /// What the reference set is, for people; without it: the name of the input.
     #[arg(long, value_name = "TEXT")]
     source: Option<String>,
-    /// Cut samples that are too long, from this side; without it they fail.
-    #[arg(long, value_name = "SIDE")]
-    truncate: Option<Cut>,
 }
 
 pub(super) fn run(arguments: CompareArgs, environment: Environment) -> Result<ExitCode, CommandError> {
@@ -81,8 +71,8 @@ pub(super) fn run(arguments: CompareArgs, environment: Environment) -> Result<Ex
         Scale::Standardized => MemberScale::Standardized,
     };
     let compare = CompareOptions { members: arguments.members, uwo_lambda: arguments.uwo_lambda, scale };
-    let options = CompareLines { truncation: Cut::truncation(arguments.truncate), compare, top: arguments.top };
-    let (input, output) = (open(&arguments.input)?, create(&arguments.output)?);
+    let options = CompareLines { truncation: arguments.input.truncation(), compare, top: arguments.top };
+    let (input, output) = (arguments.input.open()?, arguments.output.create()?);
     let runtime = runtime()?;
     let scorer = match &arguments.connect {
         Some(address) => Scorer::Remote(runtime.block_on(Client::connect(address))?),
@@ -90,7 +80,7 @@ pub(super) fn run(arguments: CompareArgs, environment: Environment) -> Result<Ex
     };
     let compared = runtime.block_on(offline::compare_lines(input, output, &scorer, options))?;
     // Standard output is for the lines, unless they went into a file.
-    if arguments.output == Path::new("-") {
+    if arguments.output.is_standard_output() {
         eprint!("{compared}")
     } else {
         print!("{compared}")
@@ -99,20 +89,20 @@ pub(super) fn run(arguments: CompareArgs, environment: Environment) -> Result<Ex
 }
 
 pub(super) fn calibrate(arguments: CalibrateArgs, environment: Environment) -> Result<ExitCode, CommandError> {
-    let input = open(&arguments.input)?;
-    let name = arguments.input.file_name().map_or_else(|| "-".to_owned(), |name| name.to_string_lossy().into_owned());
+    let input = arguments.input.open()?;
+    let name = arguments.input.input.file_name().map_or_else(|| "-".to_owned(), |name| name.to_string_lossy().into_owned());
     let source = arguments.source.unwrap_or(name);
     let runtime = runtime()?;
     let (app, _) = load(arguments.model, environment, true)?;
     let engine = app.engine();
     let scorer = Scorer::Engine(engine.clone());
-    let measured = runtime.block_on(offline::measure_lines(input, &scorer, Cut::truncation(arguments.truncate)))?;
+    let measured = runtime.block_on(offline::measure_lines(input, &scorer, arguments.input.truncation()))?;
     let live = engine.registry().current().ok_or_else(|| CommandError::Other("no model is loaded".to_owned()))?;
     let file = calibration(&measured, &live, source).map_err(CommandError::Other)?;
     let text = serde_json::to_string_pretty(&file).map_err(|error| CommandError::Other(error.to_string()))?;
-    let mut output = create(&arguments.output)?;
+    let mut output = arguments.output.create()?;
     let written = writeln!(output, "{text}").and_then(|()| output.flush());
-    written.map_err(|error| CommandError::file(&arguments.output, error))?;
+    written.map_err(|error| CommandError::file(&arguments.output.output, error))?;
     eprintln!("{} samples, {} failures: mean {:.4}, std {:.4}", file.samples, measured.failed, file.mean, file.std);
     Ok(ExitCode::SUCCESS)
 }

@@ -8,6 +8,7 @@ mod demo_report;
 mod devices;
 mod fleet;
 mod health;
+mod lines;
 mod merge;
 mod plan;
 mod progress;

@@ -1,58 +1,33 @@
 //! `warm score` and `warm explain`: the same scoring without a network.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, BufRead};
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::arguments::ModelArgs;
+use super::lines::{InputArgs, OutputArgs};
 use super::progress::Reports;
 use super::{CommandError, Environment, instance, resolve, runtime};
 use crate::app::{App, load_spec, loader};
 use crate::client::Client;
 use crate::clock::Clock;
-use crate::domain::Truncation;
 use crate::offline::{self, Input, Scorer};
 use crate::registry::{CallOptions, open_text};
 use crate::scorer::Permit;
 use crate::telemetry;
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum Cut {
-    /// Keep the end of a sample that is too long.
-    Left,
-    /// Keep its beginning.
-    Right,
-}
-
-impl Cut {
-    pub(super) fn truncation(cut: Option<Self>) -> Truncation {
-        match cut {
-            None => Truncation::Refuse,
-            Some(Self::Left) => Truncation::Left,
-            Some(Self::Right) => Truncation::Right,
-        }
-    }
-}
-
 #[derive(Debug, Args)]
 pub(super) struct ScoreArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Lines of JSON; `-` for standard input.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    input: PathBuf,
-    /// Where the scores go, one line each; `-` for standard output.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    output: PathBuf,
+    #[command(flatten)]
+    input: InputArgs,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Every member's reward beside the merged model's.
     #[arg(long)]
     members: bool,
-    /// Cut samples that are too long, from this side; without it they fail.
-    #[arg(long, value_name = "SIDE")]
-    truncate: Option<Cut>,
     /// Score through a running server at this address.
     #[arg(long, value_name = "ADDR", conflicts_with = "checkpoints")]
     connect: Option<String>,
@@ -62,17 +37,14 @@ pub(super) struct ScoreArgs {
 pub(super) struct ExplainArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// One line of JSON in a file; `-` for standard input.
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    input: PathBuf,
-    /// As for `warm score`.
-    #[arg(long, value_name = "SIDE")]
-    truncate: Option<Cut>,
+    /// The first line is what is explained.
+    #[command(flatten)]
+    input: InputArgs,
 }
 
 pub(super) fn run(arguments: ScoreArgs, environment: Environment) -> Result<ExitCode, CommandError> {
-    let options = offline::ScoreOptions { truncation: Cut::truncation(arguments.truncate), members: arguments.members };
-    let (input, output) = (open(&arguments.input)?, create(&arguments.output)?);
+    let options = offline::ScoreOptions { truncation: arguments.input.truncation(), members: arguments.members };
+    let (input, output) = (arguments.input.open()?, arguments.output.create()?);
     let runtime = runtime()?;
     let scorer = match &arguments.connect {
         Some(address) => Scorer::Remote(runtime.block_on(Client::connect(address))?),
@@ -84,11 +56,11 @@ pub(super) fn run(arguments: ScoreArgs, environment: Environment) -> Result<Exit
 }
 
 pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Result<ExitCode, CommandError> {
-    let truncation = Cut::truncation(arguments.truncate);
+    let truncation = arguments.input.truncation();
     let mut line = String::new();
     // One line is one input; more than a message may have is not read.
-    let mut input = io::Read::take(open(&arguments.input)?, 64 << 20);
-    input.read_line(&mut line).map_err(|error| CommandError::file(&arguments.input, error))?;
+    let mut input = io::Read::take(arguments.input.open()?, 64 << 20);
+    input.read_line(&mut line).map_err(|error| CommandError::file(&arguments.input.input, error))?;
     let item = offline::parse_line(&line).map_err(|error| CommandError::Other(format!("line 1: {error}")))?;
     let samples = match item.input {
         Input::One(sample) => vec![sample],
@@ -130,20 +102,4 @@ pub(super) fn load(
         }
     })?;
     Ok((app, spec))
-}
-
-pub(super) fn open(path: &Path) -> Result<Box<dyn BufRead>, CommandError> {
-    if path == Path::new("-") {
-        return Ok(Box::new(BufReader::new(io::stdin())));
-    }
-    let file = File::open(path).map_err(|error| CommandError::file(path, error))?;
-    Ok(Box::new(BufReader::new(file)))
-}
-
-pub(super) fn create(path: &Path) -> Result<Box<dyn Write>, CommandError> {
-    if path == Path::new("-") {
-        return Ok(Box::new(BufWriter::new(io::stdout())));
-    }
-    let file = File::create(path).map_err(|error| CommandError::file(path, error))?;
-    Ok(Box::new(BufWriter::new(file)))
 }
