@@ -5,6 +5,7 @@
 use std::hint::black_box;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -14,13 +15,22 @@ use warm::domain::{Sample, Truncation};
 use warm::model::{self, Pack, RewardModel};
 use warm::text::{TextOptions, TextPipeline};
 
-const HIDDEN: usize = 512;
-const INNER: usize = 1536;
-const HEADS: usize = 8;
-const KV_HEADS: usize = 4;
-const HEAD_DIM: usize = 64;
-const LAYERS: usize = 8;
 const VOCAB: usize = 4096;
+
+/// A decoder of the Qwen3 family.
+struct Shape {
+    name: &'static str,
+    hidden: usize,
+    inner: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    layers: usize,
+}
+
+const SMALL: Shape = Shape { name: "hidden 512", hidden: 512, inner: 1536, heads: 8, kv_heads: 4, head_dim: 64, layers: 8 };
+/// The layers of Qwen3-0.6B, a quarter of them.
+const LARGE: Shape = Shape { name: "hidden 1024", hidden: 1024, inner: 3072, heads: 16, kv_heads: 8, head_dim: 128, layers: 7 };
 
 /// Weights that are drawn when they are read.
 struct Random(Manifest);
@@ -43,31 +53,32 @@ impl TensorSource for Random {
     }
 }
 
-fn qwen3() -> Arc<dyn RewardModel> {
+fn qwen3(shape: &Shape) -> Arc<dyn RewardModel> {
+    let &Shape { hidden, inner, heads, kv_heads, head_dim, layers, .. } = shape;
     let config = json!({
-        "model_type": "qwen3", "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "num_hidden_layers": LAYERS, "vocab_size": VOCAB,
+        "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "num_hidden_layers": layers, "vocab_size": VOCAB,
         "max_position_embeddings": 32768, "id2label": {"0": "LABEL_0"}
     });
     let architecture = Architecture::parse(&config).expect("a valid configuration");
     let mut tensors = vec![
-        ("model.embed_tokens.weight".to_owned(), vec![VOCAB, HIDDEN]),
-        ("model.norm.weight".to_owned(), vec![HIDDEN]),
-        ("score.weight".to_owned(), vec![1, HIDDEN]),
+        ("model.embed_tokens.weight".to_owned(), vec![VOCAB, hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+        ("score.weight".to_owned(), vec![1, hidden]),
     ];
-    for layer in 0..LAYERS {
+    for layer in 0..layers {
         let shapes = [
-            ("input_layernorm", vec![HIDDEN]),
-            ("self_attn.q_proj", vec![HEADS * HEAD_DIM, HIDDEN]),
-            ("self_attn.k_proj", vec![KV_HEADS * HEAD_DIM, HIDDEN]),
-            ("self_attn.v_proj", vec![KV_HEADS * HEAD_DIM, HIDDEN]),
-            ("self_attn.o_proj", vec![HIDDEN, HEADS * HEAD_DIM]),
-            ("self_attn.q_norm", vec![HEAD_DIM]),
-            ("self_attn.k_norm", vec![HEAD_DIM]),
-            ("post_attention_layernorm", vec![HIDDEN]),
-            ("mlp.gate_proj", vec![INNER, HIDDEN]),
-            ("mlp.up_proj", vec![INNER, HIDDEN]),
-            ("mlp.down_proj", vec![HIDDEN, INNER]),
+            ("input_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![heads * head_dim, hidden]),
+            ("self_attn.k_proj", vec![kv_heads * head_dim, hidden]),
+            ("self_attn.v_proj", vec![kv_heads * head_dim, hidden]),
+            ("self_attn.o_proj", vec![hidden, heads * head_dim]),
+            ("self_attn.q_norm", vec![head_dim]),
+            ("self_attn.k_norm", vec![head_dim]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("mlp.gate_proj", vec![inner, hidden]),
+            ("mlp.up_proj", vec![inner, hidden]),
+            ("mlp.down_proj", vec![hidden, inner]),
         ];
         tensors.extend(shapes.into_iter().map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
     }
@@ -87,7 +98,8 @@ fn pack(lengths: &[usize]) -> Pack {
 }
 
 /// The matrix products of one forward of so many tokens, alone.
-fn products(tokens: usize) -> impl FnMut() {
+fn products(shape: &Shape, tokens: usize) -> impl FnMut() {
+    let &Shape { hidden, inner, heads, kv_heads, head_dim, layers, .. } = shape;
     let device = Device::Cpu;
     let pair = |inputs: usize, outputs: usize| {
         let x = Tensor::randn(0f32, 1., (tokens, inputs), &device).expect("x");
@@ -95,9 +107,9 @@ fn products(tokens: usize) -> impl FnMut() {
         (x, weight)
     };
     let shapes =
-        [pair(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM), pair(HEADS * HEAD_DIM, HIDDEN), pair(HIDDEN, 2 * INNER), pair(INNER, HIDDEN)];
+        [pair(hidden, (heads + 2 * kv_heads) * head_dim), pair(heads * head_dim, hidden), pair(hidden, 2 * inner), pair(inner, hidden)];
     move || {
-        for _ in 0..LAYERS {
+        for _ in 0..layers {
             for (x, weight) in &shapes {
                 black_box(x.matmul(weight).expect("a product"));
             }
@@ -106,30 +118,54 @@ fn products(tokens: usize) -> impl FnMut() {
 }
 
 fn forward(criterion: &mut Criterion) {
-    let model = qwen3();
-    let cases: [(&str, Vec<usize>); 4] = [
-        ("1 x 64", vec![64]),
-        ("8 x 512", vec![512; 8]),
-        ("1 x 4096", vec![4096]),
-        ("mixed", (0..16).map(|i| 64 + i * 448 / 15 + (i % 3) * 37).collect()),
+    let cases: [(&Shape, &str, Vec<usize>); 6] = [
+        (&SMALL, "1 x 64", vec![64]),
+        (&SMALL, "8 x 512", vec![512; 8]),
+        (&SMALL, "1 x 4096", vec![4096]),
+        (&SMALL, "mixed", (0..16).map(|i| 64 + i * 448 / 15 + (i % 3) * 37).collect()),
+        (&LARGE, "1 x 1024", vec![1024]),
+        (&LARGE, "8 x 1024", vec![1024; 8]),
     ];
+    let models = [&SMALL, &LARGE].map(qwen3);
     let mut group = criterion.benchmark_group("forward");
     group.sample_size(10);
-    for (name, lengths) in cases {
+    for (shape, name, lengths) in &cases {
         let tokens: usize = lengths.iter().sum();
-        let pack = pack(&lengths);
+        let pack = pack(lengths);
+        let model = &models[usize::from(shape.hidden == LARGE.hidden)];
+        let name = format!("{}, {name}", shape.name);
         group.throughput(Throughput::Elements(tokens as u64));
-        group.bench_function(BenchmarkId::new("model", name), |bencher| bencher.iter(|| model.forward(&pack).expect("forward")));
-        group.bench_function(BenchmarkId::new("products alone", name), |bencher| bencher.iter(products(tokens)));
+        group.bench_function(BenchmarkId::new("model", &name), |bencher| bencher.iter(|| model.forward(&pack).expect("forward")));
+        group.bench_function(BenchmarkId::new("products alone", &name), |bencher| bencher.iter(products(shape, tokens)));
+        // Turn by turn, so that whatever else runs on the machine slows both sides alike.
+        let rounds = if std::env::args().any(|argument| argument == "--test") { 1 } else { 9 };
+        let mut alone = products(shape, tokens);
+        let (whole, alone) = medians(rounds, || drop(model.forward(&pack).expect("forward")), &mut alone);
+        println!("{name}: {:.0} % of the time are matrix products", 100.0 * alone.as_secs_f64() / whole.as_secs_f64());
     }
     group.finish();
 
     // What bit-identical scores cost: a pack has at least four rows. Wider packs pay nothing, and no matrix of this model is
     // as narrow as those that are padded.
     let mut group = criterion.benchmark_group("one token");
-    group.bench_function("products of four rows, as scores are computed", |bencher| bencher.iter(products(4)));
-    group.bench_function("products of one row", |bencher| bencher.iter(products(1)));
+    group.bench_function("products of four rows, as scores are computed", |bencher| bencher.iter(products(&SMALL, 4)));
+    group.bench_function("products of one row", |bencher| bencher.iter(products(&SMALL, 1)));
     group.finish();
+}
+
+/// The median times of two things, done in turn.
+fn medians(rounds: usize, mut one: impl FnMut(), mut other: impl FnMut()) -> (Duration, Duration) {
+    let time = |run: &mut dyn FnMut()| {
+        let start = Instant::now();
+        run();
+        start.elapsed()
+    };
+    let mut times: Vec<(Duration, Duration)> = (0..rounds).map(|_| (time(&mut one), time(&mut other))).collect();
+    let mut median = |of: fn(&(Duration, Duration)) -> Duration| {
+        times.sort_by_key(of);
+        of(&times[times.len() / 2])
+    };
+    (median(|pair| pair.0), median(|pair| pair.1))
 }
 
 criterion_group!(benches, forward);

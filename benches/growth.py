@@ -9,50 +9,23 @@ Python. A token is counted where a caller sent it, also where the server had it 
 import argparse
 import json
 import math
-import os
 import platform
-import re
 import subprocess
-import threading
 from pathlib import Path
+
+from serving import Server
 
 PACK = 8192
 
 
-class Server:
-    def __init__(self, options, *extra):
-        arguments = [options.warm, "serve", options.model, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
-        arguments += ["--threads", str(options.threads), "--drain-delay", "0s", "--prefix-cache-bytes", "off", *extra]
-        self.warm, self.seconds = options.warm, options.seconds
-        environment = {**os.environ, "NO_COLOR": "1"}
-        self.process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
-        address = None
-        for line in self.process.stderr:
-            if found := re.search(r"grpc=(\S+)", line):
-                address = found[1]
-            if line.rstrip().endswith(" ready"):
-                break
-        else:
-            raise SystemExit("the server did not start")
-        self.address = address
-        # Somebody has to go on reading, or the server stops at a full pipe.
-        threading.Thread(target=lambda: [None for _ in self.process.stderr], daemon=True).start()
-
-    def bench(self, callers, prompt, completion, group=1):
-        arguments = [self.warm, "bench", "--addr", self.address, "--concurrency", str(callers), "--json", "--timeout", "5m"]
-        arguments += ["--prompt-tokens", str(prompt), "--completion-tokens", str(completion), "--group", str(group)]
-        arguments += ["--warmup", f"{max(1, self.seconds // 4)}s", "--duration", f"{self.seconds}s"]
-        answer = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
-        if answer["samples"]["failed"] or answer["requests"]["refused"]:
-            raise SystemExit(f"not everything was scored: {answer}")
-        return answer
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait()
+def bench(server, options, callers, prompt, completion, group=1):
+    arguments = [options.warm, "bench", "--addr", server.address, "--concurrency", str(callers), "--json", "--timeout", "5m"]
+    arguments += ["--prompt-tokens", str(prompt), "--completion-tokens", str(completion), "--group", str(group)]
+    arguments += ["--warmup", f"{max(1, options.seconds // 4)}s", "--duration", f"{options.seconds}s"]
+    answer = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+    if answer["samples"]["failed"] or answer["requests"]["refused"]:
+        raise SystemExit(f"not everything was scored: {answer}")
+    return answer
 
 
 def doublings(first, last):
@@ -69,14 +42,15 @@ def point(x, answer):
 
 def measure(options):
     curves = {}
+    serve = lambda *flags: Server(options.warm, options.model, options.threads, "--prefix-cache-bytes", "off", *flags)
+    measured = lambda server, x, *load: point(x, bench(server, options, *load))
     # Twice as many callers as a pack has samples, so that the next pack is there when one ends.
-    longest = str(options.longest)
-    with Server(options, "--max-tokens", longest, "--max-pack-tokens", str(max(PACK, options.longest))) as server:
+    with serve("--max-tokens", options.longest, "--max-pack-tokens", max(PACK, options.longest)) as server:
         lengths = doublings(64, options.longest)
-        curves["length"] = [point(n, server.bench(max(2, 2 * PACK // n), n // 2, n - n // 2)) for n in lengths]
-    with Server(options, "--max-pack-tokens", str(PACK)) as server:
-        curves["group"] = [point(n, server.bench(max(2, 64 // n), 512, 128, n)) for n in doublings(1, 64)]
-        curves["callers"] = [point(n, server.bench(n, 64, 64)) for n in doublings(1, 512)]
+        curves["length"] = [measured(server, n, max(2, 2 * PACK // n), n // 2, n - n // 2) for n in lengths]
+    with serve("--max-pack-tokens", PACK) as server:
+        curves["group"] = [measured(server, n, max(2, 64 // n), 512, 128, n) for n in doublings(1, 64)]
+        curves["callers"] = [measured(server, n, n, 64, 64) for n in doublings(1, 512)]
     config = json.loads((Path(options.model) / "config.json").read_text())
     shape = {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers")}
     machine = {"processor": processor(), "threads": options.threads}

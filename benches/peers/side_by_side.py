@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import re
 import resource
 import statistics
 import subprocess
@@ -25,6 +24,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from serving import Server  # noqa: E402
 
 BATCH = 16
 # The slack of float32 sums in another order; a larger difference would be another score.
@@ -50,23 +52,13 @@ class Peer:
         return scores
 
 
-class Warm:
+class Warm(Server):
     """A server of one model, and the load generator that asks it."""
 
     def __init__(self, binary, folder, threads, pack, cache="off"):
         # Rounds repeat their samples: what one round left in a cache would make the next one look faster than it is.
-        arguments = [binary, "serve", folder, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--threads", str(threads)]
-        arguments += ["--max-pack-tokens", str(pack), "--drain-delay", "0s", "--prefix-cache-bytes", cache]
+        super().__init__(binary, folder, threads, "--max-pack-tokens", pack, "--prefix-cache-bytes", cache)
         self.binary = binary
-        self.server = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
-        self.address = None
-        for line in self.server.stderr:
-            line = re.sub(r"\x1b\[[0-9;]*m", "", line)
-            if match := re.search(r"grpc=(\S+)", line):
-                self.address = match[1]
-            if line.rstrip().endswith(" ready"):
-                return
-        raise SystemExit("the server did not start")
 
     def lines(self, file, callers, extra=()):
         arguments = [self.binary, "bench", "--addr", self.address, "--input", file, "--concurrency", str(callers), "--json"]
@@ -83,12 +75,8 @@ class Warm:
         return [json.loads(line)["reward"] for line in answers]
 
     def processor_seconds(self):
-        fields = Path(f"/proc/{self.server.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self):
-        self.server.terminate()
-        self.server.wait()
 
 
 def requests(folder, name, samples):
