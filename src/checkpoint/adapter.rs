@@ -90,6 +90,13 @@ impl Adapter {
         self.parts.parts.get(name)
     }
 
+    /// Reads the stored tensor that a tensor is made from: what is there before the adapter adds its term.
+    pub fn read_bare(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        look_up(self.manifest(), name, &range)?;
+        let missing = || SourceError::NoSuchTensor { tensor: name.to_owned(), problem: "it is made from nothing".to_owned() };
+        self.read_origin(&self.part(name).ok_or_else(missing)?.origin, range, into)
+    }
+
     /// Bytes that factors take while tensors are read, at most.
     pub fn factor_bytes(&self) -> u64 {
         let bytes = |(name, part): (&String, &Part)| {

@@ -14,6 +14,7 @@ use super::combine::{Combination, Step};
 use super::content::BLOCK_ELEMENTS;
 use super::listing::listed;
 use super::recipe::Method;
+use super::tracked::Tracked;
 use super::weights_id::{Named, weights_id};
 use super::{MergePlan, PlannedSource};
 use crate::checkpoint::{Dtype, Elements, Manifest, SourceError, TensorSource, look_up};
@@ -25,6 +26,8 @@ pub struct Merged {
     plan: Arc<MergePlan>,
     /// The member that stands alone.
     alone: Option<usize>,
+    /// It is read without what its adapter adds.
+    bare: bool,
     /// What is read for each tensor.
     sums: BTreeMap<String, Arc<Sum>>,
     groups: Vec<Group>,
@@ -79,7 +82,7 @@ impl Merged {
             };
             sums.insert(name.clone(), made);
         }
-        Ok(Self { plan, alone: None, sums, groups, scratch: Mutex::default() })
+        Ok(Self { plan, alone: None, bare: false, sums, groups, scratch: Mutex::default() })
     }
 
     /// A merge of one: the member `index` of the plan, which must have it.
@@ -97,7 +100,12 @@ impl Merged {
         let sum = |is_float: bool| if is_float { &averaged } else { &copied };
         let sums = plan.manifest().iter().map(|(name, info)| (name.to_owned(), Arc::clone(sum(info.dtype.is_float()))));
         let sums = sums.collect();
-        Ok(Self { plan, alone: Some(index), sums, groups: Vec::new(), scratch: Mutex::default() })
+        Ok(Self { plan, alone: Some(index), bare: false, sums, groups: Vec::new(), scratch: Mutex::default() })
+    }
+
+    /// The same without what an adapter adds to its base: see [`MergePlan::member_bare`].
+    pub(super) fn bare(self) -> Self {
+        Self { bare: true, ..self }
     }
 
     pub fn plan(&self) -> &Arc<MergePlan> {
@@ -188,7 +196,8 @@ impl Merged {
         }
         for (place, &(index, coefficient)) in parts.iter().enumerate() {
             if let Some(source) = self.plan.source(index) {
-                source.weights.read(name, begin..begin + count, &mut scratch.member)?;
+                let read = if self.bare { Tracked::read_bare } else { Tracked::read };
+                read(&source.weights, name, begin..begin + count, &mut scratch.member)?;
                 average::accumulate(&mut scratch.sum, &scratch.member, coefficient, place == 0);
             }
         }

@@ -5,6 +5,7 @@
 //! Every method is, tensor by tensor, one linear combination of the members and init in float64, summed in one order and
 //! rounded once; methods differ only in the coefficients.
 
+mod adapters;
 mod angles;
 mod average;
 mod cache;

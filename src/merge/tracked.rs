@@ -52,6 +52,26 @@ impl Tracked {
         }
     }
 
+    /// Reads a tensor as it is before an adapter adds to it.
+    pub fn read_bare(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
+        match &self.made {
+            Made::Stored(shared) => shared.read(name, range, into),
+            Made::Adapted { adapter, .. } => adapter.read_bare(name, range, into),
+        }
+    }
+
+    /// Whether both read one stored checkpoint: as their own, or as the base that they stand on.
+    pub fn shares_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(self.shared(), other.shared())
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        match &self.made {
+            Made::Stored(shared) => shared,
+            Made::Adapted { base, .. } => base,
+        }
+    }
+
     /// Reads what will be read again, and hashed then. What an adapter computes is hashed at once.
     pub fn glance(&self, name: &str, range: Range<usize>, into: &mut Elements) -> Result<(), SourceError> {
         match &self.made {
