@@ -47,7 +47,7 @@ pub struct NormKeys {
 }
 
 /// `y = x W^T + b` with `W: [outputs, inputs]`, as a view of what is stored.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LinearKeys {
     pub weight: String,
     pub bias: Option<String>,
@@ -67,7 +67,7 @@ impl LinearKeys {
 }
 
 /// Rows of a stored matrix: runs of `run` rows, the first of them at `first`, and `stride` from one to the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rows {
     pub first: usize,
     pub run: usize,

@@ -300,7 +300,12 @@ impl Reader<'_> {
             cache: self.cache(base),
             ensemble: self.get(
                 "ensemble",
-                parse::choice(&[("off", EnsembleMode::Off), ("resident", EnsembleMode::Resident), ("streamed", EnsembleMode::Streamed)]),
+                parse::choice(&[
+                    ("off", EnsembleMode::Off),
+                    ("resident", EnsembleMode::Resident),
+                    ("adapters", EnsembleMode::Adapters),
+                    ("streamed", EnsembleMode::Streamed),
+                ]),
             ),
             head: self.get("head", parse::head),
             pooling: self.get("pooling", parse::pooling),

@@ -28,6 +28,8 @@ pub enum EnsembleMode {
     Off,
     /// Every member beside it.
     Resident,
+    /// Likewise, as adapters on their one base, which is loaded once.
+    Adapters,
     /// Each member for every call that asks for it, one after another.
     Streamed,
 }

@@ -1,5 +1,6 @@
 //! Tokens to rewards: packing, the forward pass, and the head. The only layer that knows candle.
 
+mod apart;
 mod cost;
 mod device;
 mod head;
@@ -9,6 +10,7 @@ mod pack;
 mod plain;
 mod prefix_cache;
 mod prefixes;
+mod reading;
 mod replicas;
 mod transformer;
 mod trie;
@@ -17,6 +19,7 @@ mod weights;
 use std::sync::Arc;
 
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
+pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
 pub use cost::shared_prefix;
 use device::{Backend, Fault};
 pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory};
@@ -154,7 +157,7 @@ pub fn load(
     max_tokens: usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
-    let what = What { source, architecture, layout, readout, max_tokens };
+    let what = What { source, apart: None, architecture, layout, readout, max_tokens };
     load_on(&[Place::Cpu], Dtype::F32, &what, progress)
 }
 
@@ -162,6 +165,8 @@ pub fn load(
 #[derive(Clone, Copy)]
 pub struct What<'a> {
     pub source: &'a dyn TensorSource,
+    /// Where it is one of several models on one base.
+    pub apart: Option<Apart<'a>>,
     pub architecture: &'a Architecture,
     pub layout: &'a Layout,
     pub readout: &'a Readout,
@@ -184,13 +189,13 @@ pub fn load_on(
     if rest.is_empty() {
         return Ok(Arc::new(model));
     }
-    let copies = rest.iter().map(|backend| model.on(backend)).collect::<Result<Vec<_>, _>>()?;
+    let copies = rest.iter().map(|backend| model.on(backend, what.apart.map(|apart| apart.base))).collect::<Result<Vec<_>, _>>()?;
     Ok(Arc::new(replicas::Replicas::new(model, copies)))
 }
 
 fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, LoadError> {
-    let &What { source, architecture, layout, readout, max_tokens } = what;
-    let mut loader = Loader::new(source, layout.used(), backend, progress);
+    let &What { source, apart, architecture, layout, readout, max_tokens } = what;
+    let mut loader = Loader::new(source, apart, layout.used(), backend, progress);
     let transformer = Transformer::load(architecture, layout, &mut loader)?;
     let head = Head::load(layout, readout, &mut loader)?;
     let limits = Limits {
@@ -236,8 +241,8 @@ struct Model {
 
 impl Model {
     /// The same on another device.
-    fn on(&self, backend: &Backend) -> Result<Self, LoadError> {
-        let (transformer, head) = (self.transformer.on(backend)?, Arc::clone(&self.head));
+    fn on(&self, backend: &Backend, base: Option<&SharedBase>) -> Result<Self, LoadError> {
+        let (transformer, head) = (self.transformer.on(backend, base)?, Arc::clone(&self.head));
         let (architecture, prefixes) = (self.architecture.clone(), Prefixes::of(backend, &self.architecture));
         Ok(Self { transformer, head, limits: self.limits, prefixes, architecture })
     }

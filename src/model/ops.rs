@@ -1,12 +1,14 @@
 //! The seam between the forward pass and what computes it: each function takes tensors on one device and does there what
 //! its kernel says. On the CPU that is [`super::kernels`]; anywhere else it is [`super::plain`], in operations of candle.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Shape, Tensor, bail};
 
 use super::kernels::attention::Shape as AttentionShape;
 use super::kernels::distances::Distances;
+use super::kernels::low_rank::Factor;
 use super::kernels::rope::HeadTransform;
-use super::kernels::{activation, attention, linear, norm, rope};
+use super::kernels::tile::Rows;
+use super::kernels::{activation, attention, linear, low_rank, norm, rope};
 use super::pack::Pack;
 use super::plain;
 use super::prefixes::Memory;
@@ -68,6 +70,22 @@ impl Ops {
         match self {
             Self::Plain => plain::scatter_add(&x, y, rows, weights),
             Self::Kernels => x.inplace_op2(y, &ScatterAdd { rows, weights }).map(|()| x),
+        }
+    }
+
+    /// `x F` by a narrow factor; on the CPU with the factor's padding.
+    pub fn project(self, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain => x.to_dtype(factor.dtype())?.matmul(factor),
+            Self::Kernels => x.apply_op2_no_bwd(factor, &Project),
+        }
+    }
+
+    /// `y` with `x F` added to its columns from `first` on, `columns` of them.
+    pub fn add_product(self, y: Tensor, x: &Tensor, factor: &Tensor, first: usize, columns: usize) -> Result<Tensor> {
+        match self {
+            Self::Plain => plain::add_product(&y, x, factor, first, columns),
+            Self::Kernels => y.inplace_op3(x, factor, &AddProduct { first, columns }).map(|()| y),
         }
     }
 }
@@ -210,6 +228,48 @@ impl InplaceOp2 for AddBias {
         let (x, stride) = rows_mut(s1, l1)?;
         linear::add_bias(x, stride, vector(s2, l2)?);
         Ok(())
+    }
+}
+
+struct Project;
+
+impl CustomOp2 for Project {
+    fn name(&self) -> &'static str {
+        "project"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, stride, count) = rows(s1, l1)?;
+        let factor = factor(s2, l2)?;
+        let output = low_rank::project(Rows { values: x, stride }, count, factor);
+        Ok((CpuStorage::F32(output), (count, factor.width).into()))
+    }
+}
+
+struct AddProduct {
+    first: usize,
+    columns: usize,
+}
+
+impl InplaceOp3 for AddProduct {
+    fn name(&self) -> &'static str {
+        "add_product"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout, s3: &CpuStorage, l3: &Layout) -> Result<()> {
+        let (x, x_stride, _) = rows(s2, l2)?;
+        let (y, stride) = rows_mut(s1, l1)?;
+        low_rank::add(Rows { values: x, stride: x_stride }, factor(s3, l3)?, y, stride, self.first, self.columns);
+        Ok(())
+    }
+}
+
+/// A factor, which is stored as the kernels read it.
+fn factor<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Factor<'a>> {
+    let (values, width, depth) = rows(storage, layout)?;
+    match values.get(..depth * width) {
+        Some(values) if layout.is_contiguous() => Ok(Factor { values, width }),
+        _ => bail!("expected a contiguous factor, found {layout:?}"),
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::kernels::attention::Shape;
 use super::*;
 use crate::checkpoint::RopeScaling;
-use crate::merge::{MergePlan, Merged, Recipe};
+use crate::merge::{MergePlan, Merged, PlannedMember, Recipe};
 use crate::text::Encoding;
 
 /// The merges of WARP (2406.16768) that the goldens have where there is an initialisation.
@@ -55,6 +55,16 @@ enum Side {
     Flash,
 }
 
+impl Side {
+    fn backend(self) -> Backend {
+        match self {
+            Self::Kernels => Backend::cpu(),
+            Self::Plain => Backend::plain_on_cpu(DType::F32),
+            Self::Flash => Backend { flash: Some(oracle), ..Backend::plain_on_cpu(DType::F32) },
+        }
+    }
+}
+
 /// In place of the flash kernels: candle's own loop over rows, which knows lengths and not beginnings.
 pub fn oracle(
     shape: &Shape,
@@ -79,14 +89,26 @@ fn loaded(plan: &Arc<MergePlan>, side: Side) -> Arc<dyn RewardModel> {
     let merged = Merged::new(Arc::clone(plan)).expect("coefficients");
     let reward = plan.reward().expect("a reward model");
     let readout = Readout::unnamed(reward.architecture, reward.layout);
-    let backend = match side {
-        Side::Kernels => Backend::cpu(),
-        Side::Plain => Backend::plain_on_cpu(DType::F32),
-        Side::Flash => Backend { flash: Some(oracle), ..Backend::plain_on_cpu(DType::F32) },
-    };
     let (architecture, layout) = (reward.architecture, reward.layout);
-    let what = What { source: &merged, architecture, layout, readout: &readout, max_tokens: usize::MAX };
-    Arc::new(load_with(&backend, &what, &mut |_, _| {}).expect("loads"))
+    let what = What { source: &merged, apart: None, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+    Arc::new(load_with(&side.backend(), &what, &mut |_, _| {}).expect("loads"))
+}
+
+/// Every member of a plan as an adapter on the base that stands there once.
+fn loaded_apart(plan: &Arc<MergePlan>, side: Side) -> Vec<Arc<dyn RewardModel>> {
+    plan.common_base().expect("adapters on one base");
+    let reward = plan.reward().expect("a reward model");
+    let (architecture, layout) = (reward.architecture, reward.layout);
+    let readout = Readout::unnamed(architecture, layout);
+    let base = SharedBase::default();
+    let load = |(index, member): (usize, &PlannedMember)| {
+        let merged = plan.member_source(index).expect("alone").expect("a member");
+        let bare = plan.member_bare(index).expect("bare").expect("a member");
+        let apart = Some(Apart { base: &base, bare: &bare, origins: Origins { adapter: member.source().adapter() } });
+        let what = What { source: &merged, apart, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+        Arc::new(load_with(&side.backend(), &what, &mut |_, _| {}).expect("loads")) as Arc<dyn RewardModel>
+    };
+    plan.members().iter().enumerate().map(load).collect()
 }
 
 fn scores(model: &dyn RewardModel, pack: &Pack) -> Vec<Vec<f32>> {
@@ -140,6 +162,12 @@ fn check(family: &Path, golden: &Value, side: Side) -> Result<(usize, f64), Stri
         recipes.extend(with_init.map(|(name, yaml)| ((*name).to_owned(), Recipe::from_yaml(yaml, family).expect("recipe"))));
     }
     let (mut cases, mut largest, mut held) = (0, 0f64, HeldTable::default());
+    let adapted = members.iter().all(|member| member.join("adapter_config.json").exists());
+    let apart = if adapted {
+        loaded_apart(&Arc::new(MergePlan::open(&recipe(&members)).map_err(|error| error.to_string())?), side)
+    } else {
+        Vec::new()
+    };
     for (name, recipe) in recipes {
         let plan = Arc::new(MergePlan::open(&recipe).map_err(|error| error.to_string())?);
         let alone = golden.get("scores_by").is_some();
@@ -148,28 +176,32 @@ fn check(family: &Path, golden: &Value, side: Side) -> Result<(usize, f64), Stri
             return Ok((0, 0.0));
         }
         let own: Vec<_> = encodings.iter().map(|encoding| alone || held.is_own(architecture, encoding.tokens())).collect();
-        let model = loaded(&plan, side);
-        let packed = match side {
-            Side::Kernels => scores(&*model, &Pack::new(&encodings)),
-            // Its sums depend on the company, so alone is no other test; what is shared is.
-            Side::Plain | Side::Flash => scores(&*model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))),
-        };
-        for (((case, encoding), packed), own) in list.iter().zip(&encodings).zip(packed).zip(own) {
-            if !own {
-                continue;
-            }
-            let expected = expected(&case["scores"][&name]);
-            assert_eq!(packed.len(), expected.len(), "{} {name}: outputs", family.display());
-            for (packed, expected) in packed.iter().zip(&expected) {
-                let deviation = (f64::from(*packed) - expected).abs() / expected.abs().max(1.0);
-                assert!(deviation < 1e-4, "{} {name}: {packed} against {expected} over {} tokens", family.display(), encoding.tokens());
-                largest = largest.max(deviation);
-            }
-            cases += 1;
-            if side == Side::Kernels {
-                let alone = &scores(&*model, &Pack::new(std::slice::from_ref(encoding)))[0];
-                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
+        let mut models = vec![loaded(&plan, side)];
+        // Beside the others on their base it scores as it does merged.
+        models.extend(name.strip_prefix("member-").and_then(|index| apart.get(index.parse::<usize>().ok()?)).cloned());
+        for model in models {
+            let packed = match side {
+                Side::Kernels => scores(&*model, &Pack::new(&encodings)),
+                // Its sums depend on the company, so alone is no other test; what is shared is.
+                Side::Plain | Side::Flash => scores(&*model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))),
+            };
+            for (((case, encoding), packed), own) in list.iter().zip(&encodings).zip(packed).zip(&own) {
+                if !own {
+                    continue;
+                }
+                let expected = expected(&case["scores"][&name]);
+                assert_eq!(packed.len(), expected.len(), "{} {name}: outputs", family.display());
+                for (packed, expected) in packed.iter().zip(&expected) {
+                    let deviation = (f64::from(*packed) - expected).abs() / expected.abs().max(1.0);
+                    assert!(deviation < 1e-4, "{} {name}: {packed} against {expected} over {} tokens", family.display(), encoding.tokens());
+                    largest = largest.max(deviation);
+                }
+                cases += 1;
+                if side == Side::Kernels {
+                    let alone = &scores(&*model, &Pack::new(std::slice::from_ref(encoding)))[0];
+                    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(bits(alone), bits(&packed), "{} {name}: alone {alone:?}, packed {packed:?}", family.display());
+                }
             }
         }
     }
@@ -228,7 +260,7 @@ fn in_sixteen_bits_every_kind_of_model_stays_near_its_float32() {
             let (merged, reward) = (Merged::new(Arc::clone(&plan)).expect("coefficients"), plan.reward().expect("a reward model"));
             let (architecture, layout) = (reward.architecture, reward.layout);
             let readout = Readout::unnamed(architecture, layout);
-            let what = What { source: &merged, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+            let what = What { source: &merged, apart: None, architecture, layout, readout: &readout, max_tokens: usize::MAX };
             let model = load_with(&Backend::plain_on_cpu(weights), &what, &mut |_, _| {}).expect("loads");
             (scores(&model, &Pack::forest(&encodings, |tokens| model.prefix_key(tokens))), model.limits().device_bytes)
         };

@@ -78,7 +78,7 @@ fn loaded<T>(family: &str, more: Value, load: impl Fn(&What) -> T) -> T {
     let manifest: Manifest = tensors.into_iter().map(|(name, shape)| (name, TensorInfo { dtype: Dtype::F32, shape })).collect();
     let layout = Layout::new(&architecture, &manifest).expect("complete");
     let (source, readout) = (Random(manifest), Readout::unnamed(&architecture, &layout));
-    load(&What { source: &source, architecture: &architecture, layout: &layout, readout: &readout, max_tokens: usize::MAX })
+    load(&What { source: &source, apart: None, architecture: &architecture, layout: &layout, readout: &readout, max_tokens: usize::MAX })
 }
 
 fn bits(model: &dyn RewardModel, pack: &Pack) -> Vec<u32> {

@@ -9,6 +9,7 @@ mod experts;
 use candle_core::{DType, Result, Tensor};
 
 use super::LoadError;
+use super::apart::{Destination, SharedBase};
 use super::device::Backend;
 use super::kernels::distances::{self, Distances};
 use super::kernels::rope::{Rotation, Tables};
@@ -59,15 +60,15 @@ impl Transformer {
         &self.backend
     }
 
-    /// The same on another device of the same kind.
-    pub fn on(&self, backend: &Backend) -> Result<Self> {
-        let device = &backend.device;
+    /// The same on another device of the same kind; what it shares with others there, too.
+    pub fn on(&self, backend: &Backend, base: Option<&SharedBase>) -> Result<Self> {
+        let to = Destination { device: &backend.device, base };
         Ok(Self {
-            embedding: self.embedding.on(device)?,
-            convolution: self.convolution.as_ref().map(|convolution| convolution.on(device)).transpose()?,
-            blocks: self.blocks.iter().map(|block| block.on(device)).collect::<Result<_>>()?,
-            final_norm: self.final_norm.as_ref().map(|norm| norm.on(device)).transpose()?,
-            output_projection: self.output_projection.as_ref().map(|projection| projection.on(device)).transpose()?,
+            embedding: self.embedding.on(to)?,
+            convolution: self.convolution.as_ref().map(|convolution| convolution.on(to)).transpose()?,
+            blocks: self.blocks.iter().map(|block| block.on(to)).collect::<Result<_>>()?,
+            final_norm: self.final_norm.as_ref().map(|norm| norm.on(to)).transpose()?,
+            output_projection: self.output_projection.as_ref().map(|projection| projection.on(to)).transpose()?,
             ropes: self.architecture.ropes.iter().map(Tables::new).collect(),
             architecture: self.architecture.clone(),
             backend: backend.clone(),

@@ -3,14 +3,14 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Device, Result, Tensor};
-use half::{bf16, f16};
-use rayon::prelude::*;
+use candle_core::{DType, Result, Tensor};
 
 use super::LoadError;
+use super::apart::{Apart, Destination, Factors, Key, Origins, RowFactors, SharedProduct};
 use super::device::Backend;
 use super::ops::Ops;
-use crate::checkpoint::{CHUNK_ELEMENTS, Elements, LinearKeys, Norm, NormKeys, Rows, TensorSource};
+use super::reading::{Reader, placed};
+use crate::checkpoint::{LinearKeys, Norm, NormKeys, Rows, TensorSource};
 
 /// Fewest outputs of a matrix product. Crate gemm computes a narrower product in an order of additions that depends on
 /// the number of rows; zero outputs beside the real ones cost less than a score that depends on its company.
@@ -22,6 +22,8 @@ pub struct Linear {
     /// `[inputs, outputs + padding]` as a view of the stored `[outputs + padding, inputs]`.
     weight: Tensor,
     bias: Option<Tensor>,
+    /// What an adapter adds to the weight.
+    added: Option<Factors>,
     outputs: usize,
     ops: Ops,
 }
@@ -29,7 +31,12 @@ pub struct Linear {
 impl Linear {
     /// `[rows, inputs]` to `[rows, at least outputs]`; the columns behind `outputs` are zero.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.to_dtype(self.weight.dtype())?.matmul(&self.weight)
+        let x = x.to_dtype(self.weight.dtype())?;
+        let y = x.matmul(&self.weight)?;
+        match &self.added {
+            Some(added) => added.add(self.ops, &x, y),
+            None => Ok(y),
+        }
     }
 
     /// [`Linear::forward`] with the bias added.
@@ -47,16 +54,11 @@ impl Linear {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
-        // A view of the other orientation keeps the stored one whole.
-        let weight = self.weight.t()?.to_device(device)?.t()?;
-        Ok(Self { weight, bias: on(self.bias.as_ref(), device)?, outputs: self.outputs, ops: self.ops })
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        let added = self.added.as_ref().map(|added| added.on(to)).transpose()?;
+        let (weight, bias) = (to.copy(&self.weight)?, to.optional(self.bias.as_ref())?);
+        Ok(Self { weight, bias, added, outputs: self.outputs, ops: self.ops })
     }
-}
-
-/// A tensor, where there is one, on another device.
-pub fn on(tensor: Option<&Tensor>, device: &Device) -> Result<Option<Tensor>> {
-    tensor.map(|tensor| tensor.to_device(device)).transpose()
 }
 
 /// Without the zero columns that a narrow product was padded with.
@@ -79,30 +81,62 @@ impl NormWeights {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
-        Ok(Self { weight: self.weight.to_device(device)?, bias: on(self.bias.as_ref(), device)?, ops: self.ops })
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        Ok(Self { weight: to.copy(&self.weight)?, bias: to.optional(self.bias.as_ref())?, ops: self.ops })
+    }
+}
+
+/// The rows of a table, by their numbers.
+#[derive(Debug)]
+pub struct Table {
+    rows: Tensor,
+    added: Option<RowFactors>,
+    ops: Ops,
+}
+
+impl Table {
+    pub fn select(&self, ids: &Tensor) -> Result<Tensor> {
+        let rows = self.rows.index_select(ids, 0)?;
+        match &self.added {
+            Some(added) => added.add(self.ops, ids, rows),
+            None => Ok(rows),
+        }
+    }
+
+    /// The same on another device.
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        let added = self.added.as_ref().map(|added| added.on(to)).transpose()?;
+        Ok(Self { rows: to.copy(&self.rows)?, added, ops: self.ops })
     }
 }
 
 /// Reads tensors of one source onto one device, and counts what it read.
 pub struct Loader<'a> {
-    source: &'a dyn TensorSource,
+    own: Reader<'a>,
+    /// Where the model stands on a base that it shares with others.
+    apart: Option<(Apart<'a>, Reader<'a>)>,
     backend: &'a Backend,
     progress: &'a mut dyn FnMut(u64, u64),
     total: u64,
     done: u64,
-    buffer: Elements,
-    /// Elements read: the parameters of the model.
+    /// Elements of the tensors that were asked for: the parameters of the model.
     pub parameters: u64,
-    /// Bytes that the tensors take on the device.
+    /// Bytes that this model's loading has placed on the device; what was there already is not among them.
     pub device_bytes: u64,
 }
 
 impl<'a> Loader<'a> {
-    pub fn new(source: &'a dyn TensorSource, used: &[String], backend: &'a Backend, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+    pub fn new(
+        source: &'a dyn TensorSource,
+        apart: Option<Apart<'a>>,
+        used: &[String],
+        backend: &'a Backend,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Self {
         let size = |name: &String| source.manifest().get(name).map_or(0, |info| (info.elements() * info.dtype.size()) as u64);
         let total = used.iter().map(size).sum();
-        Self { source, backend, progress, total, done: 0, buffer: Elements::default(), parameters: 0, device_bytes: 0 }
+        let (own, apart) = (Reader::new(source), apart.map(|apart| (apart, Reader::new(apart.bare))));
+        Self { own, apart, backend, progress, total, done: 0, parameters: 0, device_bytes: 0 }
     }
 
     pub fn backend(&self) -> &'a Backend {
@@ -111,34 +145,47 @@ impl<'a> Loader<'a> {
 
     /// A tensor in its own shape.
     pub fn tensor(&mut self, name: &str) -> std::result::Result<Tensor, LoadError> {
-        let shape = self.source.manifest().get(name).map(|info| info.shape.clone()).unwrap_or_default();
-        let values = self.host(name)?;
-        self.place(values, &shape, self.backend.weights)
+        let key = self.untouched(name).map(|base| Key::Tensor(base, None));
+        self.once(key, |loader| {
+            let values = loader.own.whole(name)?;
+            loader.place(values, &loader.shape(name), loader.backend.weights)
+        })
+        .inspect(|_| self.count(name, None))
+    }
+
+    /// A table with every element multiplied by a factor.
+    pub fn table(&mut self, name: &str, factor: Option<f64>) -> std::result::Result<Table, LoadError> {
+        let ops = self.backend.ops;
+        let found = self.origins().and_then(|origins| Some((origins.table(name)?, origins.adapter)));
+        let (key, term) = match found {
+            Some(((base, term), adapter)) => (Some(Key::Tensor(base.to_owned(), factor.map(f64::to_bits))), term.zip(adapter)),
+            None => (None, None),
+        };
+        let rows = self.once(key, |loader| {
+            let mut values = loader.shared_reader(term.is_some()).whole(name)?;
+            if let Some(factor) = factor {
+                values.iter_mut().for_each(|value| *value *= factor as f32);
+            }
+            loader.place(values, &loader.shape(name), loader.backend.weights)
+        })?;
+        self.count(name, None);
+        let added = term.map(|(term, adapter)| RowFactors::load(self, name, term, factor.unwrap_or(1.0), adapter)).transpose()?;
+        Ok(Table { rows, added, ops })
     }
 
     /// The values of a tensor, in float32, on the host.
     pub fn host(&mut self, name: &str) -> std::result::Result<Vec<f32>, LoadError> {
-        let mut values = vec![0.0; self.source.manifest().get(name).map_or(0, |info| info.elements())];
-        self.read(name, 0, &mut values)?;
+        let values = self.own.whole(name)?;
+        self.count(name, None);
         Ok(values)
     }
 
     /// Some elements of a tensor, in float32, on the host.
     pub fn part(&mut self, name: &str, range: Range<usize>) -> std::result::Result<Vec<f32>, LoadError> {
         let mut values = vec![0.0; range.len()];
-        self.read(name, range.start, &mut values)?;
+        self.own.read(name, range.start, &mut values)?;
+        self.count(name, Some(range.len()));
         Ok(values)
-    }
-
-    /// A tensor with every element multiplied by a factor.
-    pub fn scaled(&mut self, name: &str, factor: Option<f64>) -> std::result::Result<Tensor, LoadError> {
-        let Some(factor) = factor else { return self.tensor(name) };
-        let shape = self.source.manifest().get(name).map(|info| info.shape.clone()).unwrap_or_default();
-        let mut values = self.host(name)?;
-        for value in &mut values {
-            *value *= factor as f32;
-        }
-        self.place(values, &shape, self.backend.weights)
     }
 
     /// A norm's weight, on the host.
@@ -153,11 +200,18 @@ impl<'a> Loader<'a> {
     }
 
     pub fn norm(&mut self, keys: &NormKeys) -> std::result::Result<NormWeights, LoadError> {
-        let bias = keys.bias.as_deref().map(|bias| self.host(bias)).transpose()?;
-        let weight = self.norm_weight(keys)?;
-        let width = weight.len();
-        let bias = bias.map(|bias| self.place(bias, &[width], DType::F32)).transpose()?;
-        Ok(NormWeights { weight: self.place(weight, &[width], DType::F32)?, bias, ops: self.backend.ops })
+        let key = |loader: &Self, name: &str, from_one| loader.untouched(name).map(|base| Key::Norm(base, from_one));
+        let place = |loader: &mut Self, values: Vec<f32>| {
+            let width = values.len();
+            loader.place(values, &[width], DType::F32)
+        };
+        let bias = match &keys.bias {
+            None => None,
+            Some(bias) => Some(self.once(key(self, bias, false), |loader| loader.host(bias).and_then(|bias| place(loader, bias)))?),
+        };
+        let key = key(self, &keys.weight, keys.from_one);
+        let weight = self.once(key, |loader| loader.norm_weight(keys).and_then(|weight| place(loader, weight)))?;
+        Ok(NormWeights { weight, bias, ops: self.backend.ops })
     }
 
     pub fn optional_norm(&mut self, keys: Option<&NormKeys>) -> std::result::Result<Option<NormWeights>, LoadError> {
@@ -166,97 +220,113 @@ impl<'a> Loader<'a> {
 
     /// Linear layers of one input as one product, their outputs side by side.
     pub fn fused(&mut self, parts: &[&LinearKeys]) -> std::result::Result<Linear, LoadError> {
+        let (ops, weights) = (self.backend.ops, self.backend.weights);
+        let parts = joined(parts);
         let inputs = parts.first().map_or(0, |part| part.inputs);
         let outputs: usize = parts.iter().map(|part| part.outputs).sum();
-        let padded = if self.backend.ops == Ops::Kernels { outputs.max(MIN_OUTPUTS) } else { outputs };
-        let mut weight = vec![0.0; padded * inputs];
-        let mut bias = vec![0.0; outputs];
-        let mut first = 0;
-        for part in joined(parts) {
-            let end = first + part.outputs;
-            self.matrix(&part, &mut weight[first * inputs..end * inputs])?;
-            if let Some(name) = &part.bias {
-                self.rows(name, part.rows, 1, &mut bias[first..end])?;
+        let padded = padded_outputs(ops, outputs);
+        let origins = self.origins();
+        let shared = origins.and_then(|origins| origins.product(&parts));
+        let (key, added) = shared.map(|SharedProduct { keys, added }| (Key::Matrix(keys), added)).unzip();
+        let bare = added.is_some();
+        let weight = self.once(key, |loader| {
+            let mut weight = vec![0.0; padded * inputs];
+            let mut rest = weight.as_mut_slice();
+            for part in &parts {
+                let (this, next) = rest.split_at_mut(part.outputs * inputs);
+                loader.shared_reader(bare).matrix(part, this)?;
+                rest = next;
             }
-            first = end;
-        }
-        let bias =
-            if parts.iter().any(|part| part.bias.is_some()) { Some(self.place(bias, &[outputs], self.backend.weights)?) } else { None };
-        let weight = self.place(weight, &[padded, inputs], self.backend.weights)?.t()?;
-        Ok(Linear { weight, bias, outputs, ops: self.backend.ops })
-    }
-
-    /// `[outputs, inputs]` of a layer, as it is stored or turned round.
-    fn matrix(&mut self, part: &LinearKeys, into: &mut [f32]) -> std::result::Result<(), LoadError> {
-        let Some(columns) = part.transposed else {
-            return self.rows(&part.weight, part.rows, part.inputs, into);
-        };
-        let inputs = part.inputs;
-        let places: Vec<usize> = runs(part.rows, part.outputs).flat_map(|(first, run)| first..first + run).collect();
-        let step = (CHUNK_ELEMENTS / columns).max(1);
-        let mut chunk = vec![0.0; step.min(inputs) * columns];
-        for first in (0..inputs).step_by(step) {
-            let count = step.min(inputs - first);
-            let chunk = &mut chunk[..count * columns];
-            self.read(&part.weight, first * columns, chunk)?;
-            for (row, stored) in chunk.chunks_exact(columns).enumerate() {
-                for (output, place) in places.iter().enumerate() {
-                    into[output * inputs + first + row] = stored[*place];
+            Ok(loader.place(weight, &[padded, inputs], weights)?.t()?)
+        })?;
+        let bias = if parts.iter().any(|part| part.bias.is_some()) {
+            let key = origins.and_then(|origins| origins.bias(&parts));
+            Some(self.once(key, |loader| {
+                let mut bias = vec![0.0; outputs];
+                let mut rest = bias.as_mut_slice();
+                for part in &parts {
+                    let (this, next) = rest.split_at_mut(part.outputs);
+                    if let Some(name) = &part.bias {
+                        loader.own.rows(name, part.rows, 1, this)?;
+                    }
+                    rest = next;
                 }
-            }
+                loader.place(bias, &[outputs], weights)
+            })?)
+        } else {
+            None
+        };
+        for part in &parts {
+            self.count(&part.weight, Some(part.outputs * inputs));
+            part.bias.iter().for_each(|bias| self.count(bias, Some(part.outputs)));
         }
-        Ok(())
+        let added = match (added, origins.and_then(|origins| origins.adapter)) {
+            (Some(added), Some(adapter)) => Factors::load(self, &parts, &added, adapter)?,
+            _ => None,
+        };
+        Ok(Linear { weight, bias, added, outputs, ops })
     }
 
-    /// Rows of a stored matrix, one after the other.
-    fn rows(&mut self, name: &str, rows: Rows, width: usize, into: &mut [f32]) -> std::result::Result<(), LoadError> {
-        let mut rest = into;
-        for (first, run) in runs(rows, rest.len() / width.max(1)) {
-            let (this, next) = rest.split_at_mut(run * width);
-            self.read(name, first * width, this)?;
-            rest = next;
+    fn shape(&self, name: &str) -> Vec<usize> {
+        self.own.info(name).map(|info| info.shape.clone()).unwrap_or_default()
+    }
+
+    /// The base's name for a tensor that is the base's as it is, where there is a base.
+    fn untouched(&self, name: &str) -> Option<String> {
+        self.origins().and_then(|origins| origins.untouched(name)).map(str::to_owned)
+    }
+
+    fn origins(&self) -> Option<Origins<'a>> {
+        self.apart.as_ref().map(|(apart, _)| apart.origins)
+    }
+
+    /// What reads the model without what an adapter adds, if it is wanted, and there is a base.
+    fn shared_reader(&mut self, bare: bool) -> &mut Reader<'a> {
+        match &mut self.apart {
+            Some((_, reader)) if bare => reader,
+            _ => &mut self.own,
         }
-        Ok(())
+    }
+
+    /// Places what has a key once for all models of its base.
+    fn once(
+        &mut self,
+        key: Option<Key>,
+        place: impl FnOnce(&mut Self) -> std::result::Result<Tensor, LoadError>,
+    ) -> std::result::Result<Tensor, LoadError> {
+        let base = self.apart.as_ref().map(|(apart, _)| apart.base);
+        let Some((key, base)) = key.zip(base) else { return place(self) };
+        if let Some(there) = base.find(&key) {
+            return Ok(there);
+        }
+        let placed = place(self)?;
+        base.keep(key, &placed);
+        Ok(placed)
     }
 
     /// The host's copy is gone when this returns: one tensor at a time is all that loading holds beside the device.
     pub fn place(&mut self, values: Vec<f32>, shape: &[usize], dtype: DType) -> std::result::Result<Tensor, LoadError> {
         self.device_bytes += (values.len() * dtype.size_in_bytes()) as u64;
-        let device = &self.backend.device;
-        // Rounded here, so that no more bytes than those that stay travel to the device.
-        Ok(match dtype {
-            DType::BF16 => Tensor::from_vec(values.par_iter().map(|value| bf16::from_f32(*value)).collect::<Vec<_>>(), shape, device)?,
-            DType::F16 => Tensor::from_vec(values.par_iter().map(|value| f16::from_f32(*value)).collect::<Vec<_>>(), shape, device)?,
-            _ => Tensor::from_vec(values, shape, device)?,
-        })
+        Ok(placed(values, shape, dtype, &self.backend.device)?)
     }
 
-    /// Elements of a tensor from `first` on.
-    fn read(&mut self, name: &str, first: usize, into: &mut [f32]) -> std::result::Result<(), LoadError> {
-        let total = into.len();
-        for (chunk, into) in into.chunks_mut(CHUNK_ELEMENTS).enumerate() {
-            let start = first + chunk * CHUNK_ELEMENTS;
-            self.source.read(name, start..start + into.len(), &mut self.buffer)?;
-            widen(&self.buffer, into).map_err(|found| LoadError::Tensor {
-                tensor: name.to_owned(),
-                problem: format!("expected {} floating-point numbers, found {found}", into.len()),
-            })?;
-        }
-        self.parameters += total as u64;
-        self.done += self.source.manifest().get(name).map_or(0, |info| (total * info.dtype.size()) as u64);
+    /// Elements of a tensor that the model has now; `None` for all.
+    fn count(&mut self, name: &str, elements: Option<usize>) {
+        let Some(info) = self.own.info(name) else { return };
+        let elements = elements.unwrap_or(info.elements());
+        self.parameters += elements as u64;
+        self.done += (elements * info.dtype.size()) as u64;
         (self.progress)(self.done, self.total);
-        Ok(())
     }
 }
 
-/// The runs of so many rows: where each begins, and how long it is.
-fn runs(rows: Rows, count: usize) -> impl Iterator<Item = (usize, usize)> {
-    let run = rows.run.max(1);
-    (0..count.div_ceil(run)).map(move |index| (rows.first + index * rows.stride, run.min(count - index * run)))
+/// Rows of a matrix on the device, with the padding that its products need.
+pub fn padded_outputs(ops: Ops, outputs: usize) -> usize {
+    if ops == Ops::Kernels { outputs.max(MIN_OUTPUTS) } else { outputs }
 }
 
 /// Layers whose rows follow each other in one tensor, as the one layer that they are: it is then read once.
-fn joined(parts: &[&LinearKeys]) -> Vec<LinearKeys> {
+pub fn joined(parts: &[&LinearKeys]) -> Vec<LinearKeys> {
     let mut joined: Vec<LinearKeys> = Vec::with_capacity(parts.len());
     for part in parts {
         match joined.last_mut() {
@@ -276,30 +346,10 @@ fn follows(first: &LinearKeys, second: &LinearKeys) -> bool {
     one_run(first) && one_run(second) && first.rows.first + first.outputs == second.rows.first
 }
 
-/// Any floating-point elements to float32. Exact but for float64, which is rounded once.
-fn widen(from: &Elements, into: &mut [f32]) -> std::result::Result<(), String> {
-    fn copy<T: Copy>(from: &[T], into: &mut [f32], widen: impl Fn(T) -> f32) -> std::result::Result<(), String> {
-        if from.len() != into.len() {
-            return Err(format!("{} of them", from.len()));
-        }
-        for (into, from) in into.iter_mut().zip(from) {
-            *into = widen(*from);
-        }
-        Ok(())
-    }
-    match from {
-        Elements::F32(values) => copy(values, into, |value| value),
-        Elements::F64(values) => copy(values, into, |value| value as f32),
-        Elements::F16(values) => copy(values, into, half::f16::to_f32),
-        Elements::Bf16(values) => copy(values, into, half::bf16::to_f32),
-        Elements::I64(_) | Elements::I32(_) | Elements::I16(_) | Elements::Bytes(_) => Err("integers".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Dtype, Manifest, SourceError, TensorInfo};
+    use crate::checkpoint::{Dtype, Elements, Manifest, SourceError, TensorInfo};
 
     /// One matrix that counts up from 0, row by row.
     struct Counting(Manifest);
@@ -326,7 +376,7 @@ mod tests {
         let mut progress = |_, _| {};
         let used = ["w".to_owned()];
         let backend = Backend::cpu();
-        let mut loader = Loader::new(&source, &used, &backend, &mut progress);
+        let mut loader = Loader::new(&source, None, &used, &backend, &mut progress);
         let linear = loader.fused(parts).expect("loads");
         let weight = linear.weight.t().expect("turned").narrow(0, 0, linear.outputs).expect("rows");
         let flat = |tensor: &Tensor| tensor.flatten_all().expect("flat").to_vec1().expect("values");

@@ -5,7 +5,8 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::merge::{GroupPlan, Kind, MergePlan, PlannedSource, Size};
-use crate::model;
+use crate::model::{self, Place};
+use crate::registry::members_on_one_base;
 
 /// A plan for people and programs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -24,6 +25,8 @@ pub struct PlanSummary {
     /// Files of weights that `warm merge` would write.
     pub files: usize,
     pub peaks: Peaks,
+    /// Members on one base (`ensemble: adapters`); null where they are not.
+    pub adapters: Option<Adapters>,
     pub groups: Vec<GroupPlan>,
     pub notes: Vec<String>,
     /// The plan in words.
@@ -45,6 +48,16 @@ pub struct Source {
     pub bytes: u64,
 }
 
+/// What members take on the device as adapters on one base, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Adapters {
+    pub base: String,
+    /// What they have of the base, once.
+    pub base_bytes: u64,
+    /// What each has of its own, in order.
+    pub member_bytes: Vec<u64>,
+}
+
 /// The most memory that is held at once, in bytes, beside the program itself (some 20 MB) and its tokenizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Peaks {
@@ -56,6 +69,9 @@ pub struct Peaks {
     pub device_bytes: u64,
     /// With every member beside it (`ensemble: resident`).
     pub device_bytes_with_members: u64,
+    /// With the members' base beside it, once, and what each has of its own (`ensemble: adapters`); null where the members are no
+    /// adapters on one base.
+    pub device_bytes_adapters: Option<u64>,
     /// With one member at a time beside it (`ensemble: streamed`).
     pub device_bytes_streamed: u64,
 }
@@ -75,6 +91,21 @@ impl PlanSummary {
         let members = plan.members().iter();
         let served = recipe.kind() == Kind::Reward;
         let device_bytes = if served { model::device_bytes(plan.manifest()) } else { 0 };
+        let several = served && plan.members().len() > 1;
+        let bytes = several.then(|| members_on_one_base(plan, &[Place::Cpu], recipe.dtype()));
+        let mut notes = plan.notes().to_vec();
+        // Worth knowing where it could have been.
+        if let Some(Err(problem)) = &bytes
+            && plan.members().iter().any(|member| member.source().base().is_some())
+        {
+            notes.push(format!("no `ensemble: adapters` with these members: {problem}"));
+        }
+        let bytes = bytes.and_then(Result::ok);
+        let adapters = bytes.as_ref().map(|bytes| Adapters {
+            base: plan.common_base().map(|base| base.display().to_string()).unwrap_or_default(),
+            base_bytes: bytes.base,
+            member_bytes: bytes.own.clone(),
+        });
         Self {
             kind: recipe.kind().name().to_owned(),
             method: recipe.method().name().to_owned(),
@@ -97,10 +128,12 @@ impl PlanSummary {
                 } else {
                     device_bytes * (1 + plan.members().len() as u64)
                 },
+                device_bytes_adapters: bytes.map(|bytes| device_bytes.saturating_add(bytes.total())),
                 device_bytes_streamed: device_bytes * 2,
             },
+            adapters,
             groups: plan.group_plans(),
-            notes: plan.notes().to_vec(),
+            notes,
             words: plan.to_string(),
         }
     }
@@ -113,11 +146,26 @@ impl fmt::Display for PlanSummary {
         plan.into_iter().try_for_each(|line| writeln!(f, "{line}"))?;
         let twice = if self.passes > 1 { ", twice: once for the angles" } else { "" };
         writeln!(f, "reads {}{twice}; writes {} in {} files of weights", Size(self.bytes_to_read), Size(self.merged_bytes), self.files)?;
-        let Peaks { merge_host_bytes, load_host_bytes, device_bytes, device_bytes_with_members, device_bytes_streamed } = self.peaks;
+        let Peaks {
+            merge_host_bytes,
+            load_host_bytes,
+            device_bytes,
+            device_bytes_with_members,
+            device_bytes_adapters,
+            device_bytes_streamed,
+        } = self.peaks;
         writeln!(f, "memory beside the program's own: {} to merge to disk", Size(merge_host_bytes))?;
         if device_bytes > 0 {
             let (load, device, all) = (Size(load_host_bytes), Size(device_bytes), Size(device_bytes_with_members));
             writeln!(f, "  to serve: {load} while loading, {device} on the device (float32), {all} with every member beside it")?;
+            if let (Some(Adapters { base, base_bytes, member_bytes }), Some(all)) = (&self.adapters, device_bytes_adapters) {
+                let own = member_bytes.iter().fold(0u64, |sum, own| sum.saturating_add(*own));
+                let (all, shared, own) = (Size(all), Size(*base_bytes), Size(own));
+                writeln!(
+                    f,
+                    "  with `ensemble: adapters`: {all} on the device, of it {shared} for the base {base} once and {own} for all members' own"
+                )?;
+            }
             writeln!(f, "  to compare with `ensemble: streamed`: {} while a member is asked", Size(device_bytes_streamed))?;
         }
         write!(f, "tensors:")?;

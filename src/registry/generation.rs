@@ -103,7 +103,7 @@ pub struct GenerationInfo {
     /// As resolved.
     pub recipe: String,
     pub loaded: SystemTime,
-    /// How the members can be asked: `resident`, `streamed` or `off`.
+    /// How the members can be asked: `resident`, `adapters`, `streamed` or `off`.
     pub ensemble: String,
     pub text: TextInfo,
     /// Rows of the embedding: token ids are below this.
@@ -130,7 +130,7 @@ pub struct GenerationParts {
     pub weights_id: WeightsId,
     pub text: Arc<dyn Encode>,
     pub merged: Arc<dyn RewardModel>,
-    /// In the order of `info.members`; empty where the ensemble is not resident.
+    /// In the order of `info.members`; empty where none stands on the device.
     pub resident: Vec<LoadedMember>,
     /// Where members are loaded from for each call that asks for them; only where none is resident.
     pub streamed: Option<Arc<dyn StreamedMembers>>,

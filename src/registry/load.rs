@@ -19,13 +19,15 @@ use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Rewar
 use crate::model::{self, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
-/// Whether the members stand on the device beside the merged model.
+/// Whether, and how, the members stand on the device beside the merged model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ensemble {
     #[default]
     Off,
     /// All of them, for as long as the generation is there.
     Resident,
+    /// Likewise, but the base that all of them are adapters on stands there once, and of each member what is its own.
+    Adapters,
     /// Each is loaded for every call that asks for it, one after another through one place.
     Streamed,
 }
@@ -35,6 +37,7 @@ impl Ensemble {
         match self {
             Self::Off => "off",
             Self::Resident => "resident",
+            Self::Adapters => "adapters",
             Self::Streamed => "streamed",
         }
     }

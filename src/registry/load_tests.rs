@@ -418,3 +418,90 @@ fn a_device_that_is_not_there_is_named_before_anything_is_loaded() {
     let refused = load(&spec).map(|_| ()).expect_err("no such card").to_string();
     assert!(refused.starts_with("device cuda:999: "), "{refused}");
 }
+
+/// A base without a head, and adapters on it.
+fn family(dir: &Path, adapters: &[(&str, usize, &str)]) -> Vec<PathBuf> {
+    let mut config = fixture::config(TINY);
+    config["architectures"] = serde_json::json!(["LlamaForCausalLM"]);
+    fixture::write(&dir.join("base"), &config, &fixture::language_model(TINY, "F32", 1), 1).expect("written");
+    fixture::write(&dir.join("other-base"), &config, &fixture::language_model(TINY, "F32", 2), 1).expect("written");
+    let adapter = |(name, rank, base): &(&str, usize, &str)| {
+        let config = serde_json::json!({
+            "peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"],
+            "modules_to_save": ["score"], "task_type": "SEQ_CLS", "bias": "none",
+        });
+        let tensors = fixture::lora(TINY, "F32", *rank, &["self_attn.q_proj", "mlp.down_proj"], name.len() as u64 * 31 + *rank as u64);
+        let path = dir.join(name);
+        fixture::write_lora(&path, &config, &tensors).expect("written");
+        path
+    };
+    adapters.iter().map(adapter).collect()
+}
+
+#[test]
+fn members_on_one_base_score_as_resident_ones_and_take_the_base_once() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths = family(dir.path(), &[("rm-0", 2, "../base"), ("rm-1", 3, "../base"), ("rm-2", 1, "../base/../base")]);
+    let resident =
+        LoadSpec { ensemble: Ensemble::Resident, prefix_cache_bytes: 1 << 20, ..LoadSpec::uniform(&paths).expect("three folders") };
+    let apart = LoadSpec { ensemble: Ensemble::Adapters, ..resident.clone() };
+    let (resident, _) = load(&resident).expect("loads");
+    let prepared = Prepared::open(&apart, &Clock::manual(), &mut |_| {}).expect("a plan");
+    let generation = prepared.load(GenerationId(1), &mut |_| {}).expect("loads");
+    let (expected, found) = (rewards(&resident, &resident.ensemble), rewards(&generation, &generation.ensemble));
+    assert_eq!(found[0].to_bits(), expected[0].to_bits(), "the merged model is the same");
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found - expected).abs() < 1e-4 * expected.abs().max(1.0), "{found} against {expected}");
+    }
+    // What is scored again comes from what each model kept for itself.
+    assert_eq!(rewards(&generation, &generation.ensemble), found);
+    assert!(found[1] != found[2] && found[2] != found[3], "{found:?}");
+    assert_eq!(generation.resident().count(), 3);
+    assert_eq!((generation.fingerprint, generation.info.ensemble.as_str()), (resident.fingerprint, "adapters"));
+    assert_ne!(generation.equipment(), resident.equipment());
+    assert!(generation.info.notes.iter().any(|note| note.contains("adapters on ") && note.contains("base")), "{:?}", generation.info.notes);
+    // The plan knows its bytes but for what narrow products of the merged model are padded with, and for its head.
+    let planned = super::super::members_on_one_base(prepared.plan(), &[Place::Cpu], Dtype::F32).expect("adapters").total();
+    assert_eq!(generation.device_bytes() - generation.limits().device_bytes, planned);
+    assert!(generation.device_bytes() < resident.device_bytes());
+}
+
+#[test]
+fn the_base_itself_may_be_a_member_beside_its_adapters() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let base = member(dir.path(), "base", |_| {}, 7);
+    let config = serde_json::json!({
+        "peft_type": "LORA", "base_model_name_or_path": "../base", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none",
+        "modules_to_save": ["score"], "task_type": "SEQ_CLS",
+    });
+    fixture::write_lora(&dir.path().join("rm-1"), &config, &fixture::lora(TINY, "F32", 2, &["self_attn.q_proj"], 3)).expect("written");
+    let spec = LoadSpec { ensemble: Ensemble::Adapters, ..LoadSpec::uniform(&[base, dir.path().join("rm-1")]).expect("two folders") };
+    let (generation, _) = load(&spec).expect("loads");
+    let (resident, _) = load(&LoadSpec { ensemble: Ensemble::Resident, ..spec }).expect("loads");
+    let (found, expected) = (rewards(&generation, &generation.ensemble), rewards(&resident, &resident.ensemble));
+    assert_eq!(found[1].to_bits(), expected[1].to_bits(), "nothing is added to it");
+    assert!((found[2] - expected[2]).abs() < 1e-4, "{found:?} against {expected:?}");
+}
+
+#[test]
+fn members_that_are_no_adapters_on_one_base_are_named_before_anything_is_read() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let whole = member(dir.path(), "whole", |_| {}, 1);
+    let adapters = family(dir.path(), &[("rm-0", 2, "../base"), ("rm-1", 2, "../base"), ("rm-2", 2, "../other-base")]);
+    let refused = |members: &[PathBuf]| {
+        let spec = LoadSpec { ensemble: Ensemble::Adapters, ..LoadSpec::uniform(members).expect("folders") };
+        let error = load(&spec).map(|_| ()).expect_err("refused").to_string();
+        error.replace(&*std::fs::canonicalize(dir.path()).expect("there").to_string_lossy(), "")
+    };
+    let with = |members: &[&PathBuf]| members.iter().map(|path| (*path).clone()).collect::<Vec<_>>();
+    let other = refused(&adapters);
+    assert!(other.starts_with("ensemble: adapters: expected every member to be a LoRA adapter on one base"), "{other}");
+    assert!(other.contains("rm-0 stands on /base, but rm-2 stands on /other-base; resident holds any members"), "{other}");
+    let mixed = refused(&with(&[&whole, &adapters[0], &adapters[1]]));
+    assert!(mixed.contains("rm-0 stands on /base, but whole is not an adapter on it; "), "{mixed}");
+    let second = member(dir.path(), "second", |_| {}, 2);
+    assert!(refused(&with(&[&whole, &second])).contains("found that no member is a LoRA adapter; "));
+    // The merge of one is that one, whatever it is.
+    let alone = LoadSpec { ensemble: Ensemble::Adapters, ..LoadSpec::uniform(&[whole]).expect("one folder") };
+    assert_eq!(load(&alone).expect("loads").0.resident().count(), 1);
+}

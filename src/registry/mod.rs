@@ -39,7 +39,7 @@ pub use lease::LeaseEnd;
 pub use load::{CalibrationChoice, Ensemble, LoadError, LoadSpec, MeasuredMembers, Progress, TextOverrides, open_text};
 pub use members::{MIN_RUNNING, ScaleSource, StreamedMembers};
 pub use metrics::{RegistryMetrics, ReloadOutcome};
-pub use prepared::{Prepared, first_canary, load_generation};
+pub use prepared::{Prepared, first_canary, load_generation, members_on_one_base};
 pub use reload::Reloader;
 pub use room::Swap;
 pub use table::GenerationState;

@@ -14,10 +14,10 @@ use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::{Fingerprint, GenerationId, MemberName, Truncation, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
-use crate::model::{self, Pack, Place, RewardModel, What};
+use crate::model::{self, Apart, ApartBytes, Origins, Pack, Place, RewardModel, SharedBase, What};
 use crate::text::TextPipeline;
 
-/// Plans, merges and loads a recipe, with its members if they are to be resident, and lets every model score the bundled
+/// Plans, merges and loads a recipe, with its members if they are to stand on the device, and lets every model score the bundled
 /// probes. Blocks for as long as it takes; reading runs in the current rayon pool. `progress` is called often.
 pub fn load_generation(
     spec: &LoadSpec,
@@ -71,6 +71,9 @@ impl Prepared {
         let max_tokens = max_tokens(spec, architecture)?;
         members_can_stand_alone(spec.ensemble, &plan)?;
         let on = On { places: spec.device.resolve()?, dtype: spec.recipe.dtype() };
+        if spec.ensemble == Ensemble::Adapters && plan.members().len() > 1 {
+            members_on_one_base(&plan, &on.places, on.dtype).map_err(no_adapters)?;
+        }
         // What is read and how is as much a part of a score as the body is.
         let canonical = serde_json::to_string(&(architecture, &readout))
             .map_err(|error| LoadError::Options { field: "architecture", problem: format!("has no canonical form: {error}") })?;
@@ -92,12 +95,20 @@ impl Prepared {
 
     /// Bytes of weights on each device once it is loaded, by the plan.
     pub fn device_bytes(&self) -> u64 {
-        let members = match self.spec.ensemble {
-            Ensemble::Resident if self.plan.members().len() > 1 => self.plan.members().len() as u64,
-            Ensemble::Streamed => 1,
-            Ensemble::Resident | Ensemble::Off => 0,
+        let On { places, dtype } = &self.on;
+        let merged = model::device_bytes_on(places, *dtype, self.plan.manifest());
+        let members = match (self.spec.ensemble, self.plan.members().len()) {
+            // The merge of one is that one.
+            (Ensemble::Resident | Ensemble::Adapters, 1) | (Ensemble::Off, _) => 0,
+            (Ensemble::Resident, count) => merged.saturating_mul(count as u64),
+            (Ensemble::Adapters, count) => match members_on_one_base(&self.plan, places, *dtype) {
+                Ok(bytes) => bytes.total(),
+                // Refused when it was opened.
+                Err(_) => merged.saturating_mul(count as u64),
+            },
+            (Ensemble::Streamed, _) => merged,
         };
-        model::device_bytes_on(&self.on.places, self.on.dtype, self.plan.manifest()).saturating_mul(1 + members)
+        merged.saturating_add(members)
     }
 
     /// The name that the loaded generation will have. Reads every weight once, and keeps none, unless a cache remembers
@@ -143,21 +154,26 @@ impl Prepared {
     /// Merges and loads, and lets every model score the bundled probes.
     pub fn load(&self, id: GenerationId, progress: &mut dyn FnMut(Progress)) -> Result<Generation, LoadError> {
         let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
-        let mut load = |stage: &str, what: &str, source: &dyn TensorSource| {
+        let mut load = |stage: &str, what: &str, source: &dyn TensorSource, apart: Option<Apart>| {
             let mut tell = |done, total| progress(Progress::step(stage, done, total));
-            load_model(&self.on, plan, readout, self.max_tokens, source, &mut tell).map_err(|error| error.within(what))
+            load_model(&self.on, plan, readout, self.max_tokens, source, apart, &mut tell).map_err(|error| error.within(what))
         };
-        let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source);
+        let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source, None);
         let MergedModel { model: merged, weights_id, members: hashes, notes } =
             load_merged(plan, &|| self.merged(), self.spec.cache.as_ref(), &self.clock, &mut load_it)?;
         let mut resident = Vec::new();
-        if self.spec.ensemble == Ensemble::Resident {
+        if let Ensemble::Resident | Ensemble::Adapters = self.spec.ensemble {
+            // What members have in common is kept by them, not by this.
+            let base = SharedBase::default();
             for (index, member) in plan.members().iter().enumerate() {
-                let name = member.name().clone();
+                let (name, stage) = (member.name().clone(), format!("member {}", member.name()));
+                let bare = if self.spec.ensemble == Ensemble::Adapters { plan.member_bare(index)? } else { None };
+                let origins = Origins { adapter: member.source().adapter() };
+                let apart = bare.as_ref().map(|bare| Apart { base: &base, bare, origins });
                 let model = match plan.member_source(index)? {
                     // The merge of one is that one.
                     _ if plan.members().len() == 1 => merged.clone(),
-                    Some(source) => load(&format!("member {name}"), &format!("member {name}"), &source)?,
+                    Some(source) => load(&stage, &stage, &source, apart)?,
                     None => unreachable!("every index below the number of members has a source"),
                 };
                 resident.push(LoadedMember { name, model });
@@ -186,6 +202,11 @@ impl Prepared {
             info.notes.push("the calibration was measured on other weights, so it is not used".to_owned());
         }
         let member_calibrations = matching(&self.spec.members, &info.members, &mut info.notes);
+        if self.spec.ensemble == Ensemble::Adapters
+            && let Ok(base) = plan.common_base()
+        {
+            info.notes.push(format!("members stand on the device as adapters on {}, which is there once", base.display()));
+        }
         let streamed = (self.spec.ensemble == Ensemble::Streamed).then(|| {
             info.notes.push("members are streamed: every comparison loads each of them anew, one after another".to_owned());
             let (on, plan, readout) = (self.on.clone(), plan.clone(), readout.clone());
@@ -239,6 +260,23 @@ fn members_can_stand_alone(ensemble: Ensemble, plan: &MergePlan) -> Result<(), L
     }
 }
 
+/// What the members take on each device as what they have of one base, once, and what each has of its own; or why they are no
+/// adapters on one base.
+pub fn members_on_one_base(plan: &MergePlan, places: &[Place], dtype: Dtype) -> Result<ApartBytes, String> {
+    plan.common_base()?;
+    let layout = plan.reward().map_err(|error| error.to_string())?.layout;
+    let adapters = plan.members().iter().map(|member| member.source().adapter());
+    Ok(model::apart_bytes(places, dtype, layout, plan.manifest(), adapters))
+}
+
+fn no_adapters(found: String) -> LoadError {
+    let problem = format!(
+        "adapters: expected every member to be a LoRA adapter on one base (in one folder: `base:` of a member names it), found that {found}; \
+         resident holds any members, each as a whole model, and streamed loads one at a time"
+    );
+    LoadError::Options { field: "ensemble", problem }
+}
+
 /// Calibrations of members that still have the weights that they were measured with. A note for each that has not.
 fn matching(measured: &MeasuredMembers, infos: &[MemberInfo], notes: &mut Vec<String>) -> BTreeMap<MemberName, Calibration> {
     let mut matching = BTreeMap::new();
@@ -260,10 +298,11 @@ fn load_model(
     readout: &Readout,
     max_tokens: usize,
     source: &dyn TensorSource,
+    apart: Option<Apart<'_>>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, NotLoaded> {
     let Reward { architecture, layout, .. } = plan.reward().map_err(|error| NotLoaded::Load(error.into()))?;
-    let what = What { source, architecture, layout, readout, max_tokens };
+    let what = What { source, apart, architecture, layout, readout, max_tokens };
     model::load_on(&on.places, on.dtype, &what, progress).map_err(NotLoaded::Model)
 }
 
@@ -294,7 +333,7 @@ impl StreamedMembers for FromPlan {
     fn load(&self, index: usize) -> Result<Arc<dyn RewardModel>, String> {
         let source = self.plan.member_source(index).map_err(|error| error.to_string())?;
         let source = source.ok_or_else(|| format!("the plan has no member {index}"))?;
-        load_model(&self.on, &self.plan, &self.readout, self.max_tokens, &source, &mut |_, _| {}).map_err(|error| match error {
+        load_model(&self.on, &self.plan, &self.readout, self.max_tokens, &source, None, &mut |_, _| {}).map_err(|error| match error {
             NotLoaded::Load(error) => error.to_string(),
             NotLoaded::Model(error) => error.to_string(),
         })

@@ -61,6 +61,26 @@ fn a_plan_says_what_would_happen() {
 }
 
 #[test]
+fn a_plan_tells_what_adapters_on_one_base_take() {
+    let member = |name: &str, index: usize| family(name).join(format!("member-{index}")).display().to_string();
+    let adapters: Vec<String> = (0..3).map(|index| member("qwen3-lora", index)).collect();
+    let arguments = |members: &[String], more: &[&str]| -> Vec<String> {
+        ["plan"].iter().chain(more).map(|word| (*word).to_owned()).chain(members.iter().cloned()).collect()
+    };
+    let run = |members: &[String], more: &[&str]| warm(arguments(members, more).iter().map(String::as_str));
+    let (_, plan) = json_of(&run(&adapters, &["--json"]));
+    let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{plan}"));
+    let (peaks, apart) = (&plan["peaks"], &plan["adapters"]);
+    assert_eq!(apart["base"], json!(std::fs::canonicalize(family("qwen3-lora").join("base")).expect("there").display().to_string()));
+    let own: u64 = apart["member_bytes"].as_array().expect("three").iter().map(number).sum();
+    let all = number(&peaks["device_bytes_adapters"]);
+    assert_eq!(all, number(&peaks["device_bytes"]) + number(&apart["base_bytes"]) + own);
+    assert!(all < number(&peaks["device_bytes_with_members"]), "{plan}");
+    let words = out(&run(&adapters, &[]));
+    assert!(words.contains("with `ensemble: adapters`: ") && words.contains("for the base "), "{words}");
+}
+
+#[test]
 fn a_plan_that_cannot_be_made_lists_every_reason_and_exits_with_two() {
     let dir = tempfile::tempdir().expect("a folder");
     let (one, other) = (family("qwen3").join("member-0"), family("llama").join("member-0"));

@@ -1,5 +1,6 @@
 //! A real server over a socket on this machine.
 
+mod adapters;
 #[cfg(unix)]
 mod binary;
 mod deadline;

@@ -5,13 +5,13 @@ use warm::wire::{self, sample::Input};
 
 use super::running::Running;
 
-fn near(found: f32, golden: &Value) -> bool {
+pub fn near(found: f32, golden: &Value) -> bool {
     let golden = golden.as_f64().expect("a golden score");
     (f64::from(found) - golden).abs() <= 1e-4 * golden.abs().max(1.0)
 }
 
 /// A golden case as a caller would send it.
-fn sample(case: &Value) -> wire::Sample {
+pub fn sample(case: &Value) -> wire::Sample {
     let text = |name: &str| case[name].as_str().expect("a text").to_owned();
     let input = match case["kind"].as_str() {
         Some("text") => Input::Text(text("text")),

@@ -9,11 +9,12 @@ pub mod attention;
 pub mod distances;
 pub mod keys;
 pub mod linear;
+pub mod low_rank;
 pub mod math;
 pub mod norm;
 pub mod rope;
 pub mod route;
-mod tile;
+pub mod tile;
 
 use rayon::prelude::*;
 

@@ -6,6 +6,7 @@ use candle_nn::rotary_emb::rope_thd;
 
 use super::plan::{Batch, Sight, batches, rows_at, tasks};
 use crate::checkpoint::Architecture;
+use crate::model::apart::Destination;
 use crate::model::device::{Backend, FlashKernel};
 use crate::model::kernels::attention::Shape;
 use crate::model::kernels::rope::Rotation;
@@ -82,9 +83,8 @@ impl Embedded {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
-        let on = crate::model::weights::on;
-        Ok(Self { as_keys: on(self.as_keys.as_ref(), device)?, as_queries: on(self.as_queries.as_ref(), device)? })
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        Ok(Self { as_keys: to.optional(self.as_keys.as_ref())?, as_queries: to.optional(self.as_queries.as_ref())? })
     }
 }
 

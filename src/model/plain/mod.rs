@@ -56,6 +56,20 @@ pub fn scatter_add(x: &Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Res
     x.index_add(&Tensor::new(rows, device)?, &y.broadcast_mul(&weights)?.contiguous()?, 0)
 }
 
+/// `y` with `x F` added to some of its columns, in the type of `y`.
+pub fn add_product(y: &Tensor, x: &Tensor, factor: &Tensor, first: usize, columns: usize) -> Result<Tensor> {
+    let product = x.contiguous()?.matmul(factor)?.to_dtype(y.dtype())?;
+    let (width, end) = (y.dim(1)?, first + columns);
+    if columns == width {
+        return y + product;
+    }
+    let changed = (y.narrow(1, first, columns)? + product)?;
+    let around = [(0, first), (end, width - end)].map(|(first, columns)| (columns > 0).then(|| y.narrow(1, first, columns)));
+    let [before, behind] = around.map(Option::transpose);
+    let parts: Vec<Tensor> = before?.into_iter().chain([changed]).chain(behind?).collect();
+    Tensor::cat(&parts, 1)
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -92,6 +106,15 @@ mod tests {
             both(&|ops| ops.activate(kind, matrix(5, 12, 1)), kind.name());
             both(&|ops| ops.gate(kind, &matrix(5, 24, 1), 12), kind.name());
         }
+        let factor = |ops: Ops, depth: usize| {
+            // The kernels read padding, which candle's operations do without.
+            let whole = matrix(depth, 32, 7);
+            if ops == Ops::Kernels { Ok(whole) } else { whole.narrow(1, 0, 9)?.contiguous() }
+        };
+        for first in [0, 2, 3] {
+            both(&|ops| ops.add_product(matrix(5, 12, 1), &matrix(5, 3, 2), &factor(ops, 3)?, first, 9), "a product on some columns");
+        }
+        both(&|ops| ops.project(&matrix(5, 12, 1), &factor(ops, 12)?)?.narrow(1, 0, 9)?.contiguous(), "a narrow product");
         both(&|ops| ops.scatter_add(matrix(5, 12, 1), &matrix(4, 16, 2), &[0, 3, 4], &[0.5, 2.0, -1.0]), "a sum by rows");
     }
 

@@ -1,8 +1,9 @@
 //! One transformer layer: attention and an MLP, and the norms around them.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::super::LoadError;
+use super::super::apart::Destination;
 use super::super::kernels::attention::Shape;
 use super::super::kernels::distances::{Distances, Projected};
 use super::super::kernels::rope::{HeadTransform, Rotation};
@@ -104,17 +105,17 @@ impl Block {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
+    pub fn on(&self, to: Destination) -> Result<Self> {
         Ok(Self {
-            attention_norms: self.attention_norms.on(device)?,
-            qkv: self.qkv.on(device)?,
-            qk_norms: self.qk_norms.as_ref().map(|norms| norms.on(device)).transpose()?,
-            distances: self.distances.as_ref().map(|distances| distances.on(device)).transpose()?,
-            output: self.output.on(device)?,
-            mlp_norms: self.mlp_norms.on(device)?,
+            attention_norms: self.attention_norms.on(to)?,
+            qkv: self.qkv.on(to)?,
+            qk_norms: self.qk_norms.as_ref().map(|norms| norms.on(to)).transpose()?,
+            distances: self.distances.as_ref().map(|distances| distances.on(to)).transpose()?,
+            output: self.output.on(to)?,
+            mlp_norms: self.mlp_norms.on(to)?,
             mlp: match &self.mlp {
-                Mlp::Dense(dense) => Mlp::Dense(dense.on(device)?),
-                Mlp::Mixture(mixture) => Mlp::Mixture(mixture.on(device)?),
+                Mlp::Dense(dense) => Mlp::Dense(dense.on(to)?),
+                Mlp::Mixture(mixture) => Mlp::Mixture(mixture.on(to)?),
             },
         })
     }
@@ -170,8 +171,8 @@ impl Norms {
         })
     }
 
-    fn on(&self, device: &Device) -> Result<Self> {
-        let on = |norm: &Option<NormWeights>| norm.as_ref().map(|norm| norm.on(device)).transpose();
+    fn on(&self, to: Destination) -> Result<Self> {
+        let on = |norm: &Option<NormWeights>| norm.as_ref().map(|norm| norm.on(to)).transpose();
         Ok(Self { before: on(&self.before)?, behind: on(&self.behind)?, after: on(&self.after)?, ops: self.ops })
     }
 
@@ -197,8 +198,8 @@ impl Dense {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
-        Ok(Self { up: self.up.on(device)?, down: self.down.on(device)?, ops: self.ops })
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        Ok(Self { up: self.up.on(to)?, down: self.down.on(to)?, ops: self.ops })
     }
 
     /// `width` is that of the activation in between.
@@ -225,19 +226,19 @@ impl QkNorms {
         Ok(Self::Plain(place(query)?, place(key)?))
     }
 
-    fn on(&self, device: &Device) -> Result<Self> {
+    fn on(&self, to: Destination) -> Result<Self> {
         Ok(match self {
             Self::Kernels(query, key) => Self::Kernels(query.clone(), key.clone()),
-            Self::Plain(query, key) => Self::Plain(query.to_device(device)?, key.to_device(device)?),
+            Self::Plain(query, key) => Self::Plain(to.copy(query)?, to.copy(key)?),
         })
     }
 }
 
 impl LayerDistances {
-    fn on(&self, device: &Device) -> Result<Self> {
+    fn on(&self, to: Destination) -> Result<Self> {
         Ok(match self {
             Self::Kernels(projected) => Self::Kernels(projected.clone()),
-            Self::Plain(embedded) => Self::Plain(embedded.on(device)?),
+            Self::Plain(embedded) => Self::Plain(embedded.on(to)?),
         })
     }
 }

@@ -1,8 +1,9 @@
 //! The convolution beside DeBERTa v2's first layer.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::super::LoadError;
+use super::super::apart::Destination;
 use super::super::ops::Ops;
 use super::super::pack::Pack;
 use super::super::weights::{Linear, Loader, NormWeights};
@@ -23,8 +24,8 @@ impl Convolution {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
-        Ok(Self { kind: self.kind, linear: self.linear.on(device)?, norm: self.norm.on(device)?, ops: self.ops })
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        Ok(Self { kind: self.kind, linear: self.linear.on(to)?, norm: self.norm.on(to)?, ops: self.ops })
     }
 
     /// The activated convolution of the embeddings `x`, every sample by itself: a product of each token's window.

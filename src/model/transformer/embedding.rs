@@ -3,14 +3,15 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::super::LoadError;
+use super::super::apart::Destination;
 use super::super::ops::Ops;
 use super::super::pack::Pack;
-use super::super::weights::{self, Linear, Loader, NormWeights};
+use super::super::weights::{Linear, Loader, NormWeights, Table};
 use crate::checkpoint::{Architecture, Layout, Positions, ProjectionPlace};
 
 #[derive(Debug)]
 pub struct Embedding {
-    tokens: Tensor,
+    tokens: Table,
     positions: Option<Tensor>,
     token_types: Option<Tensor>,
     projection: Option<Linear>,
@@ -22,7 +23,7 @@ impl Embedding {
     pub fn load(architecture: &Architecture, layout: &Layout, loader: &mut Loader) -> std::result::Result<Self, LoadError> {
         let optional = |loader: &mut Loader, name: Option<&String>| name.map(|name| loader.tensor(name)).transpose();
         Ok(Self {
-            tokens: loader.scaled(&layout.embedding, architecture.embedding_scale)?,
+            tokens: loader.table(&layout.embedding, architecture.embedding_scale)?,
             positions: optional(loader, layout.positions.as_ref())?,
             token_types: optional(loader, layout.token_types.as_ref())?,
             projection: layout.embedding_projection.as_ref().map(|keys| loader.fused(&[keys])).transpose()?,
@@ -32,13 +33,13 @@ impl Embedding {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
+    pub fn on(&self, to: Destination) -> Result<Self> {
         Ok(Self {
-            tokens: self.tokens.to_device(device)?,
-            positions: weights::on(self.positions.as_ref(), device)?,
-            token_types: weights::on(self.token_types.as_ref(), device)?,
-            projection: self.projection.as_ref().map(|projection| projection.on(device)).transpose()?,
-            norm: self.norm.as_ref().map(|norm| norm.on(device)).transpose()?,
+            tokens: self.tokens.on(to)?,
+            positions: to.optional(self.positions.as_ref())?,
+            token_types: to.optional(self.token_types.as_ref())?,
+            projection: self.projection.as_ref().map(|projection| projection.on(to)).transpose()?,
+            norm: self.norm.as_ref().map(|norm| norm.on(to)).transpose()?,
             ops: self.ops,
         })
     }
@@ -52,7 +53,8 @@ impl Embedding {
             _ => Ok(x),
         };
         // The residual stream is in float32, whatever the tables are in.
-        let mut x = project(rows(&self.tokens, pack.ids())?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
+        let mut x =
+            project(self.tokens.select(&Tensor::new(pack.ids(), device)?)?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
         if let Some(table) = &self.token_types {
             x = self.ops.add(x, &rows(table, pack.type_ids())?)?;
         }

@@ -4,9 +4,10 @@
 //! rows chose the same expert (a product's rows are independent of each other), and its experts are added in the order
 //! of their numbers, whatever stands beside it.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::super::LoadError;
+use super::super::apart::Destination;
 use super::super::kernels::route::{Routed, route};
 use super::super::ops::Ops;
 use super::super::pack::MIN_ROWS;
@@ -39,9 +40,9 @@ impl Mixture {
     }
 
     /// The same on another device.
-    pub fn on(&self, device: &Device) -> Result<Self> {
-        let experts = self.experts.iter().map(|expert| expert.on(device)).collect::<Result<_>>()?;
-        Ok(Self { router: self.router.on(device)?, experts, shape: self.shape.clone(), ops: self.ops })
+    pub fn on(&self, to: Destination) -> Result<Self> {
+        let experts = self.experts.iter().map(|expert| expert.on(to)).collect::<Result<_>>()?;
+        Ok(Self { router: self.router.on(to)?, experts, shape: self.shape.clone(), ops: self.ops })
     }
 
     pub fn forward(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
