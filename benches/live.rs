@@ -1,9 +1,14 @@
 //! What a reload costs those who call, and what the ensemble costs beside the merged model.
 //!
-//! `cargo bench --bench live` prints two tables. The first reloads again and again (200 times; `RELOADS` in the environment
+//! `cargo bench --bench live` prints three tables. The last reloads again and again (200 times; `RELOADS` in the environment
 //! changes that) while callers saturate the server, and checks every answer against the scores that its generation gave when it was alone.
-//! The second scores the same samples with WARM and with the ensemble, for M = 1, 2, 5 and 10 members. Client, server and
-//! model share this machine.
+//! The first scores the same samples with WARM and with the ensemble, for M = 1, 2, 5 and 10 members; the second does so with
+//! LoRA members, each whole (`ensemble: resident`) and all on their one base (`ensemble: adapters`). Client, server and model
+//! share this machine.
+
+#[allow(dead_code)]
+#[path = "../src/checkpoint/fixture.rs"]
+mod fixture;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -190,36 +195,99 @@ impl AsyncWork for Reloads<'_> {
     }
 }
 
-/// The same samples by WARM alone and by WARM beside all its members.
+/// A model with its members, and what it costs.
+struct Cost {
+    warm_ms: f64,
+    all_ms: f64,
+    warm_mib: f64,
+    all_mib: f64,
+}
+
+/// The same samples by WARM alone and by WARM beside all its members, for each of some settings, by turns, so that whatever
+/// else this machine does hits all of them; medians of `rounds`.
+async fn costs<const N: usize>(settings: [String; N], samples: &[Sample], rounds: usize) -> [Cost; N] {
+    let apps = settings.map(|settings| {
+        let file = Some((PathBuf::from("bench.yaml"), settings));
+        let config = Resolved::new(Sources { file, ..Sources::default() }).expect("settings").config;
+        let clock = Clock::system();
+        let app = App::new(&config, clock.clone(), "bench".to_owned()).expect("app");
+        app.load(loader(load_spec(&config).expect("members that are there"), clock), &mut |_| {}).expect("loaded");
+        (app, Vec::new(), Vec::new())
+    });
+    let mut apps = apps;
+    for _ in 0..rounds {
+        for (app, warm, all) in &mut apps {
+            let engine = app.engine();
+            let begin = Instant::now();
+            engine.score(samples.to_vec(), CallOptions::default(), Permit::unlimited()).await.expect("scored");
+            warm.push(begin.elapsed());
+            let begin = Instant::now();
+            let (options, compare) = (CallOptions::default(), CompareOptions::default());
+            engine.compare(samples.to_vec(), options, compare, Permit::unlimited()).await.expect("compared");
+            all.push(begin.elapsed());
+        }
+    }
+    apps.map(|(app, mut warm, mut all)| {
+        let live = app.engine().registry().current().expect("live");
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        warm.sort();
+        all.sort();
+        let (warm_mib, all_mib) = (mib(live.limits().device_bytes), mib(live.device_bytes()));
+        Cost { warm_ms: percentile(&warm, 0.5), all_ms: percentile(&all, 0.5), warm_mib, all_mib }
+    })
+}
+
+/// LoRA members of one base, whole and apart from it.
+async fn adapters() {
+    const SIZE: fixture::Size = fixture::Size { hidden: 768, intermediate: 2048, layers: 4, vocab: 4096 };
+    const MODULES: [&str; 7] =
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
+    const RANK: usize = 16;
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut config = fixture::config(SIZE);
+    config["architectures"] = serde_json::json!(["LlamaForCausalLM"]);
+    config["max_position_embeddings"] = 1024.into();
+    (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) = (12.into(), 12.into(), 64.into());
+    fixture::write(&dir.path().join("base"), &config, &fixture::language_model(SIZE, "BF16", 1), 1).expect("written");
+    let targets: Vec<&str> = MODULES.iter().filter_map(|module| module.rsplit('.').next()).collect();
+    let config = serde_json::json!({
+        "peft_type": "LORA", "base_model_name_or_path": "../base", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets,
+        "modules_to_save": ["score"], "task_type": "SEQ_CLS", "bias": "none",
+    });
+    for member in 0..10 {
+        let tensors = fixture::lora(SIZE, "BF16", RANK, &MODULES, member);
+        fixture::write_lora(&dir.path().join(format!("rm-{member}")), &config, &tensors).expect("written");
+    }
+    let text = |i: usize| Sample::Text("abcdefghijklmnopqrst".repeat(3 + i % 5).chars().skip(i % 7).collect());
+    let samples: Vec<Sample> = (0..8).map(text).collect();
+    println!("8 texts, in process: LoRA members (rank {RANK} on every matrix) of one base, each whole, and all on the base");
+    println!("   M   WARM ms   resident ms   adapters ms   ratio   WARM MiB   resident MiB   adapters MiB   ratio");
+    for count in [2, 5, 10] {
+        let members: Vec<String> = (0..count).map(|i| dir.path().join(format!("rm-{i}")).display().to_string()).collect();
+        let settings = |mode: &str| format!("ensemble: {mode}\nprefix_cache_bytes: off\nmodel:\n  members: [{}]\n", members.join(", "));
+        let [resident, apart] = costs([settings("resident"), settings("adapters")], &samples, 9).await;
+        println!(
+            "  {count:2}  {:8.1}  {:12.1}  {:12.1}  {:6.2}  {:9.1}  {:13.1}  {:13.1}  {:6.2}",
+            (resident.warm_ms + apart.warm_ms) / 2.0,
+            resident.all_ms,
+            apart.all_ms,
+            apart.all_ms / resident.all_ms,
+            resident.warm_mib,
+            resident.all_mib,
+            apart.all_mib,
+            apart.all_mib / resident.all_mib,
+        );
+    }
+}
+
 async fn ensembles() {
     println!("32 conversations, in process: WARM alone against WARM and the ensemble of its M members");
     println!("   M   WARM ms    ENS ms   ratio   WARM MiB   ENS MiB");
     for count in [1, 2, 5, 10] {
         let members: Vec<String> = (0..count).map(|i| format!("{{path: {}, name: rm-{i}}}", member(i))).collect();
         let text = format!("ensemble: resident\nmodel:\n  members: [{}]\n", members.join(", "));
-        let file = Some((PathBuf::from("bench.yaml"), text));
-        let config = Resolved::new(Sources { file, ..Sources::default() }).expect("settings").config;
-        let clock = Clock::system();
-        let app = App::new(&config, clock.clone(), "bench".to_owned()).expect("app");
-        app.load(loader(load_spec(&config).expect("the bundled family"), clock), &mut |_| {}).expect("loaded");
-        let engine = app.engine();
-        let live = engine.registry().current().expect("live");
-        let (merged, all) = (live.limits().device_bytes as f64 / f64::from(1 << 20), live.device_bytes() as f64 / f64::from(1 << 20));
-        let (mut warm, mut ens) = (Vec::new(), Vec::new());
-        // By turns, so that whatever else this machine does hits both.
-        for _ in 0..30 {
-            let begin = Instant::now();
-            engine.score(samples(32), CallOptions::default(), Permit::unlimited()).await.expect("scored");
-            warm.push(begin.elapsed());
-            let begin = Instant::now();
-            let (options, compare) = (CallOptions::default(), CompareOptions::default());
-            engine.compare(samples(32), options, compare, Permit::unlimited()).await.expect("compared");
-            ens.push(begin.elapsed());
-        }
-        warm.sort();
-        ens.sort();
-        let (warm, ens) = (percentile(&warm, 0.5), percentile(&ens, 0.5));
-        println!("  {count:2}  {warm:8.2}  {ens:8.2}  {:6.2}  {merged:9.2}  {all:8.2}", ens / warm);
+        let [Cost { warm_ms, all_ms, warm_mib, all_mib }] = costs([text], &samples(32), 30).await;
+        println!("  {count:2}  {warm_ms:8.2}  {all_ms:8.2}  {:6.2}  {warm_mib:9.2}  {all_mib:8.2}", all_ms / warm_ms);
     }
 }
 
@@ -228,6 +296,7 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
     runtime.block_on(async {
         ensembles().await;
+        adapters().await;
         reloads(count).await;
     });
 }
