@@ -19,7 +19,7 @@ use std::sync::Arc;
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use cost::shared_prefix;
 use device::{Backend, Fault};
-pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory};
+pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory, run_when_idle};
 use head::{Head, Verdict};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
@@ -28,7 +28,7 @@ use transformer::Transformer;
 use weights::Loader;
 
 /// A loaded reward model on one device. Immutable, so it may be shared by any number of jobs; `forward` is called by the
-/// device worker alone, inside the worker's own rayon pool.
+/// device worker inside the worker's own rayon pool, and before there are jobs by whoever loads the model, in the pool for that.
 pub trait RewardModel: Send + Sync {
     /// Scores every sample of a pack, in order.
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError>;
