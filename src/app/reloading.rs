@@ -286,6 +286,10 @@ impl Candidate for SettingsCandidate {
         self.prepared.device_bytes()
     }
 
+    fn prefix_bytes(&self) -> u64 {
+        self.prepared.prefix_bytes()
+    }
+
     fn canary(&self) -> (&Probes, &CanaryBounds) {
         (&self.probes, &self.bounds)
     }
@@ -307,13 +311,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::super::watching::look;
     use super::*;
     use crate::config::SETTINGS;
 
     fn resolved(file: &str) -> Resolved {
-    use std::path::Path;
-
-    use super::super::watching::look;
         Resolved::new(Sources { file: Some((PathBuf::from("warm.yaml"), file.to_owned())), ..Sources::default() }).expect("valid")
     }
 
@@ -334,7 +338,6 @@ mod tests {
             assert!(SETTINGS.iter().any(|setting| setting.key.starts_with(reloaded)), "{reloaded}");
         }
     }
-}
 
     /// A server of a nested recipe: an average within an average, an adapter whose own file names its base, a calibration
     /// and probes.
@@ -385,3 +388,4 @@ mod tests {
             assert_ne!(now(), before, "{file}");
         }
     }
+}
