@@ -10,7 +10,7 @@
 #[path = "../src/checkpoint/fixture.rs"]
 mod fixture;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,8 +93,11 @@ async fn scores(client: &Client) -> (Vec<u32>, String) {
 
 type Own = Arc<HashMap<String, Vec<u32>>>;
 
+/// When a request ended, and how long it took.
+type Took = (Instant, Duration);
+
 /// Latencies of callers until `stop`, each answer checked.
-fn callers(client: &Client, own: &Own, stop: &Arc<AtomicBool>) -> Vec<tokio::task::JoinHandle<Vec<Duration>>> {
+fn callers(client: &Client, own: &Own, stop: &Arc<AtomicBool>) -> Vec<tokio::task::JoinHandle<Vec<Took>>> {
     let one = |_| {
         let (client, own, stop) = (client.clone(), own.clone(), stop.clone());
         tokio::spawn(async move {
@@ -102,7 +105,7 @@ fn callers(client: &Client, own: &Own, stop: &Arc<AtomicBool>) -> Vec<tokio::tas
             while !stop.load(Ordering::Relaxed) {
                 let begin = Instant::now();
                 let (bits, name) = scores(&client).await;
-                took.push(begin.elapsed());
+                took.push((Instant::now(), begin.elapsed()));
                 assert_eq!(own.get(&name), Some(&bits), "an answer is of exactly one generation");
             }
             took
@@ -111,18 +114,24 @@ fn callers(client: &Client, own: &Own, stop: &Arc<AtomicBool>) -> Vec<tokio::tas
     (0..CALLERS).map(one).collect()
 }
 
-async fn joined(callers: Vec<tokio::task::JoinHandle<Vec<Duration>>>) -> Vec<Duration> {
+async fn joined(callers: Vec<tokio::task::JoinHandle<Vec<Took>>>) -> Vec<Took> {
     let mut all = Vec::new();
     for caller in callers {
         all.extend(caller.await.expect("no panic"));
     }
-    all.sort();
+    all.sort_by_key(|(_, took)| *took);
     all
 }
 
 fn percentile(sorted: &[Duration], share: f64) -> f64 {
     let at = ((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1));
     sorted.get(at).map_or(f64::NAN, |found| found.as_secs_f64() * 1e3)
+}
+
+/// Median and 99th percentile.
+fn two(sorted: &[Took]) -> [f64; 2] {
+    let sorted: Vec<Duration> = sorted.iter().map(|(_, took)| *took).collect();
+    [percentile(&sorted, 0.5), percentile(&sorted, 0.99)]
 }
 
 async fn reloads(count: usize) {
@@ -150,17 +159,19 @@ async fn reloads(count: usize) {
     let steady = measure(&mut Steady(Duration::from_secs(10))).await;
     let before = resident_mib();
     let begin = Instant::now();
-    let during = measure(&mut Reloads { count, wanted: &wanted }).await;
+    let mut work = Reloads { count, wanted: &wanted, steps: Vec::new(), resident: Vec::new() };
+    let during = measure(&mut work).await;
     let took = begin.elapsed().as_secs_f64();
     println!("{count} reloads under load of {CALLERS} callers, 8 conversations a request, {:.2} s each", took / count as f64);
-    for (name, found) in [("steady", &steady), ("reloading", &during)] {
-        let (p50, p99) = (percentile(found, 0.5), percentile(found, 0.99));
+    let [still, moving] = [&steady, &during].map(|found| two(found));
+    for (name, found, [p50, p99]) in [("steady", &steady, still), ("reloading", &during, moving)] {
         println!("  {name:9}  {:6} requests  p50 {p50:7.2} ms  p99 {p99:7.2} ms", found.len());
     }
-    println!(
-        "  no request failed, every answer was its generation's own; resident {before:.0} MiB before, {:.0} MiB after",
-        resident_mib()
-    );
+    println!("  reloading against steady: p50 {:.2}x, p99 {:.2}x", moving[0] / still[0], moving[1] / still[1]);
+    println!("  the slowest hundredth ended while a reload was at: {}", work.stages_of(&during[during.len() - during.len() / 100..]));
+    println!("  no request failed, every answer was its generation's own");
+    let parts: Vec<_> = (1..=4).map(|part| format!("{:.0}", work.resident[(count * part / 4).saturating_sub(1)])).collect();
+    println!("  resident {before:.0} MiB before, {} MiB after each quarter of the reloads", parts.join(", "));
     server.stopped().await;
 }
 
@@ -180,6 +191,23 @@ impl AsyncWork for Steady {
 struct Reloads<'w> {
     count: usize,
     wanted: &'w [&'w [usize]],
+    /// When a stage was first told.
+    steps: Vec<(Instant, String)>,
+    /// MiB after each reload.
+    resident: Vec<f64>,
+}
+
+impl Reloads<'_> {
+    /// How many of these requests ended in which stage.
+    fn stages_of(&self, slow: &[Took]) -> String {
+        let mut count = BTreeMap::<&str, usize>::new();
+        for (ended, _) in slow {
+            let stage = self.steps.iter().rev().find(|(at, _)| at <= ended).map_or("", |(_, stage)| stage);
+            *count.entry(stage).or_default() += 1;
+        }
+        let words: Vec<_> = count.into_iter().map(|(stage, count)| format!("{stage} {count}")).collect();
+        words.join(", ")
+    }
 }
 
 impl AsyncWork for Reloads<'_> {
@@ -187,9 +215,11 @@ impl AsyncWork for Reloads<'_> {
         Box::pin(async move {
             for i in 0..self.count {
                 want(file, self.wanted[i % self.wanted.len()]);
-                let last = client.reload(wire::ReloadRequest::default(), |_| {}).await.expect("a good candidate");
+                let told = |step: &wire::ReloadProgress| self.steps.push((Instant::now(), step.stage.clone()));
+                let last = client.reload(wire::ReloadRequest::default(), told).await.expect("a good candidate");
                 // The one before is held, so every third is back by a swap alone.
                 assert!(["loaded", "activated"].contains(&last.outcome.as_str()), "{}", last.message);
+                self.resident.push(resident_mib());
             }
         })
     }

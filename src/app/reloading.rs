@@ -9,9 +9,10 @@ use super::last_good::{LastGood, StateFolder};
 use super::loading::{canary_probes, with_causes};
 use super::watching::Watched;
 use super::{Loader, load_spec};
+use crate::checkpoint::named_base;
 use crate::checkpoint::remote::is_remote;
 use crate::clock::Clock;
-use crate::config::{Config, ConfigErrors, ModelChoice, Resolved, Sources};
+use crate::config::{CalibrationConfig, Config, ConfigErrors, ModelChoice, Resolved, Sources};
 use crate::domain::{Fingerprint, GenerationId};
 use crate::merge::Recipe;
 use crate::registry::{
@@ -188,6 +189,9 @@ impl SettingsSource {
             watched.files.push(path.clone());
         }
         watched.files.extend(config.live.canary.clone());
+        if let Some(CalibrationConfig::File(path)) = &config.calibration {
+            watched.files.push(path.clone());
+        }
         watched.files.extend(config.text.template.as_ref().map(PathBuf::from).filter(|path| path.is_file()));
         // Of a recipe that cannot be read its own file is watched, and that of the live one has its folders still.
         let wanted = load_spec(config).ok().map(|spec| spec.recipe);
@@ -209,14 +213,15 @@ impl SettingsSource {
 /// Recipes within recipes whose files are watched.
 const MAX_DEPTH: usize = 8;
 
-/// Everything that a recipe names and that lies here: checkpoint folders, and recipes with what they name. What lies on a
-/// hub does not change under its name.
+/// Everything that a recipe names and that lies here: checkpoint folders, the bases of adapters, and recipes with what they
+/// name. What lies on a hub does not change under its name.
 fn add_places(watched: &mut Watched, mut recipe: Recipe, depth: usize) {
     let places: Vec<PathBuf> = recipe.places_mut().map(|(path, _)| path.clone()).filter(|path| !is_remote(path)).collect();
     for path in places {
         match Recipe::from_file(&path) {
             Ok(inner) if path.is_file() && depth < MAX_DEPTH => add_places(watched, inner, depth + 1),
             _ if !path.is_file() => {
+                watched.folders.extend(named_base(&path));
                 watched.folders.push(path);
                 continue;
             }
@@ -281,6 +286,10 @@ impl Candidate for SettingsCandidate {
         self.prepared.device_bytes()
     }
 
+    fn prefix_bytes(&self) -> u64 {
+        self.prepared.prefix_bytes()
+    }
+
     fn canary(&self) -> (&Probes, &CanaryBounds) {
         (&self.probes, &self.bounds)
     }
@@ -302,6 +311,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::super::watching::look;
     use super::*;
     use crate::config::SETTINGS;
 
@@ -324,6 +336,56 @@ mod tests {
     fn settings_that_are_taken_up_are_settings() {
         for reloaded in RELOADED {
             assert!(SETTINGS.iter().any(|setting| setting.key.starts_with(reloaded)), "{reloaded}");
+        }
+    }
+
+    /// A server of a nested recipe: an average within an average, an adapter whose own file names its base, a calibration
+    /// and probes.
+    fn nested(dir: &Path) -> SettingsSource {
+        let write = |name: &str, text: &str| {
+            let path = dir.join(name);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            std::fs::write(path, text).expect("written");
+        };
+        for folder in ["one", "two", "base"] {
+            write(&format!("{folder}/config.json"), "{}");
+            write(&format!("{folder}/tokenizer.json"), "{}");
+        }
+        write("adapter/adapter_config.json", "{\"base_model_name_or_path\": \"../base\"}");
+        write("inner.yaml", "members: [./two, ./adapter]");
+        write("outer.yaml", "members: [./one, ./inner.yaml]");
+        write("probes.jsonl", "{\"text\": \"x\"}");
+        write("calibration.json", "{\"mean\": 0, \"std\": 1}");
+        write("warm.yaml", "recipe: outer.yaml\ncanary: probes.jsonl\ncalibration: {file: calibration.json}\n");
+        let started = Started { file: Some(dir.join("warm.yaml")), ..Started::default() };
+        let resolved = started.resolve().expect("valid settings");
+        SettingsSource::new(started, resolved, Clock::system())
+    }
+
+    #[test]
+    fn a_change_in_whatever_a_reload_would_read_is_a_reason_to_reload() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let source = nested(dir.path());
+        let now = || look(&source.watched(), None).0;
+        assert_eq!(now(), now(), "nothing has changed");
+        for file in [
+            "warm.yaml",
+            "outer.yaml",
+            "inner.yaml",
+            "one/config.json",
+            "one/tokenizer.json",
+            "two/tokenizer.json",
+            "two/model.safetensors",
+            "adapter/adapter_config.json",
+            "base/config.json",
+            "base/tokenizer.json",
+            "probes.jsonl",
+            "calibration.json",
+        ] {
+            let (path, before) = (dir.path().join(file), now());
+            let text = std::fs::read_to_string(&path).unwrap_or_default();
+            std::fs::write(&path, format!("{text}\n")).expect("written");
+            assert_ne!(now(), before, "{file}");
         }
     }
 }

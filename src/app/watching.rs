@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::clock::Clock;
 use crate::config::WatchConfig;
+use crate::scorer::stand_last;
 
 /// Entries of one folder that are looked at, at most.
 const MAX_ENTRIES: usize = 10_000;
@@ -113,6 +114,7 @@ impl FileWatch {
         let (found, _) = look(&watched(), options.marker.as_deref());
         let mut settle = Settle::new(options.settle, clock.now(), found);
         let run = move || {
+            stand_last();
             while waits(&stopped, options.interval) {
                 let (found, complete) = look(&watched(), options.marker.as_deref());
                 if settle.observe(clock.now(), found, complete) {

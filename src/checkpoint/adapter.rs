@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::source::look_up;
 use super::{Dtype, Elements, FileStamp, Manifest, SourceError, TensorSource};
 use low_rank::Panels;
-pub use open::open;
+pub use open::{named_base, open};
 use parts::Parts;
 pub use parts::{Orientation, Origin, Part, Summand, Term};
 

@@ -20,7 +20,7 @@ pub mod remote;
 mod source;
 mod text_facts;
 
-pub use adapter::{Adapter, Orientation, Origin, Part, Place, Summand, Term};
+pub use adapter::{Adapter, Orientation, Origin, Part, Place, Summand, Term, named_base};
 pub use architecture::{
     Activation, Architecture, Convolution, Disentangled, EmbeddingProjection, Experts, LayerKind, Naming, Norm, Positions, ProjectionPlace,
     QkNorm, Residual, Rope, RopeScaling,

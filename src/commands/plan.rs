@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::CommandError;
 use super::arguments::RecipeArgs;
-use crate::config::parse_size;
+use crate::config::{SETTINGS, parse_size, parse_size_or_off};
 use crate::merge::{MergeError, MergePlan};
 use crate::offline::PlanSummary;
 
@@ -21,9 +21,16 @@ pub(super) struct PlanArgs {
     /// The largest file of weights that a merge would write; a larger tensor gets a file of its own.
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     max_shard_size: usize,
+    /// What `prefix_cache_bytes` of the server is to be: a size, or off.
+    #[arg(long, value_name = "SIZE", default_value = default_of("prefix_cache_bytes"), value_parser = parse_size_or_off)]
+    prefix_cache_bytes: usize,
     /// The plan, or what forbids it, as JSON.
     #[arg(long)]
     json: bool,
+}
+
+fn default_of(key: &str) -> &'static str {
+    SETTINGS.iter().find(|setting| setting.key == key).map_or("", |setting| setting.default)
 }
 
 pub(super) fn run(arguments: &PlanArgs) -> Result<ExitCode, CommandError> {
@@ -46,7 +53,8 @@ pub(super) fn run(arguments: &PlanArgs) -> Result<ExitCode, CommandError> {
         }
         return Ok(ExitCode::from(EXIT_REFUSED));
     };
-    let summary = PlanSummary::new(&plan, rayon::current_num_threads(), arguments.max_shard_size as u64);
+    let (shard, prefixes) = (arguments.max_shard_size as u64, arguments.prefix_cache_bytes as u64);
+    let summary = PlanSummary::new(&plan, rayon::current_num_threads(), shard, prefixes);
     if arguments.json {
         let mut plan = json!({"ok": true});
         let summary = serde_json::to_value(&summary).map_err(|error| CommandError::Other(error.to_string()))?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 pub use layers::{ConfigError, Given, Origin};
 pub use live::{LiveConfig, WatchConfig};
-pub use parse::{duration as parse_duration, size as parse_size};
+pub use parse::{duration as parse_duration, size as parse_size, size_or_off as parse_size_or_off};
 pub use remotes::RemoteVariables;
 pub use settings::{FILE_VARIABLE, SETTINGS, Setting};
 pub use values::{AdmissionConfig, CacheConfig, CalibrationConfig, EnsembleMode, MessageConfig, ModelChoice, TextConfig};

@@ -111,7 +111,8 @@ pub fn size(text: &str) -> Result<usize, String> {
 }
 
 /// A size; `off` is none.
-pub(super) fn size_or_off(text: &str) -> Result<usize, String> {
+/// The same, or `off` for 0.
+pub fn size_or_off(text: &str) -> Result<usize, String> {
     if text == "off" { Ok(0) } else { size(text).map_err(|problem| format!("{problem}, or off")) }
 }
 

@@ -22,15 +22,16 @@ use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, P
 pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
 pub use cost::shared_prefix;
 use device::{Backend, Fault};
-pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory};
+pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory, run_when_idle};
 use head::{Head, Verdict};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
+pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};
 use transformer::Transformer;
 use weights::Loader;
 
 /// A loaded reward model on one device. Immutable, so it may be shared by any number of jobs; `forward` is called by the
-/// device worker alone, inside the worker's own rayon pool.
+/// device worker inside the worker's own rayon pool, and before there are jobs by whoever loads the model, in the pool for that.
 pub trait RewardModel: Send + Sync {
     /// Scores every sample of a pack, in order.
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError>;
@@ -60,6 +61,11 @@ pub trait RewardModel: Send + Sync {
     /// which also forgets what was kept. Scores stay the same, to the bit.
     fn keep_prefixes(&self, bytes: usize) {
         let _ = bytes;
+    }
+
+    /// What is kept of them now, and may be by the last [`RewardModel::keep_prefixes`].
+    fn prefix_bytes(&self) -> PrefixBytes {
+        PrefixBytes::default()
     }
 
     /// What computing the tokens at positions `from..to` of a sample takes, in tokens that attend to nothing.
@@ -223,6 +229,11 @@ pub fn device_bytes_on(places: &[Place], weights: Dtype, manifest: &Manifest) ->
     manifest.iter().map(|(_, info)| (info.elements() * size(info)) as u64).sum()
 }
 
+/// Whether a model of this architecture keeps beginnings of samples on these devices, if it is given bytes for them.
+pub fn keeps_prefixes(places: &[Place], architecture: &Architecture) -> bool {
+    places.contains(&Place::Cpu) && Prefixes::new(architecture).is_some()
+}
+
 /// Bytes that [`load`] needs beside the model, at most: a chunk of one tensor. The model's own memory is filled in place.
 pub fn load_buffer_bytes(manifest: &Manifest) -> u64 {
     let chunk = |info: &TensorInfo| (info.elements().min(CHUNK_ELEMENTS) * info.dtype.size()) as u64;
@@ -263,8 +274,9 @@ impl RewardModel for Model {
         let rows: Vec<u32> =
             (0..pack.len()).flat_map(|sample| read(sample).map(move |position| pack.row(sample, position) as u32)).collect();
         let hidden = self.transformer.hidden(pack, &rows, memory.as_ref());
-        if let (Some(mut cache), Some(memory)) = (cache, memory) {
+        if let (Some(mut cache), Some(memory), Some(prefixes)) = (cache, memory, &self.prefixes) {
             memory.leave(&mut cache, hidden.is_ok());
+            prefixes.count(&cache);
         }
         let hidden = hidden?;
         let mut rest = hidden.as_slice();
@@ -302,6 +314,10 @@ impl RewardModel for Model {
         if let Some(prefixes) = &self.prefixes {
             prefixes.resize(bytes);
         }
+    }
+
+    fn prefix_bytes(&self) -> PrefixBytes {
+        self.prefixes.as_ref().map(Prefixes::bytes).unwrap_or_default()
     }
 
     fn token_cost(&self, from: usize, to: usize) -> usize {

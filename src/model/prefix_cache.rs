@@ -89,7 +89,6 @@ impl<T> PrefixCache<T> {
     }
 
     /// Blocks that are held.
-    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.entries.len()
     }

@@ -5,6 +5,8 @@
 //! Only finite numbers are kept: in a block with any other, masked keys would be more than nothing to those before them.
 
 use std::cell::RefCell;
+use std::iter::Sum;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use super::device::Backend;
@@ -19,6 +21,23 @@ use crate::checkpoint::Architecture;
 pub struct Prefixes {
     block_bytes: usize,
     cache: Mutex<PrefixCache<Kept>>,
+    /// Blocks that are held, and the most: known without the lock, which a forward has for its whole length.
+    held: AtomicUsize,
+    capacity: AtomicUsize,
+}
+
+/// Keys and values that are kept for packs to come, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixBytes {
+    pub held: u64,
+    /// The most that may be held.
+    pub bound: u64,
+}
+
+impl Sum for PrefixBytes {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self { held: sum.held + one.held, bound: sum.bound + one.bound })
+    }
 }
 
 /// The cache while one pack is computed.
@@ -45,13 +64,32 @@ impl Prefixes {
         let numbers = a.layers.len() * Form::new(a.heads, a.kv_heads, a.head_dim).size();
         // The tokens stand twice in the cache, and a block is an entry of a few tables.
         let block_bytes = numbers * size_of::<f32>() + 2 * BLOCK * size_of::<u32>() + 512;
-        alone.then(|| Self { block_bytes, cache: Mutex::new(PrefixCache::new(0)) })
+        let (cache, held, capacity) = (Mutex::new(PrefixCache::new(0)), AtomicUsize::new(0), AtomicUsize::new(0));
+        alone.then_some(Self { block_bytes, cache, held, capacity })
     }
 
     /// Forgets everything, and keeps so many bytes from now on.
     pub fn resize(&self, bytes: usize) {
-        *self.cache.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = PrefixCache::new(bytes / self.block_bytes);
+        let capacity = bytes / self.block_bytes;
+        let mut cache = self.cache.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let before = std::mem::replace(&mut *cache, PrefixCache::new(capacity));
         self.cache.clear_poison();
+        self.capacity.store(capacity, Ordering::Relaxed);
+        self.held.store(0, Ordering::Relaxed);
+        // Freed without the lock: there may be much of it.
+        drop(cache);
+        drop(before);
+    }
+
+    /// What is held and may be, in whole blocks.
+    pub fn bytes(&self) -> PrefixBytes {
+        let bytes = |blocks: &AtomicUsize| (blocks.load(Ordering::Relaxed) * self.block_bytes) as u64;
+        PrefixBytes { held: bytes(&self.held), bound: bytes(&self.capacity) }
+    }
+
+    /// Counts what a pack has left.
+    pub fn count(&self, cache: &Open<'_>) {
+        self.held.store(cache.len(), Ordering::Relaxed);
     }
 
     /// The cache for one pack. A pack that is computed beside another goes without; it scores the same.

@@ -1,6 +1,6 @@
 //! One model on several devices: each holds the whole of it, and has a worker that scores there.
 
-use super::{Limits, Model, ModelError, Output, Pack, PrefixKey, RewardModel};
+use super::{Limits, Model, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
 
 /// At least one model, all the same but for where they are.
 pub struct Replicas {
@@ -46,6 +46,10 @@ impl RewardModel for Replicas {
         // Each keeps what its own packs leave.
         let each = bytes / (1 + self.others.len());
         self.each().for_each(|model| model.keep_prefixes(each));
+    }
+
+    fn prefix_bytes(&self) -> PrefixBytes {
+        self.each().map(RewardModel::prefix_bytes).sum()
     }
 
     fn token_cost(&self, from: usize, to: usize) -> usize {

@@ -207,8 +207,15 @@ fn every_device_keeps_what_its_own_packs_leave_and_a_share_of_the_bytes() {
     let cached = |device: usize| several.forward_on(device, &pack).expect("forward")[0].cached_tokens;
     several.keep_prefixes(3 << 20);
     assert_eq!([1, 1, 0, 0, 2].map(cached), [0, 128, 0, 128, 0]);
+    // Two blocks of two layers each on the first two, none yet on the third; 64 tokens stand in the books of each.
+    let numbers = 2 * kernels::keys::Form::new(6, 2, 8).size();
+    let block = (4 * numbers + 2 * 4 * 64 + 512) as u64;
+    let kept = several.prefix_bytes();
+    assert_eq!(kept.held, 6 * block);
+    assert!(kept.bound <= 3 << 20 && kept.bound > (3 << 20) - 3 * block, "{kept:?}");
     // Enough for a block of one of them is nothing for three.
     several.keep_prefixes(2 * (2 * 2 * 64 * (8 + 32) * 4 + 1024));
+    assert_eq!(several.prefix_bytes().held, 0, "a new bound forgets");
     assert_eq!([0, 0].map(cached), [0, 0]);
 }
 

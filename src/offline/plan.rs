@@ -74,11 +74,13 @@ pub struct Peaks {
     pub device_bytes_adapters: Option<u64>,
     /// With one member at a time beside it (`ensemble: streamed`).
     pub device_bytes_streamed: u64,
+    /// Keys and values that a server keeps for samples to come, of all models together; zero for models that keep none.
+    pub prefix_cache_bytes: u64,
 }
 
 impl PlanSummary {
-    /// For so many compute threads, and files of weights of at most so many bytes.
-    pub fn new(plan: &MergePlan, threads: usize, max_shard_bytes: u64) -> Self {
+    /// For so many compute threads, files of weights of at most so many bytes, and a server with prefix caches of so many bytes.
+    pub fn new(plan: &MergePlan, threads: usize, max_shard_bytes: u64, prefix_cache_bytes: u64) -> Self {
         let recipe = plan.recipe();
         let source = |name: &str, coefficient: Option<f64>, source: &PlannedSource| Source {
             name: name.to_owned(),
@@ -106,6 +108,7 @@ impl PlanSummary {
             base_bytes: bytes.base,
             member_bytes: bytes.own.clone(),
         });
+        let keeps = served && plan.reward().is_ok_and(|reward| model::keeps_prefixes(&[Place::Cpu], reward.architecture));
         Self {
             kind: recipe.kind().name().to_owned(),
             method: recipe.method().name().to_owned(),
@@ -130,6 +133,7 @@ impl PlanSummary {
                 },
                 device_bytes_adapters: bytes.map(|bytes| device_bytes.saturating_add(bytes.total())),
                 device_bytes_streamed: device_bytes * 2,
+                prefix_cache_bytes: if keeps { prefix_cache_bytes } else { 0 },
             },
             adapters,
             groups: plan.group_plans(),
@@ -146,14 +150,8 @@ impl fmt::Display for PlanSummary {
         plan.into_iter().try_for_each(|line| writeln!(f, "{line}"))?;
         let twice = if self.passes > 1 { ", twice: once for the angles" } else { "" };
         writeln!(f, "reads {}{twice}; writes {} in {} files of weights", Size(self.bytes_to_read), Size(self.merged_bytes), self.files)?;
-        let Peaks {
-            merge_host_bytes,
-            load_host_bytes,
-            device_bytes,
-            device_bytes_with_members,
-            device_bytes_adapters,
-            device_bytes_streamed,
-        } = self.peaks;
+        let Peaks { merge_host_bytes, load_host_bytes, device_bytes, device_bytes_with_members, .. } = self.peaks;
+        let Peaks { device_bytes_adapters, device_bytes_streamed, prefix_cache_bytes, .. } = self.peaks;
         writeln!(f, "memory beside the program's own: {} to merge to disk", Size(merge_host_bytes))?;
         if device_bytes > 0 {
             let (load, device, all) = (Size(load_host_bytes), Size(device_bytes), Size(device_bytes_with_members));
@@ -167,6 +165,9 @@ impl fmt::Display for PlanSummary {
                 )?;
             }
             writeln!(f, "  to compare with `ensemble: streamed`: {} while a member is asked", Size(device_bytes_streamed))?;
+            if prefix_cache_bytes > 0 {
+                writeln!(f, "  for prompts that come again: up to {} (`prefix_cache_bytes`) while it is live", Size(prefix_cache_bytes))?;
+            }
         }
         write!(f, "tensors:")?;
         let width = |lines: &[Lines<'_>]| lines.iter().map(|line| line.name().len()).max().unwrap_or_default();

@@ -65,6 +65,9 @@ pub trait Candidate: Send + Sync {
     /// Bytes of weights on the device.
     fn device_bytes(&self) -> u64;
 
+    /// Bytes that its prefix caches hold once it is live, at most.
+    fn prefix_bytes(&self) -> u64;
+
     /// What it is asked before it goes live, and how it must answer.
     fn canary(&self) -> (&Probes, &CanaryBounds);
 

@@ -38,7 +38,7 @@ impl Default for EngineOptions {
 }
 
 /// Samples of a canary that are submitted together: no request waits for more than these.
-const ANSWERS_AT_ONCE: usize = 8;
+const ANSWERS_AT_ONCE: usize = 2;
 /// How often a full queue is tried again for one chunk of a canary.
 const ANSWER_TRIES: usize = 120;
 
@@ -168,8 +168,8 @@ impl Engine {
         self.in_time(options.deadline, super::compare::run(self, samples, &options, compare, permit)).await
     }
 
-    /// The raw rewards of some samples by a generation that need not be live, as a canary wants them: what the generation
-    /// cannot read has none, and what is not finite is NaN. A queue that is full is waited for.
+    /// The raw rewards of some samples by the live generation, as a canary wants them: what it cannot read has none, and
+    /// what is not finite is NaN. A queue that is full is waited for.
     pub(super) async fn answers(&self, generation: &Generation, samples: &[Sample]) -> Result<Answers, EngineError> {
         let options = CallOptions { truncation: Truncation::Left, ..CallOptions::default() };
         let mut answers = Vec::with_capacity(samples.len());

@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use super::ModelStamp;
-use super::lease::{Lease, leased};
+use super::lease::{self, Lease, leased, leased_text};
 use super::members::{Running, StreamedMembers};
+use super::probing::Remembered;
 use super::table::Keyed;
+use super::weights::CacheUse;
 use crate::domain::{Failure, Fingerprint, GenerationId, MemberName, Sample, Score, Truncation, WeightsId};
-use crate::model::{Limits, RewardModel};
+use crate::model::{Limits, PrefixBytes, RewardModel};
 use crate::text::Encoding;
 
 /// The number of the meaning of a score. It rises when the same weights and text get another score on purpose.
@@ -138,6 +140,10 @@ pub struct GenerationParts {
     /// Of the members that have one.
     pub member_calibrations: BTreeMap<MemberName, Calibration>,
     pub info: GenerationInfo,
+    /// How the merged weights came.
+    pub cache: CacheUse,
+    /// Bytes of keys and values that its models keep together while it is live.
+    pub prefix_bytes: usize,
 }
 
 /// Models that run over the same packs, and the number by which the queue tells them from others.
@@ -173,6 +179,11 @@ pub struct Generation {
     pub(super) member_calibrations: BTreeMap<MemberName, Calibration>,
     /// Where rewards lie, as far as members were asked.
     pub(super) running: Running,
+    pub(super) cache: CacheUse,
+    /// To the probes of the last canary.
+    pub(super) answers: Remembered,
+    pub(super) prefix_bytes: usize,
+    was_live: AtomicBool,
 }
 
 /// What is known of a generation, whether or not its weights are still there.
@@ -209,8 +220,8 @@ impl Keyed for Generation {
 
 impl Generation {
     pub fn new(parts: GenerationParts) -> Self {
-        let GenerationParts { id, fingerprint, weights_id, text, merged, resident, streamed, calibration, member_calibrations, info } =
-            parts;
+        let GenerationParts { id, fingerprint, weights_id, text, merged, resident, streamed, .. } = parts;
+        let GenerationParts { calibration, member_calibrations, info, cache, prefix_bytes, .. } = parts;
         let lease = Lease::new();
         let bare = merged.clone();
         let merged = leased(merged, &lease);
@@ -224,7 +235,7 @@ impl Generation {
             id,
             fingerprint,
             weights_id,
-            text,
+            text: leased_text(text),
             calibration,
             info,
             merged,
@@ -234,6 +245,10 @@ impl Generation {
             streamed,
             member_calibrations,
             running,
+            cache,
+            answers: Remembered::default(),
+            prefix_bytes,
+            was_live: AtomicBool::new(false),
         }
     }
 
@@ -279,9 +294,34 @@ impl Generation {
 
     /// Bytes that the merged model and the resident members take on the device.
     pub fn device_bytes(&self) -> u64 {
+        self.models().map(|model| model.limits().device_bytes).sum()
+    }
+
+    /// What its prefix caches hold, and may hold.
+    pub fn prefix_bytes(&self) -> PrefixBytes {
+        self.models().map(|model| model.prefix_bytes()).sum()
+    }
+
+    /// Merged model and resident members, each once.
+    fn models(&self) -> impl Iterator<Item = &Arc<dyn RewardModel>> {
         let (merged, members) = (&self.merged.models[0], self.ensemble.models.iter().skip(1));
-        let others = members.filter(|member| !Arc::ptr_eq(member, merged)).map(|member| member.limits().device_bytes);
-        merged.limits().device_bytes + others.sum::<u64>()
+        std::iter::once(merged).chain(members.filter(move |member| !Arc::ptr_eq(member, merged)))
+    }
+
+    /// Prefixes are kept from now on: it goes live.
+    pub(super) fn begin_prefixes(&self) {
+        let each = self.prefix_bytes / self.models().count();
+        if self.was_live.swap(true, Ordering::Relaxed) {
+            // What it kept when it was live before may have to be freed yet.
+            lease::keep_prefixes(self.models().cloned().collect(), each);
+        } else {
+            self.models().for_each(|model| model.keep_prefixes(each));
+        }
+    }
+
+    /// It is live no more, and gives back what its caches hold.
+    pub(super) fn end_prefixes(&self) {
+        lease::keep_prefixes(self.models().cloned().collect(), 0);
     }
 }
 

@@ -2,15 +2,20 @@
 //!
 //! A generation goes when its last request ends, and that may be anywhere: in a handler, in the device worker, in a caller
 //! that hung up. Freeing gigabytes takes the operating system a good part of a second, which none of them has to give, so
-//! weights are handed to a thread of their own that does nothing else.
+//! weights are handed to a thread of their own that does nothing else; so are prefix caches of what is not live any more,
+//! for whose lock it may have to wait until a forward has ended.
 
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, SendError, Sender};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use prometheus::IntGauge;
 use tokio::sync::watch;
 
-use crate::model::{Limits, ModelError, Output, Pack, PrefixKey, RewardModel};
+use super::Encode;
+use crate::domain::{Failure, FailureKind, Sample, Truncation};
+use crate::model::{Limits, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
+use crate::scorer::stand_last;
+use crate::text::Encoding;
 
 /// Held by whatever keeps the weights of one generation: the generation itself and each of its models.
 #[derive(Debug)]
@@ -113,8 +118,35 @@ impl RewardModel for Leased {
         }
     }
 
+    fn prefix_bytes(&self) -> PrefixBytes {
+        self.model.as_ref().map(|model| model.prefix_bytes()).unwrap_or_default()
+    }
+
     fn token_cost(&self, from: usize, to: usize) -> usize {
         self.model.as_ref().map_or(to - from, |model| model.token_cost(from, to))
+    }
+}
+
+/// A text layer that is freed on the thread for that: a vocabulary has a hundred thousand strings.
+struct LeasedText(Option<Arc<dyn Encode>>);
+
+/// The same text layer, freed elsewhere.
+pub(super) fn leased_text(text: Arc<dyn Encode>) -> Arc<dyn Encode> {
+    Arc::new(LeasedText(Some(text)))
+}
+
+impl Encode for LeasedText {
+    fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
+        let freed = || Failure::new(FailureKind::Expired, "the text layer has been freed");
+        self.0.as_ref().ok_or_else(freed)?.encode(sample, truncation)
+    }
+}
+
+impl Drop for LeasedText {
+    fn drop(&mut self) {
+        if let Some(text) = self.0.take() {
+            let _ = UNDERTAKER.send(Remains::Text(text));
+        }
     }
 }
 
@@ -122,17 +154,57 @@ impl Drop for Leased {
     fn drop(&mut self) {
         if let Some(model) = self.model.take() {
             // Without the thread the memory is freed here.
-            let _ = UNDERTAKER.send((model, self.lease.clone()));
+            let _ = UNDERTAKER.send(Remains::Model(model, self.lease.clone()));
         }
     }
 }
 
-/// Dropped in this order: the model, then its lease.
-type Remains = (Arc<dyn RewardModel>, Arc<Lease>);
+/// Has these models keep prefixes of so many bytes each, on the thread that frees memory. What is asked for later comes later.
+pub(super) fn keep_prefixes(models: Vec<Arc<dyn RewardModel>>, each: usize) {
+    if let Err(SendError(remains)) = UNDERTAKER.send(Remains::Prefixes(models, each)) {
+        remains.settle();
+    }
+}
+
+/// Waits until all is free that has been handed over so far: whoever takes memory next should find it.
+pub(super) fn wait_until_free() {
+    let (done, all) = mpsc::channel();
+    if UNDERTAKER.send(Remains::Told(done)).is_ok() {
+        let _ = all.recv();
+    }
+}
+
+/// What is left of a generation that is not live any more.
+enum Remains {
+    /// Dropped in this order: the model, then its lease.
+    Model(Arc<dyn RewardModel>, Arc<Lease>),
+    Text(Arc<dyn Encode>),
+    /// Models, and the bytes that each may keep from now on.
+    Prefixes(Vec<Arc<dyn RewardModel>>, usize),
+    /// Nothing: somebody wants to know that all before it is free.
+    Told(Sender<()>),
+}
+
+impl Remains {
+    fn settle(self) {
+        match self {
+            Self::Model(model, lease) => {
+                drop(model);
+                drop(lease);
+            }
+            Self::Text(text) => drop(text),
+            Self::Prefixes(models, each) => models.iter().for_each(|model| model.keep_prefixes(each)),
+            Self::Told(done) => _ = done.send(()),
+        }
+    }
+}
 
 static UNDERTAKER: LazyLock<Sender<Remains>> = LazyLock::new(|| {
     let (sender, receiver) = mpsc::channel::<Remains>();
-    let free = move || receiver.into_iter().for_each(drop);
+    let free = move || {
+        stand_last();
+        receiver.into_iter().for_each(Remains::settle);
+    };
     if let Err(error) = std::thread::Builder::new().name("warm-free".to_owned()).spawn(free) {
         tracing::warn!(%error, "no thread to free weights on, so requests will");
     }
@@ -159,5 +231,38 @@ mod tests {
         end.clone().comes().await;
         assert!(end.has_come());
         assert_eq!(gauge.get(), 0);
+    }
+
+    /// Tells on which thread it is freed.
+    struct Vocabulary(mpsc::Sender<Option<String>>);
+
+    impl Encode for Vocabulary {
+        fn encode(&self, _: &Sample, _: Truncation) -> Result<Encoding, Failure> {
+            Ok(Encoding::for_test(vec![1]))
+        }
+    }
+
+    impl Drop for Vocabulary {
+        fn drop(&mut self) {
+            let _ = self.0.send(std::thread::current().name().map(str::to_owned));
+        }
+    }
+
+    #[test]
+    fn whoever_waits_finds_all_free_that_was_handed_over() {
+        let lease = Lease::new();
+        let (end, models) = (lease.end(), [1.0, 2.0, 3.0].map(|factor| leased(FakeModel::new(factor), &lease)));
+        drop((lease, models));
+        wait_until_free();
+        assert!(end.has_come());
+    }
+
+    #[test]
+    fn a_text_layer_is_freed_on_the_thread_for_that() {
+        let (told, freed) = mpsc::channel();
+        let text = leased_text(Arc::new(Vocabulary(told)));
+        assert!(text.encode(&Sample::Text("x".to_owned()), Truncation::Refuse).is_ok());
+        drop(text);
+        assert_eq!(freed.recv().expect("freed").as_deref(), Some("warm-free"));
     }
 }

@@ -6,7 +6,9 @@ use super::super::CalibrationChoice;
 use super::*;
 use crate::checkpoint::fixture::{self, TINY, Tensors};
 use crate::domain::Sample;
+use crate::domain::Truncation;
 use crate::merge::{CacheOptions, Recipe};
+use crate::model::Pack;
 use crate::text::Encoding;
 
 fn member(dir: &Path, name: &str, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {
@@ -328,12 +330,14 @@ fn a_merge_that_was_kept_loads_as_the_same_generation_and_a_broken_one_is_made_a
 fn the_name_is_known_before_the_weights_are_loaded_and_streamed_members_are_the_resident_ones() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let paths = [member(dir.path(), "rm-0", |_| {}, 1), member(dir.path(), "rm-1", |_| {}, 2)];
-    let spec = LoadSpec { ensemble: Ensemble::Resident, ..LoadSpec::uniform(&paths).expect("two folders") };
+    let spec = LoadSpec { ensemble: Ensemble::Resident, prefix_cache_bytes: 1 << 20, ..LoadSpec::uniform(&paths).expect("two folders") };
     let prepared = Prepared::open(&spec, &Clock::manual(), &mut |_| {}).expect("a plan");
     let name = prepared.fingerprint(&mut |_| {}).expect("a name");
     let resident = prepared.load(GenerationId(1), &mut |_| {}).expect("loads");
     assert_eq!(resident.fingerprint, name);
     assert_eq!(resident.equipment(), prepared.equipment().expect("read already"));
+    // Of beginnings nothing is kept before it goes live, and then as much as was planned.
+    assert_eq!((prepared.prefix_bytes(), resident.prefix_bytes().bound), (1 << 20, 0));
     // The plan is right about memory, but for the padding of narrow products.
     let (planned, found) = (prepared.device_bytes(), resident.device_bytes());
     assert!(planned <= found, "{planned} {found}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::canary::Figures;
-use super::{Generation, GenerationState};
+use super::{CacheUse, Generation, GenerationState};
 use crate::domain::{Failure, FailureKind, Score};
 use crate::scorer::SECONDS_BUCKETS;
 
@@ -71,6 +71,7 @@ pub struct RegistryMetrics {
     device_bytes: IntGauge,
     generations: IntGaugeVec,
     reloads: IntCounterVec,
+    cache: IntCounterVec,
     reloading: IntGauge,
     reload_seconds: Gauge,
     reload_ended: Gauge,
@@ -142,6 +143,12 @@ impl RegistryMetrics {
                 "outcome",
                 &ReloadOutcome::ALL.map(ReloadOutcome::name),
             )?,
+            cache: counters(
+                "warm_registry_cache_total",
+                "Generations that were loaded, by what the cache of merged weights had to do with it.",
+                "outcome",
+                &CacheUse::NAMES,
+            )?,
             failures: counters(
                 "warm_registry_failures_total",
                 "Samples that could not be scored, by kind.",
@@ -172,6 +179,11 @@ impl RegistryMetrics {
     /// Counts a generation that was loaded, or that was not.
     pub fn reloaded(&self, outcome: ReloadOutcome) {
         self.reloads.with_label_values(&[outcome.name()]).inc();
+    }
+
+    /// Counts how the merged weights of a generation came.
+    pub(super) fn cached(&self, cache: &CacheUse) {
+        self.cache.with_label_values(&[cache.name()]).inc();
     }
 
     pub(super) fn reload_begins(&self) {

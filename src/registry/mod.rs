@@ -8,10 +8,12 @@ mod engine;
 mod generation;
 mod lease;
 mod load;
+mod load_thread;
 mod members;
 mod metrics;
 mod outcomes;
 mod prepared;
+mod probing;
 mod recent;
 mod reload;
 mod room;
@@ -39,16 +41,21 @@ pub use lease::LeaseEnd;
 pub use load::{CalibrationChoice, Ensemble, LoadError, LoadSpec, MeasuredMembers, Progress, TextOverrides, open_text};
 pub use members::{MIN_RUNNING, ScaleSource, StreamedMembers};
 pub use metrics::{RegistryMetrics, ReloadOutcome};
-pub use prepared::{Prepared, first_canary, load_generation, members_on_one_base};
+pub use prepared::{Prepared, load_generation, members_on_one_base};
+pub use probing::first_canary;
 pub use reload::Reloader;
 pub use room::Swap;
 pub use table::GenerationState;
 pub use watch::{ShadowOutcome, Watch, WatchOptions, Watched};
+pub use weights::CacheUse;
 
 use crate::domain::{Fingerprint, GenerationId};
+use crate::model::PrefixBytes;
 pub use recent::{ComparedPoint, Problem, Recent, ReloadEvent};
 use table::Table;
 
+#[cfg(test)]
+mod prefixes_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -122,12 +129,14 @@ impl Registry {
     /// Makes a generation the live one and gives back the one before, which is held, or goes when its last request ends.
     pub fn install(&self, generation: Generation) -> Option<Arc<Generation>> {
         let before = self.current();
+        self.0.metrics.cached(&generation.cache);
         self.change(|table| ((), table.install(Arc::new(generation))));
         before
     }
 
     /// Keeps a generation ready beside the live one.
     pub fn stage(&self, generation: Generation) -> Arc<Generation> {
+        self.0.metrics.cached(&generation.cache);
         let generation = Arc::new(generation);
         self.change(|table| (generation.clone(), table.stage(generation.clone())))
     }
@@ -200,6 +209,11 @@ impl Registry {
         })
     }
 
+    /// What the prefix caches of the live generation hold, and may hold; no other generation keeps any.
+    pub fn prefix_bytes(&self) -> PrefixBytes {
+        self.current().map(|live| live.prefix_bytes()).unwrap_or_default()
+    }
+
     pub fn metrics(&self) -> &RegistryMetrics {
         &self.0.metrics
     }
@@ -214,6 +228,7 @@ impl Registry {
     fn change<T>(&self, change: impl FnOnce(&mut Table<Generation>) -> (T, Vec<Arc<Generation>>)) -> T {
         let (result, out) = {
             let mut state = self.state();
+            let before = state.table.live().cloned();
             let (result, out) = change(&mut state.table);
             for generation in &out {
                 generation.lease.retire(&self.0.metrics.retiring());
@@ -226,15 +241,11 @@ impl Registry {
             }
             let live = state.table.live().cloned();
             self.0.metrics.show(live.as_deref(), state.table.all().map(|(_, state)| state));
-            self.0.live.send_if_modified(|shown| {
-                let same = match (&*shown, &live) {
-                    (Some(shown), Some(live)) => Arc::ptr_eq(shown, live),
-                    (None, None) => true,
-                    _ => false,
-                };
-                *shown = live;
-                !same
-            });
+            if before.as_ref().map(Arc::as_ptr) != live.as_ref().map(Arc::as_ptr) {
+                before.inspect(|before| before.end_prefixes());
+                live.as_ref().inspect(|live| live.begin_prefixes());
+                self.0.live.send_replace(live);
+            }
             (result, out)
         };
         // Dropped without the lock: it may be the last reference.

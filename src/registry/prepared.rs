@@ -3,18 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use super::canary::{Answers, CanaryBounds, Figures, Probes, examine};
 use super::generation::{FingerprintParts, equipment};
 use super::load::{arithmetic, calibration, hex, info, max_tokens, open_text, probes, warm_up};
 use super::members::StreamedMembers;
-use super::outcomes::{answer, scored};
 use super::weights::{MergedModel, load_merged, remembered};
 use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MeasuredMembers, MemberInfo, Progress};
 use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
 use crate::clock::Clock;
-use crate::domain::{Fingerprint, GenerationId, MemberName, Truncation, WeightsId};
+use crate::domain::{Fingerprint, GenerationId, MemberName, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
-use crate::model::{self, Apart, ApartBytes, Origins, Pack, Place, RewardModel, SharedBase, What};
+use crate::model::{self, Apart, ApartBytes, Origins, Place, RewardModel, SharedBase, What};
 use crate::text::TextPipeline;
 
 /// Plans, merges and loads a recipe, with its members if they are to stand on the device, and lets every model score the bundled
@@ -111,6 +109,12 @@ impl Prepared {
         merged.saturating_add(members)
     }
 
+    /// The most that its prefix caches hold once it is live.
+    pub fn prefix_bytes(&self) -> u64 {
+        let keeps = self.plan.reward().is_ok_and(|reward| model::keeps_prefixes(&self.on.places, reward.architecture));
+        if keeps { self.spec.prefix_cache_bytes as u64 } else { 0 }
+    }
+
     /// The name that the loaded generation will have. Reads every weight once, and keeps none, unless a cache remembers
     /// what is in files that have not changed since; what is loaded later must have the same bytes.
     pub fn fingerprint(&self, progress: &mut dyn FnMut(Progress)) -> Result<Fingerprint, LoadError> {
@@ -159,7 +163,7 @@ impl Prepared {
             load_model(&self.on, plan, readout, self.max_tokens, source, apart, &mut tell).map_err(|error| error.within(what))
         };
         let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source, None);
-        let MergedModel { model: merged, weights_id, members: hashes, notes } =
+        let MergedModel { model: merged, weights_id, members: hashes, notes, cache } =
             load_merged(plan, &|| self.merged(), self.spec.cache.as_ref(), &self.clock, &mut load_it)?;
         let mut resident = Vec::new();
         if let Ensemble::Resident | Ensemble::Adapters = self.spec.ensemble {
@@ -187,8 +191,6 @@ impl Prepared {
             warm_up(&format!("member {}", member.name), member.model.as_ref(), &probes)?;
             progress(Progress::step("warm-up", done as u64 + 2, models));
         }
-        let each = self.spec.prefix_cache_bytes / models as usize;
-        resident.iter().map(|member| &member.model).chain([&merged]).for_each(|model| model.keep_prefixes(each));
 
         let (fingerprint, calibration) = (self.name(weights_id), self.calibration(weights_id).cloned());
         let mut info = info(&self.spec, plan, plan.reward()?, &hashes, text.policy(), readout, &self.clock);
@@ -212,9 +214,21 @@ impl Prepared {
             let (on, plan, readout) = (self.on.clone(), plan.clone(), readout.clone());
             Arc::new(FromPlan { on, plan, readout, max_tokens: self.max_tokens }) as Arc<dyn StreamedMembers>
         });
-        let text = text.clone();
-        let parts =
-            GenerationParts { id, fingerprint, weights_id, text, merged, resident, streamed, calibration, member_calibrations, info };
+        let (text, prefix_bytes) = (text.clone(), self.spec.prefix_cache_bytes);
+        let parts = GenerationParts {
+            id,
+            fingerprint,
+            weights_id,
+            text,
+            merged,
+            resident,
+            streamed,
+            calibration,
+            member_calibrations,
+            info,
+            cache,
+            prefix_bytes,
+        };
         Ok(Generation::new(parts))
     }
 
@@ -338,27 +352,6 @@ impl StreamedMembers for FromPlan {
             NotLoaded::Model(error) => error.to_string(),
         })
     }
-}
-
-/// Asks a generation that nobody uses yet, on this thread, what a candidate is asked; there is no live one to compare
-/// with, so only the bounds that stand alone count.
-pub fn first_canary(generation: &Generation, probes: &Probes, bounds: &CanaryBounds) -> Result<Figures, LoadError> {
-    let wrong = |problem: String| LoadError::WarmUp { what: "the merged model".to_owned(), problem };
-    let encoded: Vec<_> = probes.samples().iter().map(|sample| generation.text.encode(sample, Truncation::Left).map(Arc::new)).collect();
-    let readable: Vec<_> = encoded.iter().flatten().cloned().collect();
-    let mut outputs = Vec::with_capacity(readable.len());
-    for chunk in readable.chunks(8) {
-        outputs.extend(generation.merged.models[0].forward(&Pack::new(chunk)).map_err(|error| wrong(error.to_string()))?);
-    }
-    let mut outputs = outputs.into_iter();
-    let answers: Answers = encoded
-        .into_iter()
-        .map(|encoding| {
-            let encoding = encoding.ok()?;
-            answer(scored(&encoding, &outputs.next()?, false))
-        })
-        .collect();
-    examine(&answers, None, probes.preferences(), bounds).map_err(|refused| wrong(refused.to_string()))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The reloader: plan, name, make room, load beside the live generation, warm up, ask the canary, swap, retire.
 //!
-//! One reload at a time, on a thread of its own with a small pool of its own, both of low priority: the live generation
-//! answers all the while, and whatever goes wrong leaves it where it is.
+//! One reload at a time, on a thread and a small pool that stand behind all others: the live generation answers all the
+//! while, and whatever goes wrong leaves it where it is.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -14,8 +14,11 @@ use super::canary::{Answers, Probes, examine};
 use super::candidate::{
     Activation, Candidate, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning, ReloadStep, Source,
 };
+use super::lease::wait_until_free;
+use super::load_thread::{LoadThread, Pool};
+use super::probing::ask;
 use super::room::{Room, Swap, Way, decide};
-use super::{Engine, Generation, GenerationState, LeaseEnd, NotHere, Registry, ReloadEvent, ReloadOutcome};
+use super::{CacheUse, Engine, Generation, GenerationState, LeaseEnd, NotHere, Registry, ReloadEvent, ReloadOutcome};
 use crate::domain::Fingerprint;
 use crate::scorer::panic_message;
 
@@ -30,6 +33,7 @@ struct Inner {
     free: FreeMemory,
     runtime: Handle,
     status: Mutex<Status>,
+    thread: LoadThread,
 }
 
 #[derive(Default)]
@@ -47,7 +51,8 @@ type Tell<'a> = &'a mut (dyn FnMut(ReloadStep) + Send);
 impl Reloader {
     /// `runtime` runs the questions of the canary and the waits.
     pub fn new(engine: Engine, source: Arc<dyn Source>, options: ReloadOptions, free: FreeMemory, runtime: Handle) -> Self {
-        Self(Arc::new(Inner { engine, source, options, free, runtime, status: Mutex::default() }))
+        let (status, thread) = (Mutex::default(), LoadThread::new(options.threads));
+        Self(Arc::new(Inner { engine, source, options, free, runtime, status, thread }))
     }
 
     /// Starts a reload. `cause` says in the log who wanted it.
@@ -59,19 +64,19 @@ impl Reloader {
         let (steps, shown) = mpsc::unbounded_channel();
         let (end, ended) = oneshot::channel();
         let this = self.clone();
-        let run = move || {
-            let result = this.run_and_tell(request, cause, &steps);
+        let run = move |pool: &Pool| {
+            let result = this.run_and_tell(pool, request, cause, &steps);
             drop(steps);
             // The next one may start as soon as somebody knows that this one has ended; whoever asked may have gone.
             let mut again = this.next();
             let _ = end.send(result);
             while let Some(cause) = again {
                 let nobody = mpsc::unbounded_channel().0;
-                let _ = this.run_and_tell(ReloadRequest::default(), cause, &nobody);
+                let _ = this.run_and_tell(pool, ReloadRequest::default(), cause, &nobody);
                 again = this.next();
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("warm-reload".to_owned()).spawn(run) {
+        if let Err(error) = self.0.thread.run(run) {
             // The next attempt may find a thread again; this one has no end to wait for, which its caller sees.
             tracing::error!(%error, "no thread for a reload");
             return Ok(Reload { steps: shown, end: ended });
@@ -97,10 +102,20 @@ impl Reloader {
 
     /// Makes a staged or held generation the live one.
     pub fn activate(&self, fingerprint: Fingerprint) -> Result<Arc<Generation>, NotHere> {
-        let generation = self.registry().activate(fingerprint)?;
-        tracing::info!(%fingerprint, generation = %generation.id, "activated");
-        self.0.source.accepted(&generation);
-        Ok(generation)
+        self.registry().activate(fingerprint).inspect(|generation| self.activated(generation))
+    }
+
+    fn activated(&self, generation: &Generation) {
+        tracing::info!(fingerprint = %generation.fingerprint, generation = %generation.id, "activated");
+        self.0.source.accepted(generation);
+    }
+
+    /// Changes the registry on a thread of the runtime. The one that loads stands behind all others, and might be kept from
+    /// its next step for long just while it holds a lock that callers wait for.
+    fn swap<T: Send + 'static>(&self, change: impl FnOnce(&Registry) -> T + Send + 'static) -> Result<T, ReloadFailure> {
+        let (registry, runtime) = (self.registry().clone(), &self.0.runtime);
+        let changed = runtime.spawn(async move { change(&registry) });
+        runtime.block_on(changed).map_err(|error| failure(ReloadOutcome::Failed, format!("the swap did not end: {error}")))
     }
 
     fn registry(&self) -> &Registry {
@@ -121,18 +136,17 @@ impl Reloader {
 
     fn run_and_tell(
         &self,
+        pool: &Pool,
         request: ReloadRequest,
         cause: &'static str,
         steps: &mpsc::UnboundedSender<ReloadStep>,
     ) -> Result<ReloadReport, ReloadFailure> {
         let (clock, metrics) = (self.0.engine.clock().clone(), self.registry().metrics());
         let started = clock.now();
-        // A reload is a trace of its own.
         let span = tracing::debug_span!("reload", cause, fingerprint = tracing::field::Empty);
         let _reload = span.enter();
         metrics.reload_begins();
-        let mut last = started;
-        let mut stage = String::new();
+        let (mut last, mut stage) = (started, String::new());
         let mut tell = |step: ReloadStep| {
             let now = clock.now();
             let worth = step.stage != stage || !step.message.is_empty() || now.saturating_duration_since(last) >= STEP_EVERY;
@@ -141,7 +155,7 @@ impl Reloader {
                 let _ = steps.send(step);
             }
         };
-        let result = catch_unwind(AssertUnwindSafe(|| self.run(request, &mut tell)));
+        let result = catch_unwind(AssertUnwindSafe(|| self.run(pool, request, &mut tell)));
         let result =
             result.unwrap_or_else(|panic| Err(failure(ReloadOutcome::Failed, format!("panicked: {}", panic_message(panic.as_ref())))));
         let took = clock.now().saturating_duration_since(started);
@@ -169,10 +183,10 @@ impl Reloader {
         result
     }
 
-    fn run(&self, request: ReloadRequest, tell: Tell<'_>) -> Result<ReloadReport, ReloadFailure> {
+    fn run(&self, pool: &Pool, request: ReloadRequest, tell: Tell<'_>) -> Result<ReloadReport, ReloadFailure> {
         let Inner { source, options, free, .. } = &*self.0;
         let registry = self.registry();
-        let pool = pool(options.threads)?;
+        let pool = pool.as_ref().map_err(|error| failure(ReloadOutcome::Failed, format!("no threads to load with: {error}")))?;
         tell(step("plan", ""));
         let candidate = source.prepare(&mut |progress| tell(progress.into())).map_err(|problem| failure(ReloadOutcome::NoPlan, problem))?;
         let candidate = candidate.as_ref();
@@ -194,8 +208,10 @@ impl Reloader {
             stages &= registry.state_of(fingerprint) != Some(GenerationState::Live);
         }
 
+        wait_until_free();
         let (live, idle) = registry.device_bytes();
-        let room = Room { needed: candidate.device_bytes(), free: free(), live, idle };
+        let (prefixes, live_prefixes) = (candidate.prefix_bytes(), registry.prefix_bytes());
+        let room = Room { needed: candidate.device_bytes(), prefixes, free: free(), live, live_prefixes, idle };
         // What is staged stands beside the live one by its nature.
         let swap = if stages { Swap::Beside } else { options.swap };
         let way = decide(swap, room).map_err(|no_room| failure(ReloadOutcome::NoRoom, no_room))?;
@@ -204,22 +220,26 @@ impl Reloader {
             return Ok(ReloadReport { outcome: None, message: format!("would be {way}; fingerprint {fingerprint}"), generation: None });
         }
         let generation = match way {
-            Way::Beside => self.load(candidate, fingerprint, &pool, None, tell)?,
+            Way::Beside => self.load(candidate, fingerprint, pool, None, tell)?,
             Way::BesideAfterRelease => {
                 tell(step("release", "what is staged or held is freed"));
-                if !self.wait(registry.release()) {
+                if !self.wait(self.swap(Registry::release)?) {
                     let words = format!("requests still use what was held after {:?}", options.drain);
                     return Err(failure(ReloadOutcome::NoRoom, words));
                 }
-                self.load(candidate, fingerprint, &pool, None, tell)?
+                self.load(candidate, fingerprint, pool, None, tell)?
             }
-            Way::InPlace => self.load_in_place(candidate, fingerprint, &pool, tell)?,
+            Way::InPlace => self.load_in_place(candidate, fingerprint, pool, tell)?,
+        };
+        let unkept = match &generation.cache {
+            CacheUse::Failed(problem) => format!("; its merged weights are not kept: {problem}"),
+            _ => String::new(),
         };
         let described = generation.describe();
         if stages {
             tell(step("stage", ""));
-            registry.stage(generation);
-            let message = "staged: activate it by its fingerprint".to_owned();
+            self.swap(move |registry| registry.stage(generation))?;
+            let message = format!("staged: activate it by its fingerprint{unkept}");
             return Ok(ReloadReport {
                 outcome: Some(ReloadOutcome::Staged),
                 message,
@@ -227,11 +247,11 @@ impl Reloader {
             });
         }
         tell(step("swap", ""));
-        registry.install(generation);
+        self.swap(move |registry| registry.install(generation))?;
         if let Some(live) = registry.serving(fingerprint) {
             source.accepted(&live);
         }
-        let message = "live".to_owned();
+        let message = format!("live{unkept}");
         Ok(ReloadReport { outcome: Some(ReloadOutcome::Loaded), message, generation: Some((described, GenerationState::Live)) })
     }
 
@@ -251,7 +271,8 @@ impl Reloader {
             _ if dry_run => unchanged("would be activated: this fingerprint is staged or held"),
             _ => {
                 // Gone in between, it is loaded like any other.
-                self.activate(fingerprint).ok()?;
+                let generation = self.swap(move |registry| registry.activate(fingerprint)).ok()?.ok()?;
+                self.activated(&generation);
                 let message = "live: it was staged or held".to_owned();
                 Some(ReloadReport { outcome: Some(ReloadOutcome::Activated), message, generation: here() })
             }
@@ -282,7 +303,7 @@ impl Reloader {
             Some(answers) => Some(answers),
             None => self.live_answers(probes)?,
         };
-        let answers = self.answers(&generation, probes)?;
+        let answers = pool.install(|| ask(&generation, probes)).map_err(no_answer)?;
         let examined = examine(&answers, live.as_deref(), probes.preferences(), bounds);
         let figures = examined.as_ref().unwrap_or_else(|refused| &refused.figures);
         self.registry().metrics().canary(figures);
@@ -303,10 +324,10 @@ impl Reloader {
         let live = self.live_answers(candidate.canary().0)?;
         tell(step("drain", "not answering until the new generation is there"));
         let before = registry.current().as_ref().map_or_else(Weak::new, Arc::downgrade);
-        if !self.wait(registry.vacate()) {
+        if !self.wait(self.swap(Registry::vacate)?) {
             // Requests that do not end keep the old weights, so they may as well be used.
             if let Some(before) = before.upgrade() {
-                registry.come_back(before);
+                self.swap(move |registry| registry.come_back(before))?;
                 let words = format!("requests still use the live generation after {:?}: it stays", self.0.options.drain);
                 return Err(failure(ReloadOutcome::NoRoom, words));
             }
@@ -328,17 +349,18 @@ impl Reloader {
         let generation = pool.install(|| candidate.load(id, &mut |progress| tell(progress.into())))?;
         tracing::warn!(fingerprint = %generation.fingerprint, "the last good generation is back");
         self.registry().metrics().reloaded(ReloadOutcome::Restored);
-        self.registry().install(generation);
+        self.swap(move |registry| registry.install(generation)).map_err(|failed| failed.message)?;
         Ok(())
     }
 
     fn live_answers(&self, probes: &Probes) -> Result<Option<Answers>, ReloadFailure> {
-        self.registry().current().map(|live| self.answers(&live, probes)).transpose()
-    }
-
-    fn answers(&self, generation: &Generation, probes: &Probes) -> Result<Answers, ReloadFailure> {
-        let answers = self.0.engine.answers(generation, probes.samples());
-        self.0.runtime.block_on(answers).map_err(|error| failure(ReloadOutcome::Failed, format!("the canary got no answer: {error}")))
+        let Some(live) = self.registry().current() else { return Ok(None) };
+        if let Some(answers) = live.answers.recall(probes.samples()) {
+            return Ok(Some(answers));
+        }
+        let answers = self.0.runtime.block_on(self.0.engine.answers(&live, probes.samples())).map_err(no_answer)?;
+        live.answers.remember(probes.samples(), &answers);
+        Ok(Some(answers))
     }
 
     /// Whether all of these ended in time.
@@ -372,24 +394,8 @@ fn failure(outcome: ReloadOutcome, message: impl ToString) -> ReloadFailure {
     ReloadFailure { outcome, message: message.to_string() }
 }
 
-/// Threads for reading and merging that yield to those that answer.
-fn pool(threads: usize) -> Result<rayon::ThreadPool, ReloadFailure> {
-    yield_to_others();
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads.max(1))
-        .thread_name(|i| format!("warm-reload-{i}"))
-        .start_handler(|_| yield_to_others())
-        .build()
-        .map_err(|error| failure(ReloadOutcome::Failed, format!("no threads to load with: {error}")))
-}
-
-/// Lowers the priority of this thread, where the system has such a thing: a tenth of a busy core.
-fn yield_to_others() {
-    #[cfg(target_os = "linux")]
-    {
-        // On Linux the priority is the thread's own. Where it cannot be lowered, the load only takes more of the machine.
-        let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10);
-    }
+fn no_answer(error: impl std::fmt::Display) -> ReloadFailure {
+    failure(ReloadOutcome::Failed, format!("the canary got no answer: {error}"))
 }
 
 #[cfg(test)]

@@ -31,6 +31,8 @@ struct Fakes {
     wanted: Mutex<Wanted>,
     last_good: Mutex<Option<f32>>,
     bytes: AtomicU64,
+    /// Of a candidate's prefix caches.
+    prefixes: AtomicU64,
     bounds: Mutex<CanaryBounds>,
     /// Calls of `load`.
     loads: Arc<AtomicU64>,
@@ -41,6 +43,7 @@ struct Fakes {
 struct Fake {
     wanted: Wanted,
     bytes: u64,
+    prefixes: u64,
     probes: Probes,
     bounds: CanaryBounds,
     loads: Arc<AtomicU64>,
@@ -58,6 +61,7 @@ impl Fakes {
         Fake {
             wanted,
             bytes: self.bytes.load(Ordering::Relaxed),
+            prefixes: self.prefixes.load(Ordering::Relaxed),
             probes: Probes::new(texts.to_vec(), vec![]).expect("probes"),
             bounds: *self.bounds.lock().expect("whole"),
             loads: self.loads.clone(),
@@ -111,6 +115,10 @@ impl Candidate for Fake {
         self.bytes
     }
 
+    fn prefix_bytes(&self) -> u64 {
+        self.prefixes
+    }
+
     fn canary(&self) -> (&Probes, &CanaryBounds) {
         (&self.probes, &self.bounds)
     }
@@ -156,6 +164,7 @@ fn bench_of(options: ReloadOptions, keep: usize, live: Arc<FakeModel>) -> Bench 
         wanted: Mutex::new(Wanted::Model(1.0)),
         last_good: Mutex::new(Some(1.0)),
         bytes: AtomicU64::new(4),
+        prefixes: AtomicU64::new(0),
         bounds: Mutex::new(bounds),
         loads: Arc::default(),
         gate: Mutex::default(),
@@ -351,6 +360,53 @@ async fn without_room_nothing_is_loaded_and_what_is_held_makes_room() {
     assert_eq!(bench.score(CallOptions::default()).await, Ok((30.0, print(3.0))));
     assert!(bench.score(pinned(1.0)).await.is_err(), "was held, made room");
     assert_eq!(bench.score(pinned(2.0)).await, Ok((20.0, print(2.0))), "was live");
+}
+
+#[tokio::test]
+async fn the_live_model_is_asked_once_and_a_candidate_does_not_stand_in_its_queue() {
+    let (entered, mut inside) = mpsc::unbounded_channel();
+    let (release, released) = gate::channel::<()>();
+    let released = Mutex::new(released);
+    // A request of token 7 holds the device until it is let go.
+    let live = FakeModel::hooked(1.0, move |samples| {
+        if samples[0] == [7] {
+            let _ = entered.send(());
+            let _ = released.lock().expect("whole").recv();
+        }
+    });
+    let bench = bench_of(ReloadOptions::default(), 1, live.clone());
+    assert_eq!(bench.reload(Wanted::Model(-1.0)).await.expect_err("ranks otherwise").outcome, ReloadOutcome::Refused);
+    let asked = live.forwards.load(Ordering::Relaxed);
+    assert!(asked > 0);
+    assert_eq!(bench.reload(Wanted::Model(-2.0)).await.expect_err("ranks otherwise").outcome, ReloadOutcome::Refused);
+    assert_eq!(live.forwards.load(Ordering::Relaxed), asked, "it says what it said");
+
+    let engine = bench.engine.clone();
+    let busy = tokio::spawn(async move { engine.score(vec![Sample::Tokens(vec![7])], CallOptions::default(), Permit::unlimited()).await });
+    inside.recv().await.expect("the device is busy");
+    assert_eq!(bench.reload(Wanted::Model(2.0)).await.expect("goes live").outcome, Some(ReloadOutcome::Loaded));
+    // The one that is live now was asked as a candidate.
+    assert_eq!(bench.reload(Wanted::Model(3.0)).await.expect("goes live").outcome, Some(ReloadOutcome::Loaded));
+    release.send(()).expect("the device waits");
+    assert_eq!(busy.await.expect("no panic").expect("scored").stamp.fingerprint, print(1.0));
+}
+
+#[tokio::test]
+async fn room_for_prefix_caches_counts_and_is_named_where_it_lacks() {
+    let bench = bench();
+    bench.fakes.prefixes.store(1 << 20, Ordering::Relaxed);
+    *bench.free.lock().expect("whole") = Some(super::super::room::HEADROOM + (1 << 20) + 3);
+    let failure = bench.reload(Wanted::Model(2.0)).await.expect_err("a byte is missing");
+    assert_eq!((failure.outcome, bench.loads()), (ReloadOutcome::NoRoom, 0));
+    assert!(failure.message.contains("1.0 MiB that prefix caches may take"), "{failure}");
+    *bench.free.lock().expect("whole") = Some(super::super::room::HEADROOM + (1 << 20) + 4);
+    bench.reload(Wanted::Model(2.0)).await.expect("just enough");
+    // What the live one's caches hold is gone from free memory and comes back when the next one's begin to fill.
+    let mut live = generation(9, FakeModel::new(9.0), &[]);
+    live.prefix_bytes = 1 << 20;
+    bench.engine.registry().install(live);
+    *bench.free.lock().expect("whole") = Some(super::super::room::HEADROOM + (1 << 20) + 4 - FakeModel::HELD);
+    bench.reload(Wanted::Model(3.0)).await.expect("just enough");
 }
 
 const IN_PLACE: ReloadOptions =

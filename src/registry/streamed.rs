@@ -9,7 +9,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 use super::EngineError;
 use super::members::StreamedMembers;
 use crate::domain::MemberName;
-use crate::model::{Limits, ModelError, Output, Pack, PrefixKey, RewardModel};
+use crate::model::{Limits, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
 use crate::scorer::panic_message;
 
 /// Room for one member.
@@ -72,6 +72,10 @@ impl RewardModel for Placed {
 
     fn keep_prefixes(&self, bytes: usize) {
         self.model.keep_prefixes(bytes);
+    }
+
+    fn prefix_bytes(&self) -> PrefixBytes {
+        self.model.prefix_bytes()
     }
 
     fn token_cost(&self, from: usize, to: usize) -> usize {

@@ -1,13 +1,13 @@
 //! Fakes for tests of this layer and of those above it: a model whose score is a pure function of the token ids, with
 //! hooks, and a text pipeline of one token per byte.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::clock::Clock;
 use crate::domain::{Failure, FailureKind, Fingerprint, MemberName, Sample, Truncation, WeightsId};
-use crate::model::{Limits, ModelError, Output, Pack, RewardModel};
+use crate::model::{Limits, ModelError, Output, Pack, PrefixBytes, RewardModel};
 use crate::scorer::{ScorerHandle, ScorerMetrics, ScorerOptions, Worker, pair};
 use crate::text::Encoding;
 
@@ -25,11 +25,20 @@ pub(crate) struct FakeModel {
     pub outputs: usize,
     pub forwards: AtomicU64,
     pub hook: Mutex<Option<Hook>>,
+    /// What it was told to keep last.
+    pub kept: AtomicUsize,
 }
 
 impl FakeModel {
+    /// Bytes of prefixes that it says it holds, as long as it may hold any.
+    pub const HELD: u64 = 7;
+
     pub fn new(factor: f32) -> Arc<Self> {
-        Arc::new(Self { factor, outputs: 1, forwards: AtomicU64::new(0), hook: Mutex::new(None) })
+        Arc::new(Self::bare(factor))
+    }
+
+    pub fn bare(factor: f32) -> Self {
+        Self { factor, outputs: 1, forwards: AtomicU64::new(0), hook: Mutex::new(None), kept: AtomicUsize::new(0) }
     }
 
     pub fn hooked(factor: f32, hook: impl Fn(&[Vec<u32>]) + Send + Sync + 'static) -> Arc<Self> {
@@ -68,6 +77,15 @@ impl RewardModel for FakeModel {
 
     fn limits(&self) -> Limits {
         Limits { max_tokens: 64, outputs: self.outputs, parameters: 1, device_bytes: 4 }
+    }
+
+    fn keep_prefixes(&self, bytes: usize) {
+        self.kept.store(bytes, Ordering::Relaxed);
+    }
+
+    fn prefix_bytes(&self) -> PrefixBytes {
+        let bound = self.kept.load(Ordering::Relaxed) as u64;
+        PrefixBytes { held: bound.min(Self::HELD), bound }
     }
 }
 
@@ -134,6 +152,8 @@ pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<
             output_names: Vec::new(),
             notes: Vec::new(),
         },
+        cache: CacheUse::Off,
+        prefix_bytes: 0,
     })
 }
 

@@ -199,7 +199,7 @@ fn calibration_moves_the_reward_of_the_merged_model() {
 #[test]
 fn several_outputs_come_whole_and_the_reward_is_the_first() {
     let mut bench = Bench::new();
-    let model = Arc::new(FakeModel { factor: 1.0, outputs: 3, forwards: Default::default(), hook: Mutex::new(None) });
+    let model = Arc::new(FakeModel { outputs: 3, ..FakeModel::bare(1.0) });
     bench.engine.registry().install(generation(2, model, &[]));
     let reply = bench.score(vec![tokens(&[4])], CallOptions::default()).expect("scored");
     let scored = reply.outcomes[0].as_ref().expect("scored");

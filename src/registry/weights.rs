@@ -18,6 +18,45 @@ pub(super) struct MergedModel {
     pub members: Vec<[u8; 32]>,
     /// What was not known before weights were read.
     pub notes: Vec<String>,
+    pub cache: CacheUse,
+}
+
+/// What the cache of merged weights had to do with a load.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum CacheUse {
+    /// There is none.
+    #[default]
+    Off,
+    /// The weights were there.
+    Found,
+    /// They were merged, and are kept.
+    Kept,
+    /// They were merged, and another process is keeping them.
+    Busy,
+    /// They were merged, and cannot be kept: why.
+    Failed(String),
+}
+
+impl CacheUse {
+    /// All labels of metrics.
+    pub const NAMES: [&str; 5] = ["off", "found", "kept", "busy", "failed"];
+
+    pub fn name(&self) -> &'static str {
+        let [off, found, kept, busy, failed] = Self::NAMES;
+        match self {
+            Self::Off => off,
+            Self::Found => found,
+            Self::Kept => kept,
+            Self::Busy => busy,
+            Self::Failed(_) => failed,
+        }
+    }
+
+    fn failed(error: impl ToString) -> Self {
+        let problem = error.to_string();
+        tracing::warn!(problem, "merged weights cannot be kept");
+        Self::Failed(problem)
+    }
 }
 
 /// Makes a model of a source.
@@ -38,15 +77,13 @@ pub(super) fn load_merged(
     clock: &Clock,
     load: Load<'_>,
 ) -> Result<MergedModel, LoadError> {
-    let cache = options.and_then(|options| match Cache::open(options, clock.clone()) {
-        Ok(cache) => Some(cache),
-        Err(error) => {
-            tracing::warn!(%error, "merged weights cannot be kept");
-            None
-        }
-    });
-    let slot = cache.as_ref().and_then(|cache| cache.slot(plan));
-    let Some(slot) = slot else { return merge(&*merged()?, load) };
+    let Some(options) = options else { return merge(&*merged()?, CacheUse::Off, load) };
+    let cache = match Cache::open(options, clock.clone()) {
+        Ok(cache) => cache,
+        Err(error) => return merge(&*merged()?, CacheUse::failed(error), load),
+    };
+    // One checkpoint lies ready already.
+    let Some(slot) = cache.slot(plan) else { return merge(&*merged()?, CacheUse::Off, load) };
     match slot.find().and_then(|cached| from_cache(cached, load)) {
         Some(model) => Ok(model),
         None => merge_and_keep(&slot, &merged()?, load),
@@ -60,7 +97,7 @@ fn from_cache(cached: Cached<'_>, load: Load<'_>) -> Option<MergedModel> {
         Ok(model) => {
             let (weights_id, members, notes) = (cached.weights_id(), cached.member_hashes().to_vec(), cached.notes().to_vec());
             tracing::info!(%weights_id, "merged weights come from the cache");
-            Some(MergedModel { model, weights_id, members, notes })
+            Some(MergedModel { model, weights_id, members, notes, cache: CacheUse::Found })
         }
         Err(problem) => {
             cached.discard(&problem);
@@ -69,14 +106,18 @@ fn from_cache(cached: Cached<'_>, load: Load<'_>) -> Option<MergedModel> {
     }
 }
 
-fn merge(merged: &Merged, load: Load<'_>) -> Result<MergedModel, LoadError> {
+fn merge(merged: &Merged, cache: CacheUse, load: Load<'_>) -> Result<MergedModel, LoadError> {
     let model = load(merged)?;
-    name(merged, model)
+    name(merged, model, cache)
 }
 
 /// After loading, when every block has been hashed as it was read.
-fn name(merged: &Merged, model: Arc<dyn RewardModel>) -> Result<MergedModel, LoadError> {
-    Ok(MergedModel { model, weights_id: merged.weights_id()?, members: merged.member_hashes()?, notes: merged.notes() })
+fn name(merged: &Merged, model: Arc<dyn RewardModel>, cache: CacheUse) -> Result<MergedModel, LoadError> {
+    let (weights_id, members, mut notes) = (merged.weights_id()?, merged.member_hashes()?, merged.notes());
+    if let CacheUse::Failed(problem) = &cache {
+        notes.push(format!("the merged weights are not kept: {problem}"));
+    }
+    Ok(MergedModel { model, weights_id, members, notes, cache })
 }
 
 fn merge_and_keep(slot: &Slot<'_>, merged: &Arc<Merged>, load: Load<'_>) -> Result<MergedModel, LoadError> {
@@ -84,18 +125,17 @@ fn merge_and_keep(slot: &Slot<'_>, merged: &Arc<Merged>, load: Load<'_>) -> Resu
         Ok(Some(recorder)) => recorder,
         Ok(None) => {
             tracing::info!("another process is keeping the same merged weights");
-            return merge(merged, load);
+            return merge(merged, CacheUse::Busy, load);
         }
-        Err(error) => {
-            tracing::warn!(%error, "merged weights cannot be kept");
-            return merge(merged, load);
-        }
+        Err(error) => return merge(merged, CacheUse::failed(error), load),
     };
     let model = load(&recorder)?;
-    let named = name(merged, model)?;
-    match slot.keep(recorder, merged) {
-        Ok(()) => tracing::info!(weights_id = %named.weights_id, "merged weights are kept in the cache"),
-        Err(error) => tracing::warn!(%error, "merged weights cannot be kept"),
-    }
-    Ok(named)
+    let cache = match slot.keep(recorder, merged) {
+        Ok(()) => {
+            tracing::info!("merged weights are kept in the cache");
+            CacheUse::Kept
+        }
+        Err(error) => CacheUse::failed(error),
+    };
+    name(merged, model, cache)
 }

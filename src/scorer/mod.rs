@@ -6,6 +6,7 @@ mod forward;
 mod job;
 mod line;
 mod metrics;
+mod priority;
 mod queue;
 mod worker;
 
@@ -14,6 +15,9 @@ pub(crate) use forward::panic_message;
 pub use job::{Reply, SampleError, ScorerError, ScorerOptions, Submission};
 pub use line::ScorerHandle;
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
+pub(crate) use priority::stand_last;
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) use priority::stands_last;
 pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub use worker::{Worker, crew, pair, spawn};
 

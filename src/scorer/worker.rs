@@ -13,6 +13,7 @@ use std::time::Instant;
 use super::budget::Budget;
 use super::forward::{Forwarded, Next, Trouble, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
+use super::priority::stand_back;
 use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
 use crate::clock::Clock;
 use crate::model::RewardModel;
@@ -72,22 +73,6 @@ pub fn spawn(
     }
     Ok((handle, threads))
 }
-
-/// Lowers the priority of this thread. Where that cannot be done it computes all the same.
-#[cfg(target_os = "linux")]
-fn stand_back(nice: u8) {
-    // On Linux these are of the calling thread alone.
-    use rustix::process::{getpriority_process, setpriority_process};
-    if let Ok(now) = getpriority_process(None)
-        && nice > 0
-        && let Err(error) = setpriority_process(None, (now + i32::from(nice)).min(19))
-    {
-        tracing::debug!(%error, "the priority of a compute thread stays as it is");
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn stand_back(_: u8) {}
 
 impl Worker {
     fn new(shared: Arc<Shared>, device: usize) -> Self {

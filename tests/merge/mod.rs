@@ -56,6 +56,11 @@ fn a_plan_says_what_would_happen() {
     assert_eq!(number(&plan["merged_bytes"]), 2 * number(&plan["parameters"]));
     assert_eq!(number(&plan["peaks"]["device_bytes"]), 4 * number(&plan["parameters"]));
     assert!(number(&plan["peaks"]["merge_host_bytes"]) > 0 && number(&plan["bytes_to_read"]) > number(&plan["merged_bytes"]));
+    // A server has the merged model, and beside it one member at a time or all three; and what it keeps of prompts.
+    let model = number(&plan["peaks"]["device_bytes"]);
+    assert_eq!(number(&plan["peaks"]["device_bytes_streamed"]), 2 * model);
+    assert_eq!(number(&plan["peaks"]["device_bytes_with_members"]), 4 * model);
+    assert_eq!(number(&plan["peaks"]["prefix_cache_bytes"]), 1 << 30, "the setting's own default");
     let tensors: u64 = plan["groups"].as_array().expect("groups").iter().map(|group| number(&group["tensors"])).sum();
     assert_eq!(tensors, number(&plan["tensors"]));
 }
@@ -78,6 +83,28 @@ fn a_plan_tells_what_adapters_on_one_base_take() {
     assert!(all < number(&peaks["device_bytes_with_members"]), "{plan}");
     let words = out(&run(&adapters, &[]));
     assert!(words.contains("with `ensemble: adapters`: ") && words.contains("for the base "), "{words}");
+}
+
+#[test]
+fn a_plan_tells_what_a_server_needs_to_compare_and_keeps_of_prompts() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let recipe = recipe(dir.path(), "");
+    let lines = |more: &[&str]| -> Vec<String> {
+        let output = warm([&["plan", "--recipe", &recipe], more].concat());
+        out(&output)
+            .lines()
+            .filter(|line| line.starts_with("  to compare") || line.starts_with("  for prompts"))
+            .map(str::to_owned)
+            .collect()
+    };
+    let told = lines(&["--prefix-cache-bytes", "64MB"]);
+    assert!(told[0].starts_with("  to compare with `ensemble: streamed`: ") && told[0].ends_with(" while a member is asked"), "{told:?}");
+    assert_eq!(told[1], "  for prompts that come again: up to 64.0 MB (`prefix_cache_bytes`) while it is live");
+    assert_eq!(lines(&["--prefix-cache-bytes", "off"]), told[..1]);
+    // The tokens of an encoder see what comes after them, so none of them can be kept.
+    let encoder = family("bert").join("member-0").display().to_string();
+    let (_, plan) = json_of(&warm(["plan", &encoder, "--json"]));
+    assert_eq!(plan["peaks"]["prefix_cache_bytes"], 0, "{plan}");
 }
 
 #[test]

@@ -170,6 +170,19 @@ async fn a_broken_candidate_is_refused_with_its_reason() {
             .await;
     assert!(outcome == "no_plan" && words.contains("chat template"), "{words}");
 
+    // Two words that change places in its vocabulary: every file is whole, and most texts would be read as other words.
+    let (outcome, words) = refused(|files| {
+        let path = files.member(2).join("tokenizer.json");
+        let mut tokenizer: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("JSON");
+        let vocabulary = tokenizer["model"]["vocab"].as_object_mut().expect("a vocabulary");
+        let ids = ["a", "b"].map(|word| vocabulary[word].clone());
+        vocabulary.insert("a".to_owned(), ids[1].clone());
+        vocabulary.insert("b".to_owned(), ids[0].clone());
+        std::fs::write(path, tokenizer.to_string()).expect("written");
+    })
+    .await;
+    assert!(outcome == "no_plan" && words.contains("member-2") && words.contains("tokenizer"), "{outcome}: {words}");
+
     let (outcome, words) = refused(|files| std::fs::remove_dir_all(files.member(2)).expect("removed")).await;
     assert!(outcome == "no_plan" && words.contains("member-2"), "{words}");
 

@@ -68,6 +68,12 @@ pub fn open(dir: &Path, base: Option<&Path>) -> Result<Folder, CheckpointError> 
     Ok(Folder { config, weights: Arc::new(adapter), architecture, text, notes, lost_head })
 }
 
+/// The folder of the base that an adapter's own configuration names; `None` for what is no adapter, or names no folder.
+pub fn named_base(dir: &Path) -> Option<PathBuf> {
+    let config = read_object(&dir.join(CONFIG)).ok()?;
+    base_folder(dir, config.get("base_model_name_or_path").and_then(Value::as_str)).ok()
+}
+
 /// The folder that `base_model_name_or_path` names. Relative paths are relative to the adapter's folder, and nothing is
 /// downloaded that no recipe names.
 fn base_folder(dir: &Path, named: Option<&str>) -> Result<PathBuf, String> {

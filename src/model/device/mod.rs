@@ -6,6 +6,7 @@ mod cuda;
 mod fault;
 #[cfg_attr(not(feature = "flash-attn"), path = "no_flash.rs")]
 mod flash;
+mod idle;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,6 +20,7 @@ use super::ops::Ops;
 use super::plain;
 use crate::checkpoint::{Architecture, Dtype};
 pub use fault::Fault;
+pub use idle::run_when_idle;
 
 /// More devices than any machine has.
 const MOST_PLACES: usize = 64;
