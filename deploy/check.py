@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 import urllib.parse
 import urllib.request
 
@@ -37,6 +38,18 @@ def samples(path):
     print(json.dumps({"text": "too long " * 4000}))
 
 
+def settled(address):
+    """Waits until nothing more becomes of what was drawn for the members."""
+    before = None
+    while True:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            now = json.load(answer)["shadow_samples"]
+        if now == before:
+            return
+        before = now
+        time.sleep(0.5)
+
+
 def ask(server, query):
     address = f"{server}/api/v1/query?" + urllib.parse.urlencode({"query": query})
     with urllib.request.urlopen(address, timeout=30) as answer:
@@ -46,7 +59,7 @@ def ask(server, query):
 
 
 def fill(query):
-    for name in ("namespace", "job", "instance"):
+    for name in ("namespace", "job", "instance", "tenant"):
         query = query.replace(f"${name}", ".*")
     return query.replace("$__rate_interval", "30s").replace("$__range", "2m")
 
@@ -56,7 +69,13 @@ def queries(server, dashboard, rules, scaler):
     for panel in json.load(open(dashboard))["panels"]:
         for target in panel.get("targets", []):
             panels += 1
-            result = ask(server, fill(target["expr"]))
+            query = fill(target["expr"])
+            if "warm_watch_first_hour" in query:
+                # NaN before an hour is over, and left out by the comparison; the series are there all the same.
+                if not ask(server, query.replace(" > -Inf", "")):
+                    failed.append(f"panel {panel['title']!r}: {target['expr']}")
+                continue
+            result = ask(server, query)
             if not any(sample["value"][1] != "NaN" for sample in result):
                 failed.append(f"panel {panel['title']!r}: {target['expr']}")
     for group in yaml.safe_load(open(rules))["groups"]:
@@ -96,4 +115,4 @@ if __name__ == "__main__":
     if command == "schemas":
         schemas(arguments)
     else:
-        {"samples": samples, "queries": queries, "metrics": metrics}[command](*arguments)
+        {"samples": samples, "settled": settled, "queries": queries, "metrics": metrics}[command](*arguments)

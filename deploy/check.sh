@@ -39,11 +39,11 @@ python3 -m venv "$work/python"
 python="$work/python/bin/python"
 
 echo "== kustomize"
-kubectl version --client 2> /dev/null | head -1
+kubectl version --client 2> /dev/null | sed -n 1p
 for overlay in cpu gpu fleet monitoring; do
     kubectl kustomize "deploy/kustomize/overlays/$overlay" > "$work/$overlay.yaml" 2> "$work/warnings" || { cat "$work/warnings"; exit 1; }
 done
-"$python" deploy/check.py schemas "$work"/{cpu,gpu,fleet,monitoring}.yaml
+"$python" deploy/check.py schemas "$work"/{cpu,gpu,fleet,monitoring}.yaml deploy/drill.yaml
 
 echo "== promtool"
 promtool check config --syntax-only deploy/compose/prometheus.yaml
@@ -58,9 +58,13 @@ fi
 echo "== a real Prometheus on a real server under load, $seconds s"
 port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 grpc="127.0.0.1:$(port)" admin="127.0.0.1:$(port)" prometheus="127.0.0.1:$(port)"
-family=demo/family
+family=(demo/family/rm-{0..4})
+"$python" deploy/check.py samples demo/prompts.jsonl > "$work/samples.jsonl"
+# Where the rewards of every model lie, so that the watch can say how far off they are; and all prompts go to the members too.
+"$warm" calibrate "${family[@]}" --input "$work/samples.jsonl" --output "$work/calibration.json" > /dev/null 2>&1
 "$warm" serve --listen "$grpc" --admin-listen "$admin" --ensemble resident --drain-delay 0s --log-format json \
-    "$family"/rm-0 "$family"/rm-1 "$family"/rm-2 "$family"/rm-3 "$family"/rm-4 2> "$work/server.log" &
+    --calibration-file "$work/calibration.json" --shadow-share 1 --shadow-max-tokens-per-second 1000000 \
+    "${family[@]}" 2> "$work/server.log" &
 pids+=($!)
 until "$warm" health --addr "$grpc" > /dev/null 2>&1; do
     kill -0 "${pids[0]}" || { cat "$work/server.log"; exit 1; }
@@ -79,16 +83,23 @@ prometheus --config.file="$work/prometheus.yaml" --storage.tsdb.path="$work/data
     --log.level=warn 2> "$work/prometheus.log" &
 pids+=($!)
 
-"$python" deploy/check.py samples demo/prompts.jsonl > "$work/samples.jsonl"
 end=$((SECONDS + seconds))
 rounds=0
 while [ "$SECONDS" -lt "$end" ]; do
     "$warm" score --connect "$grpc" --input "$work/samples.jsonl" --output /dev/null 2> /dev/null &
     "$warm" score --connect "$grpc" --input "$work/samples.jsonl" --output /dev/null --members 2> /dev/null
     wait $!
+    # Prompts with several completions in one request: only these have ranks. The members are given what comes first, so on a
+    # slow machine these come when all before has been scored or dropped.
+    "$python" deploy/check.py settled "http://$admin/watch"
+    "$warm" bench --addr "$grpc" --prompt-tokens 24 --completion-tokens 4..24 --group 4 --warmup 0s --requests 4 > /dev/null 2>&1
     rounds=$((rounds + 1))
 done
 echo "$rounds rounds of two callers"
+# What is in flight is seen only while something is; Prometheus looks every two seconds.
+"$warm" bench --addr "$grpc" --prompt-tokens 24 --completion-tokens 4..24 --group 4 --concurrency 4 --duration 120s > /dev/null 2>&1 &
+pids+=($!)
+sleep 6
 "$python" deploy/check.py queries "http://$prometheus" deploy/monitoring/warm.dashboard.json deploy/monitoring/warm.rules.yaml \
     deploy/kustomize/overlays/fleet/scaledobject.yaml
 "$python" deploy/check.py metrics "http://$admin/metrics" README.md

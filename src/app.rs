@@ -2,6 +2,7 @@
 //! tests use port 0 and no signals.
 
 pub mod calibration;
+mod device_memory;
 mod free_memory;
 mod last_good;
 mod loading;
@@ -31,6 +32,7 @@ use crate::serve::tenants::NONE as NO_TENANT;
 use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phase, Readiness, ServeError, ServeMetrics, Tenants};
 use crate::shutdown::Stop;
 
+use device_memory::DeviceMemory;
 pub use loading::{load_spec, loader, with_causes};
 pub use memory::limit as memory_limit;
 pub use reloading::{SettingsError, SettingsSource, Started};
@@ -128,6 +130,7 @@ impl App {
         let watch = Watch::new(&watch_options, clock.clone())?;
         metrics.register(Box::new(watch.clone()))?;
         let engine = Engine::new(EngineParts { registry, scorer, clock, watch: Some(watch) }, engine_options)?;
+        metrics.register(Box::new(DeviceMemory::new(&places)?))?;
         let memory_limit = IntGauge::new("warm_app_memory_limit_bytes", "Bytes of memory that this process may use; 0 where nobody says.")?;
         metrics.register(Box::new(memory_limit.clone()))?;
         memory_limit.set(i64::try_from(memory::limit()).unwrap_or(i64::MAX));

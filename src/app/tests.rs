@@ -1,5 +1,6 @@
 //! A real server over a socket on this machine, with fakes for the model and the text.
 
+use std::io::{Read, Write};
 use std::sync::{Arc, Mutex, mpsc};
 
 use tokio::sync::oneshot;
@@ -8,6 +9,8 @@ use super::*;
 use crate::client::{Client, ClientError};
 use crate::config::{Resolved, Sources};
 use crate::registry::testing::{FakeModel, generation};
+use crate::serve::Admin;
+use crate::serve::tenants::{MAX_TENANTS, TENANT_HEADER};
 use crate::wire::{self, prompt_group, sample::Input};
 
 struct Server {
@@ -18,6 +21,7 @@ struct Server {
     stop: Option<oneshot::Sender<Stop>>,
     task: tokio::task::JoinHandle<Result<(), AppError>>,
     address: String,
+    admin: Admin,
 }
 
 async fn start(settings: &[(&str, &str)], merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> Server {
@@ -32,12 +36,14 @@ async fn start_at(clock: Clock, settings: &[(&str, &str)], merged: Arc<FakeModel
     let address = listener.local_addr().expect("address").to_string();
     let loaded = generation(1, merged, members);
     let loading = app.load_in_background(Box::new(move |_, _| Ok(loaded)), Box::new(|_| {})).expect("thread");
+    let admin = std::net::TcpListener::bind("127.0.0.1:0").expect("free port");
+    let admin = Admin::start(admin, app.readiness().clone(), app.metrics().clone(), app.engine().clone()).expect("admin");
     let (stop, stopped) = oneshot::channel();
     let (readiness, metrics, in_flight) = (app.readiness().clone(), app.metrics().clone(), app.admission.in_flight());
     let task = tokio::spawn(async move { app.serve(listener, loading, async { stopped.await.unwrap_or(Stop::Interrupt) }).await });
     readiness.watch().wait_for(|&phase| phase == Phase::Ready).await.expect("ready");
     let client = Client::connect(&address).await.expect("connected");
-    Server { client, readiness, metrics, in_flight, stop: Some(stop), task, address }
+    Server { client, readiness, metrics, in_flight, stop: Some(stop), task, address, admin }
 }
 
 impl Server {
@@ -49,6 +55,17 @@ impl Server {
         drop(self.client);
         drop(self.stop.take());
         self.task.await.expect("no panic").expect("clean stop");
+    }
+
+    /// What the admin port says of the watch.
+    fn watch(&self) -> serde_json::Value {
+        let mut stream = std::net::TcpStream::connect(self.admin.address()).expect("admin port");
+        write!(stream, "GET /watch HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("asked");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a body");
+        assert!(head.starts_with("HTTP/1.1 200") && head.contains("content-type: application/json"), "{head}");
+        serde_json::from_str(body).expect("JSON")
     }
 
     fn metric(&self, series: &str) -> f64 {
@@ -423,7 +440,7 @@ async fn tenants_are_told_apart_by_their_metadata() {
         tokio::spawn(async move {
             let samples = texts.iter().map(|t| text(t)).collect();
             let mut request = tonic::Request::new(wire::ScoreRequest { samples, ..Default::default() });
-            request.metadata_mut().insert("x-gateway-inference-fairness-id", tenant.parse().expect("a name"));
+            request.metadata_mut().insert(TENANT_HEADER, tenant.parse().expect("a name"));
             client.rewards().score(request).await.expect("scored");
         })
     };
@@ -453,5 +470,89 @@ async fn tenants_are_told_apart_by_their_metadata() {
         before += 1;
     }
     assert!(before <= 5, "the small request came after {before} packs of the flood");
+    server.stopped().await;
+}
+
+/// A call of a tenant: one prompt and two answers.
+async fn ask_as(server: &Server, tenant: &str) {
+    let mut request = tonic::Request::new(wire::ScoreRequest { groups: vec![group("p", &["a", "bc"])], ..Default::default() });
+    request.metadata_mut().insert(TENANT_HEADER, tenant.parse().expect("a name"));
+    server.client.rewards().score(request).await.expect("scored");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_watch_is_told_over_http_before_the_first_call_and_tenant_by_tenant() {
+    let server = start(&[("tenants", "team-a,team-b")], FakeModel::new(1.0), &[]).await;
+    let nothing = server.watch();
+    assert_eq!((&nothing["window_s"], &nothing["baseline_s"], &nothing["shadow_share"]), (&600.into(), &3600.into(), &0.01.into()));
+    let names = |watch: &serde_json::Value| watch["tenants"].as_object().expect("tenants").keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&nothing), ["none", "team-a", "team-b"]);
+    let figures = nothing["figures"].as_object().expect("meanings");
+    for run in nothing["tenants"].as_object().expect("tenants").values() {
+        assert!(run["generation"].is_null() && run["began_unix_s"].is_null() && run["first_hour_is_over"] == false, "{run}");
+        for when in ["now", "first_hour"] {
+            let found = run[when].as_object().expect("figures");
+            assert!(found.keys().eq(figures.keys()), "every figure has a meaning: {run}");
+            // What nobody has counted is nothing, and what nothing defines is null; never NaN, which JSON does not have.
+            assert!(found.iter().all(|(name, value)| if name.ends_with("samples") { value == 0.0 } else { value.is_null() }), "{run}");
+            for (sizes, bounds) in [("rewards", "reward_bounds"), ("lengths", "length_bounds")] {
+                let counts = run[sizes][when].as_array().expect("counts");
+                assert_eq!(counts.len(), nothing[bounds].as_array().expect("bounds").len() + 1);
+                assert!(counts.iter().all(|count| *count == 0), "{run}");
+            }
+        }
+    }
+
+    for tenant in ["team-a", "team-a", "stranger"] {
+        ask_as(&server, tenant).await;
+    }
+    let watch = server.watch();
+    assert_eq!(names(&watch), ["none", "other", "team-a", "team-b"]);
+    let samples = |tenant: &str| watch["tenants"][tenant]["now"]["samples"].as_f64();
+    assert_eq!(["none", "other", "team-a", "team-b"].map(samples), [0.0, 2.0, 4.0, 0.0].map(Some));
+    assert_eq!((&watch["tenants"]["team-a"]["generation"], &watch["tenants"]["team-b"]["generation"]), (&1.into(), &().into()));
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_most_thirty_two_tenants_have_runs_of_their_own() {
+    let server = start(&[], FakeModel::new(1.0), &[]).await;
+    for i in 0..40 {
+        ask_as(&server, &format!("team-{i:02}")).await;
+    }
+    let watch = server.watch();
+    let runs = watch["tenants"].as_object().expect("tenants");
+    assert_eq!(runs.len(), MAX_TENANTS + 2, "thirty-two, none and other: {:?}", runs.keys());
+    assert_eq!(runs["other"]["now"]["samples"], 16.0, "the eight that came last, together");
+    assert_eq!((server.metric("warm_watch_reward_count{tenant=\"team-31\"}"), runs.contains_key("team-32")), (2.0, false));
+    let wrong = (0..33).map(|i| format!("t{i}")).collect::<Vec<_>>().join(",");
+    let errors = Resolved::new(Sources { flags: vec![("tenants".to_owned(), wrong)], ..Sources::default() }).expect_err("too many");
+    assert!(errors.to_string().contains("32"), "{errors}");
+    server.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_shadow_what_a_server_answers_once_it_knows_where_they_lie() {
+    let members = [("rm-0", FakeModel::new(2.0)), ("rm-1", FakeModel::new(-4.0))];
+    let settings = [("shadow.share", "1"), ("shadow.max_tokens_per_second", "1000000")];
+    let server = start(&settings, FakeModel::new(1.0), &members).await;
+    let became = |watch: &serde_json::Value, outcome: &str| watch["shadow_samples"][outcome].as_u64().expect("a count");
+    let (mut asked, mut watch) = (0, server.watch());
+    // 256 samples of each model tell where its rewards lie; until then nothing is said of their differences.
+    while became(&watch, "scored") < 4 {
+        ask_as(&server, "team").await;
+        asked += 2;
+        watch = server.watch();
+        while watch["shadow_samples"].as_object().expect("counts").values().filter_map(serde_json::Value::as_u64).sum::<u64>() < asked {
+            tokio::task::yield_now().await;
+            watch = server.watch();
+        }
+    }
+    assert!(became(&watch, "uncentered") >= 254, "{watch}");
+    let now = &watch["tenants"]["team"]["now"];
+    assert_eq!(now["shadow_samples"].as_f64().map(|samples| samples as u64), Some(became(&watch, "scored")), "{now}");
+    // The members' mean falls where the merged model rises, by twice as much.
+    assert_eq!((&now["rank_agreement"], &now["sign_disagreement_ratio"]), (&(-1.0).into(), &0.5.into()), "{now}");
+    assert!(now["gap"].as_f64().is_some_and(|gap| gap > 0.0) && now["member_std"].as_f64().is_some_and(|std| std > 0.0), "{now}");
     server.stopped().await;
 }

@@ -50,14 +50,18 @@ impl Fleet {
     }
 
     /// Scores by the next server that can, within `timeout` over all attempts. Scoring changes nothing, so a call that a server
-    /// could not answer is asked again elsewhere.
+    /// could not answer is asked again elsewhere; so is one that names a model which that server does not serve, or not yet:
+    /// while a fleet swaps its model, somebody else does.
     pub async fn score(&self, request: wire::ScoreRequest, timeout: Duration) -> Result<wire::ScoreResponse, ClientError> {
         let end = self.clock.now() + timeout;
+        let pinned = request.options.as_ref().is_some_and(|options| !options.fingerprint.is_empty());
         loop {
-            let mut last = None;
-            for _ in 0..self.servers.len() {
+            let (mut last, mut refusals) = (None, 0);
+            for server in self.round() {
                 let now = self.clock.now();
-                let Some(server) = self.turn(now) else { break };
+                if server.is_at_rest(now) {
+                    continue;
+                }
                 let left = end.saturating_duration_since(now);
                 if left.is_zero() {
                     break;
@@ -73,8 +77,18 @@ impl Fleet {
                         tracing::debug!(server = server.address, status = status.message(), "asking another server");
                         last = Some(ClientError::from(status));
                     }
+                    Err(status) if pinned && status.code() == Code::FailedPrecondition => {
+                        refusals += 1;
+                        last = Some(ClientError::from(status));
+                    }
                     Err(status) => return Err(status.into()),
                 }
+            }
+            // Nobody serves it; waiting would not change that.
+            if refusals == self.servers.len()
+                && let Some(refused) = last
+            {
+                return Err(refused);
             }
             let wait = self.clock.now() + PAUSE;
             if wait >= end {
@@ -87,15 +101,18 @@ impl Fleet {
         }
     }
 
-    /// The next server in turn that is not at rest.
-    fn turn(&self, now: Instant) -> Option<&Server> {
-        let first = self.next.fetch_add(1, Ordering::Relaxed);
-        let in_turn = (0..self.servers.len()).filter_map(|i| self.servers.get((first + i) % self.servers.len()));
-        in_turn.into_iter().find(|server| server.rests().is_none_or(|until| until <= now))
+    /// All servers, from the next one in turn on.
+    fn round(&self) -> impl Iterator<Item = &Server> {
+        let (count, first) = (self.servers.len(), self.next.fetch_add(1, Ordering::Relaxed));
+        (0..count).filter_map(move |i| self.servers.get((first % count + i) % count))
     }
 }
 
 impl Server {
+    fn is_at_rest(&self, now: Instant) -> bool {
+        self.rests().is_some_and(|until| until > now)
+    }
+
     fn rests(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
         self.rests_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -121,19 +138,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn servers_take_turns_and_one_at_rest_is_passed_over() {
+    async fn servers_take_turns_and_a_call_asks_each_of_them_once_a_round() {
         let clock = Clock::manual();
         let fleet = fleet(3, &clock);
-        let turn = || fleet.turn(clock.now()).map(|server| server.address.as_str());
-        assert_eq!(
-            [turn(), turn(), turn(), turn()].map(Option::unwrap_or_default),
-            ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:1"]
-        );
+        let ports = || fleet.round().map(|server| server.address.trim_start_matches("127.0.0.1:").to_owned()).collect::<String>();
+        assert_eq!([ports(), ports(), ports(), ports()], ["123", "231", "312", "123"]);
         *fleet.servers[1].rests() = Some(clock.now() + REST);
-        let passed: Vec<_> = (0..6).filter_map(|_| turn()).collect();
-        assert!(!passed.contains(&"127.0.0.1:2"), "{passed:?}");
+        assert_eq!(fleet.round().filter(|server| !server.is_at_rest(clock.now())).count(), 2, "one at rest is passed over");
         clock.advance(REST);
-        assert!((0..3).filter_map(|_| turn()).any(|address| address == "127.0.0.1:2"), "it is asked again");
+        assert!(!fleet.servers[1].is_at_rest(clock.now()), "it is asked again");
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use super::canary::Figures;
+use super::watch::REWARD_BOUNDS;
 use super::{CacheUse, Generation, GenerationState};
 use crate::domain::{Failure, FailureKind, Score};
 use crate::scorer::SECONDS_BUCKETS;
@@ -163,7 +164,7 @@ impl RegistryMetrics {
                 registry.register(Box::new(counter.clone()))?;
                 counter
             },
-            reward: histogram("warm_registry_reward", "Raw rewards that were handed out.", &reward_buckets())?,
+            reward: histogram("warm_registry_reward", "Raw rewards that were handed out.", &REWARD_BOUNDS)?,
             tokenize_seconds: histogram("warm_registry_tokenize_seconds", "Encoding of all samples of one request.", &SECONDS_BUCKETS)?,
         })
     }
@@ -255,11 +256,4 @@ impl RegistryMetrics {
     pub(super) fn tokenized(&self, took: std::time::Duration) {
         self.tokenize_seconds.observe(took.as_secs_f64());
     }
-}
-
-/// Log-symmetric around 0: raw rewards have no unit, so both small and large ones must resolve.
-fn reward_buckets() -> Vec<f64> {
-    let sizes = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0];
-    let below = sizes.iter().rev().map(|size| -size);
-    below.chain([0.0]).chain(sizes).collect()
 }

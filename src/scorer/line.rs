@@ -19,6 +19,8 @@ pub(super) type Answer = Result<Reply, ScorerError>;
 pub(super) struct Job {
     pub submission: Submission,
     pub arrived: Instant,
+    /// Until a pack has the first of its samples.
+    pub queued: Option<tracing::Span>,
     pub outcomes: Vec<Option<Result<Vec<Output>, SampleError>>>,
     open: usize,
     pub forward: Duration,
@@ -175,7 +177,8 @@ impl ScorerHandle {
             samples: loads(&submission),
         };
         let samples = new.samples.len();
-        let job = Job { submission, arrived, outcomes: vec![None; samples], open: samples, forward: Duration::ZERO, reply };
+        let queued = Some(tracing::debug_span!(parent: &submission.span, "queue", samples));
+        let job = Job { submission, arrived, queued, outcomes: vec![None; samples], open: samples, forward: Duration::ZERO, reply };
         let ticket = self.enqueue(new, job)?;
         Ok(async move {
             let answer = answer.await.unwrap_or(Err(ScorerError::WorkerGone));

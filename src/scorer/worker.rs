@@ -10,6 +10,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
+use opentelemetry::trace::TraceContextExt;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
 use super::budget::Budget;
 use super::forward::{Forwarded, Next, Trouble, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
@@ -270,21 +273,31 @@ impl Drop for Worker {
 type Found = (Vec<Pick>, Arc<[Arc<dyn RewardModel>]>, Vec<Arc<Encoding>>, tracing::Span);
 
 /// What was picked, as the jobs have it.
-fn found(picks: Vec<Pick>, state: &State, metrics: &ScorerMetrics, now: Instant) -> Option<Found> {
+fn found(picks: Vec<Pick>, state: &mut State, metrics: &ScorerMetrics, now: Instant) -> Option<Found> {
     let first = state.jobs.get(&picks.first()?.job)?;
+    let (lane, models) = (first.submission.lane, first.submission.models.clone());
     let tokens: usize = picks.iter().map(|pick| pick.tokens).sum();
-    let span = tracing::debug_span!("pack", lane = first.submission.lane, samples = picks.len(), tokens);
+    // Many requests ride in a pack; it stands in the trace of the first one that is traced, and the others refer to it.
+    let traced = picks.iter().filter_map(|pick| state.jobs.get(&pick.job)).find(|job| is_traced(&job.submission.span));
+    let parent = traced.and_then(|job| job.submission.span.id());
+    let span = tracing::debug_span!(parent: parent, "pack", lane, samples = picks.len(), tokens);
     let mut encodings = Vec::with_capacity(picks.len());
     let mut last = None;
     for pick in &picks {
-        let job = state.jobs.get(&pick.job)?;
+        let job = state.jobs.get_mut(&pick.job)?;
+        drop(job.queued.take());
         encodings.push(job.submission.encodings[pick.sample].clone());
         if last.replace(pick.job) != Some(pick.job) {
             span.follows_from(&job.submission.span);
             metrics.queue_seconds.observe(now.saturating_duration_since(job.arrived).as_secs_f64());
         }
     }
-    Some((picks, first.submission.models.clone(), encodings, span))
+    Some((picks, models, encodings, span))
+}
+
+/// Whether somebody is told of what happens in this span.
+fn is_traced(span: &tracing::Span) -> bool {
+    !span.is_disabled() && span.context().span().span_context().is_sampled()
 }
 
 #[cfg(test)]

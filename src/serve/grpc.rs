@@ -14,6 +14,7 @@ use super::calls::{Answered, CallBook, CallFacts};
 use super::convert::{self, Asked, ConvertLimits};
 use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
+use super::tenants::TENANT_HEADER;
 use super::{health, status, stream};
 use crate::domain::Failure;
 use crate::registry::{CallOptions, CompareOptions, Engine, ModelStamp, Reloader, Timing, Watched};
@@ -104,8 +105,6 @@ pub(super) struct Handlers {
     pub edge: Edge,
 }
 
-/// Metadata by which gateways tell whose share of the device a call belongs to.
-const TENANT_HEADER: &str = "x-gateway-inference-fairness-id";
 /// More of a tenant's name is cut off.
 const MAX_TENANT_CHARS: usize = 128;
 

@@ -69,6 +69,85 @@ fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
     }
 }
 
+/// Instructions of the whole file: the name, and the rest.
+fn instructions() -> Vec<(String, String)> {
+    let text = read("Dockerfile").replace("\\\n", " ");
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.filter_map(|line| line.split_once(' ')).map(|(name, rest)| (name.to_owned(), rest.trim().to_owned())).collect()
+}
+
+/// No daemon builds it in a test, so what a builder would trip over is looked at here.
+#[test]
+fn a_builder_would_read_the_dockerfile_to_its_end() {
+    const KNOWN: [&str; 14] = [
+        "ARG",
+        "FROM",
+        "WORKDIR",
+        "COPY",
+        "RUN",
+        "ENV",
+        "LABEL",
+        "USER",
+        "EXPOSE",
+        "STOPSIGNAL",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+        "SHELL",
+    ];
+    let (mut stages, mut arguments): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+    let mut global: Vec<String> = Vec::new();
+    for (name, rest) in instructions() {
+        assert!(KNOWN.contains(&name.as_str()), "{name} is no instruction");
+        let words: Vec<&str> = rest.split_whitespace().collect();
+        match name.as_str() {
+            "ARG" => {
+                let argument = rest.split('=').next().unwrap_or_default().to_owned();
+                if stages.is_empty() { global.push(argument) } else { arguments.push(argument) }
+            }
+            "FROM" => {
+                let [image, "AS", stage] = words[..] else { panic!("FROM {rest}: a stage without a name") };
+                // Either a stage before, or an image of a version that is named.
+                let pinned = image.split_once(':').is_some_and(|(_, version)| !version.is_empty() && version != "latest");
+                assert!(stages.iter().any(|known| known == image) || pinned, "FROM {rest}");
+                assert!(image.match_indices("${").all(|(i, _)| global.iter().any(|known| image[i + 2..].starts_with(known.as_str()))));
+                assert!(!stages.contains(&stage.to_owned()), "two stages are called {stage}");
+                stages.push(stage.to_owned());
+                arguments.clear();
+            }
+            "COPY" => {
+                if let Some(from) = words[0].strip_prefix("--from=") {
+                    assert!(stages.iter().any(|stage| stage == from), "COPY {rest}: there is no stage {from} before");
+                    assert!(words[1].starts_with('/') && words[2].starts_with('/'), "COPY {rest}");
+                }
+            }
+            // An argument is known from where its stage names it; PATH is the image's own.
+            _ => {
+                let uses = rest.match_indices("${").filter_map(|(i, _)| rest[i + 2..].split('}').next());
+                uses.for_each(|used| {
+                    assert!(used == "PATH" || arguments.iter().any(|known| known == used), "{name} {rest}: {used} is not set")
+                });
+            }
+        }
+    }
+    assert!(["cpu", "cuda"].iter().all(|target| stages.iter().any(|stage| stage == target)), "{stages:?}");
+}
+
+#[test]
+fn both_images_are_the_same_but_for_what_they_stand_on() {
+    let running = |name: &str| -> Vec<String> {
+        let lines = stage(name).into_iter().skip(1);
+        lines.map(|line| line.replace(&format!("--from={name}-build"), "").replace(", with CUDA", "")).collect()
+    };
+    assert_eq!(running("cpu"), running("cuda"));
+    let build = |name: &str| -> Vec<String> {
+        let lines =
+            stage(name).into_iter().filter(|line| line.starts_with("COPY") && !line.contains("--from") || line.contains("cargo build"));
+        lines.map(|line| line.replace(" --features \"${CUDA_FEATURES}\"", "")).collect()
+    };
+    assert_eq!(build("cpu-build"), build("cuda-build"));
+}
+
 #[test]
 fn compose_gives_the_server_time_to_drain() {
     let compose = document("compose.yaml");

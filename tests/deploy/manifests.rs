@@ -113,7 +113,7 @@ fn every_selector_finds_the_pods() {
     let names: Vec<String> = list(container(&deployment), "ports").iter().map(|port| text(port, "name")).collect();
     let mut checked = 0;
     for (file, manifest) in manifests() {
-        let (kind, of_merge) = (text(&manifest, "kind"), file.contains("merge-"));
+        let (kind, of_others) = (text(&manifest, "kind"), ["merge-", "-downloads"].iter().any(|part| file.contains(part)));
         let path = match kind.as_str() {
             "Service" => "spec.selector",
             "Deployment" | "PodDisruptionBudget" | "PodMonitor" => "spec.selector.matchLabels",
@@ -124,7 +124,7 @@ fn every_selector_finds_the_pods() {
         if selector.is_empty() && kind == "Deployment" {
             continue; // a patch
         }
-        assert_eq!(selects(&selector, &pods), !of_merge, "{file}: {selector:?}");
+        assert_eq!(selects(&selector, &pods), !of_others, "{file}: {selector:?}");
         checked += 1;
         for port in list(&manifest, "spec.ports") {
             assert!(names.contains(&text(port, "targetPort")), "{file}: {port:?}");
@@ -137,8 +137,66 @@ fn every_selector_finds_the_pods() {
     }
     assert!(checked >= 7, "{checked} selectors");
     let job = document("kustomize/overlays/fleet/merge-job.yaml");
-    let policy = document("kustomize/overlays/fleet/merge-networkpolicy.yaml");
-    assert!(selects(&pairs(&policy, "spec.podSelector.matchLabels"), &pairs(&job, "spec.template.metadata.labels")));
+    for policy in ["kustomize/overlays/fleet/merge-networkpolicy.yaml", "kustomize/base/networkpolicy-downloads.yaml"] {
+        let selector = pairs(&document(policy), "spec.podSelector.matchLabels");
+        assert!(selects(&selector, &pairs(&job, "spec.template.metadata.labels")), "{policy}");
+    }
+}
+
+/// Ports that a policy lets its pods call, with whether only in some places.
+fn calls(policy: &Value) -> Vec<(u64, bool)> {
+    let rules = list(policy, "spec.egress").iter();
+    rules.flat_map(|rule| list(rule, "ports").iter().map(|port| (number(port, "port"), !list(rule, "to").is_empty()))).collect()
+}
+
+#[test]
+fn servers_may_send_traces_and_only_pods_that_download_may_call_hubs_and_buckets() {
+    let (server, downloads) = (base("networkpolicy.yaml"), base("networkpolicy-downloads.yaml"));
+    assert_eq!(strings(&server, "spec.policyTypes"), ["Ingress", "Egress"], "what is not named is forbidden");
+    assert_eq!(strings(&downloads, "spec.policyTypes"), ["Egress"], "and nobody may call a pod for its sake");
+    let mut of_server = calls(&server);
+    of_server.dedup();
+    assert_eq!(of_server, [(53, false), (4317, true)], "names, and a collector in one namespace");
+    let of_downloads = calls(&downloads);
+    for needed in [(53, false), (443, false), (80, true)] {
+        assert!(of_downloads.contains(&needed), "{needed:?} of {of_downloads:?}");
+    }
+    // A collector of that port is what the settings name.
+    let traced = vec![("traces.endpoint".to_owned(), "http://collector.monitoring:4317".to_owned())];
+    assert!(Resolved::new(Sources { flags: traced, ..Sources::default() }).is_ok());
+}
+
+fn strings(value: &Value, path: &str) -> Vec<String> {
+    list(value, path).iter().filter_map(Value::as_str).map(str::to_owned).collect()
+}
+
+#[test]
+fn what_the_settings_write_is_on_a_volume_that_can_be_written_and_what_they_read_is_not() {
+    for (overlay, deployment, map) in every_deployment() {
+        let (config, container) = (super::settings::of_config_map(&map), container(&deployment));
+        let writable = |path: &std::path::Path| {
+            let inside = |mount: &&Value| path.starts_with(text(mount, "mountPath"));
+            let mount = list(container, "volumeMounts").iter().find(inside);
+            mount.map(|mount| at(mount, "readOnly").as_bool() != Some(true))
+        };
+        let written = [config.cache.map(|cache| cache.dir), config.live.state.clone()];
+        for path in written.iter().flatten() {
+            assert_eq!(writable(path), Some(true), "{overlay}: {}", path.display());
+        }
+        let hub = list(container, "env").iter().find(|variable| text(variable, "name") == "HF_HOME").map(|hub| text(hub, "value"));
+        assert_eq!(hub.as_deref().and_then(|hub| writable(std::path::Path::new(hub))), Some(true), "{overlay}");
+        for path in ["/models/rm-0", "/models/merged/r1"] {
+            assert_eq!(writable(std::path::Path::new(path)), Some(false), "{overlay}: {path}");
+        }
+        // Restarts of a container find what was live, and a change of the ConfigMap is a reload.
+        assert!(config.live.state.is_some() && config.live.watch.is_some(), "{overlay}");
+    }
+}
+
+#[test]
+fn a_fleet_swaps_together_and_waits_for_the_word() {
+    let map = document("kustomize/overlays/fleet/configmap.yaml");
+    assert_eq!(super::settings::of_config_map(&map).live.activation, warm::registry::Activation::OnCall);
 }
 
 #[test]
@@ -243,7 +301,7 @@ fn the_fleet_serves_what_its_job_writes() {
     let map = document("kustomize/overlays/fleet/configmap.yaml");
     let served: Value = serde_norway::from_str(&super::settings::file_of(&map, "served.yaml")).expect("YAML");
     let job = document("kustomize/overlays/fleet/merge-job.yaml");
-    let arguments: Vec<String> = list(container(&job), "args").iter().filter_map(Value::as_str).map(str::to_owned).collect();
+    let arguments = strings(container(&job), "args");
     let out = arguments.iter().position(|argument| argument == "--out").map(|i| arguments[i + 1].clone()).expect("--out");
     assert_eq!(text(&served, "members.0.path"), out);
 }

@@ -68,8 +68,10 @@ fn assert_exists(place: &str, selector: &Selector, families: &BTreeMap<String, F
             continue;
         }
         let values = family.labels.get(label).unwrap_or_else(|| panic!("{place}: {name} has no label {label}"));
-        // A negative matcher may name what is not there; a regular expression may name what other builds have.
+        // A negative matcher may name what is not there; a regular expression may name what other builds have; what a reader of
+        // the dashboard picks is one of the values.
         let found = match operator.as_str() {
+            _ if value.starts_with('$') => true,
             "=" => values.contains(value),
             "=~" => value.split('|').any(|value| values.contains(value)),
             _ => true,

@@ -1,23 +1,37 @@
-//! A fleet on one machine: four processes behind a client that takes turns, one sample a request, while all of them are
-//! restarted one by one. `deploy/rehearse.sh` runs it for longer and prints its figures.
+//! A fleet on one machine: four processes behind a client that takes turns, one sample a request, while one of them joins late,
+//! all are restarted one by one, some are killed, and the model is swapped on all of them at once. `deploy/rehearse.sh` runs it
+//! for longer and prints its figures.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::runtime::Runtime;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use warm::client::{Client, Fleet};
 use warm::clock::Clock;
 use warm::wire::{self, sample::Input};
 
-use super::binary::{serve_at, terminate};
+use super::binary::{serve_at, terminate, warm};
+use super::live::Files;
+use super::running::Running;
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 8;
+/// Completions of one prompt, one request each.
+const GROUP: u64 = 4;
+/// Samples that differ.
+const SAMPLES: u64 = 200;
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// Settings of every server: a reload stages, and `warm activate` swaps.
+const STAGED: &str = "activate: on_call\n";
+
+const PHASES: [&str; 5] = ["three servers", "a fourth joins", "rolling restarts", "killed without mercy", "swaps of the model"];
 
 /// Ports that were free a moment ago, all of them different. A server that restarts needs the one it had.
 fn ports() -> Vec<String> {
@@ -25,9 +39,22 @@ fn ports() -> Vec<String> {
     held.iter().map(|listener| listener.local_addr().expect("an address").to_string()).collect()
 }
 
+/// A server that ends with the test, however the test ends.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // One that has ended already cannot be killed, and need not be.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts a server and waits until it is ready; its log is read to its end elsewhere, so that it never blocks on it.
-fn start(address: &str) -> Child {
-    let mut server = serve_at(address, &["--drain-delay", "300ms", "--threads", "1"], super::members());
+fn start(address: &str, config: &Path) -> Server {
+    let config = config.to_str().expect("a plain path");
+    let settings = ["--drain-delay", "300ms", "--threads", "1", "--config", config];
+    let mut server = serve_at(address, &settings, Vec::<PathBuf>::new());
     let mut log = BufReader::new(server.stderr.take().expect("piped"));
     let mut line = String::new();
     while !line.contains("ready") {
@@ -35,106 +62,267 @@ fn start(address: &str) -> Child {
         assert!(log.read_line(&mut line).expect("log") > 0, "{address}: the log ended before it was ready");
     }
     std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-    server
+    Server(server)
 }
 
-fn request(number: u64) -> wire::ScoreRequest {
+fn request(number: u64, fingerprint: &str) -> wire::ScoreRequest {
     let ids = (0..10 + number % 40).map(|k| 10 + ((number * 31 + k * 7) % 300) as u32).collect();
     let sample = wire::Sample { input: Some(Input::Tokens(wire::TokenIds { ids })) };
-    wire::ScoreRequest { request_id: number.to_string(), samples: vec![sample], ..Default::default() }
+    let options = wire::ScoreOptions { fingerprint: fingerprint.to_owned(), ..Default::default() };
+    wire::ScoreRequest { request_id: number.to_string(), samples: vec![sample], options: Some(options), ..Default::default() }
+}
+
+/// What a server that nobody disturbs answers, and the name of its model.
+fn undisturbed(runtime: &Runtime, address: &str) -> (String, Vec<f32>) {
+    runtime.block_on(async {
+        let client = Client::connect(address).await.expect("connected");
+        let (mut name, mut scores) = (String::new(), Vec::new());
+        for number in 0..SAMPLES {
+            let response = client.score(request(number, "")).await.expect("scored");
+            name = response.model.expect("a stamp").fingerprint;
+            scores.push(response.scores[0].reward.expect("a score"));
+        }
+        (name, scores)
+    })
+}
+
+/// What one caller has seen.
+#[derive(Default)]
+struct Seen {
+    /// Answers by phase and process.
+    answered: BTreeMap<(usize, String), u64>,
+    latencies: BTreeMap<usize, Vec<Duration>>,
+    problems: Vec<String>,
+    /// Prompts by the model that scored their completions.
+    prompts: BTreeMap<String, u64>,
+}
+
+impl Seen {
+    fn merge(&mut self, other: Self) {
+        other.answered.into_iter().for_each(|(key, count)| *self.answered.entry(key).or_default() += count);
+        other.latencies.into_iter().for_each(|(phase, took)| self.latencies.entry(phase).or_default().extend(took));
+        other.prompts.into_iter().for_each(|(name, count)| *self.prompts.entry(name).or_default() += count);
+        self.problems.extend(other.problems);
+    }
+
+    /// Answers of a phase, by process.
+    fn by_process(&self, phase: usize) -> BTreeMap<&str, u64> {
+        let of_phase = self.answered.iter().filter(|((found, _), _)| *found == phase);
+        of_phase.map(|((_, instance), count)| (instance.as_str(), *count)).collect()
+    }
+}
+
+/// Callers, and what they share with the one who directs the rehearsal.
+struct Load {
+    stop: Arc<AtomicBool>,
+    phase: Arc<AtomicUsize>,
+    /// Samples that were answered.
+    answered: Arc<watch::Sender<u64>>,
+    /// Processes that have answered.
+    instances: Arc<watch::Sender<BTreeSet<String>>>,
+    callers: Vec<JoinHandle<Seen>>,
+}
+
+impl Load {
+    fn start(runtime: &Runtime, fleet: Fleet, expected: BTreeMap<String, Vec<f32>>) -> Self {
+        let (fleet, expected) = (Arc::new(fleet), Arc::new(expected));
+        let (stop, phase, answered, instances) = (Arc::default(), Arc::default(), Arc::default(), Arc::default());
+        let mut load = Self { stop, phase, answered, instances, callers: Vec::new() };
+        for caller in 0..CALLERS as u64 {
+            let task = load.caller(caller * 1000, fleet.clone(), expected.clone());
+            load.callers.push(runtime.spawn(task));
+        }
+        load
+    }
+
+    /// Prompt after prompt: the first completion learns which model is live, and the others name it.
+    fn caller(&self, first: u64, fleet: Arc<Fleet>, expected: Arc<BTreeMap<String, Vec<f32>>>) -> impl Future<Output = Seen> + use<> {
+        let (stop, phase, answered, instances) = (self.stop.clone(), self.phase.clone(), self.answered.clone(), self.instances.clone());
+        async move {
+            let (mut seen, mut number) = (Seen::default(), first);
+            while !stop.load(Ordering::Relaxed) {
+                let mut pinned = String::new();
+                for _ in 0..GROUP {
+                    let (sample, now) = (number % SAMPLES, phase.load(Ordering::Relaxed));
+                    number += 1;
+                    let asked = Clock::system().now();
+                    let response = match fleet.score(request(sample, &pinned), TIMEOUT).await {
+                        Ok(response) => response,
+                        Err(error) => {
+                            seen.problems.push(format!("{}: sample {sample} of {pinned:?}: {error}", PHASES[now]));
+                            continue;
+                        }
+                    };
+                    seen.latencies.entry(now).or_default().push(Clock::system().now() - asked);
+                    let stamp = response.model.unwrap_or_default();
+                    if !pinned.is_empty() && stamp.fingerprint != pinned {
+                        seen.problems.push(format!("{}: {pinned} was asked for, {} answered", PHASES[now], stamp.fingerprint));
+                    }
+                    if response.scores[0].reward != expected.get(&stamp.fingerprint).map(|scores| scores[sample as usize]) {
+                        seen.problems.push(format!("{}: sample {sample} by {}: {:?}", PHASES[now], stamp.fingerprint, response.scores[0]));
+                    }
+                    pinned = stamp.fingerprint;
+                    *seen.answered.entry((now, stamp.instance.clone())).or_default() += 1;
+                    instances.send_if_modified(|instances| instances.insert(stamp.instance));
+                    answered.send_modify(|answered| *answered += 1);
+                }
+                *seen.prompts.entry(pinned).or_default() += 1;
+            }
+            seen
+        }
+    }
+
+    /// Some work is done before it goes on.
+    fn after_more(&self, runtime: &Runtime, samples: u64) {
+        let target = *self.answered.borrow() + samples;
+        let mut seen = self.answered.subscribe();
+        runtime.block_on(async { drop(seen.wait_for(|&answered| answered >= target).await.expect("callers go on")) });
+    }
+
+    /// Waits until so many processes have answered. One that came back is tried again after a while, which on a busy machine may
+    /// be later than that; what is wrong then is told by who counts.
+    fn until_answered_by(&self, runtime: &Runtime, processes: usize) {
+        runtime.block_on(async {
+            let (clock, mut seen) = (Clock::system(), self.instances.subscribe());
+            tokio::select! {
+                _ = seen.wait_for(|instances| instances.len() >= processes) => {}
+                () = clock.sleep_until(clock.now() + 2 * TIMEOUT) => {}
+            }
+        });
+    }
+
+    fn next_phase(&self) {
+        self.phase.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn end(self, runtime: &Runtime) -> Seen {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Seen::default();
+        self.callers.into_iter().for_each(|caller| all.merge(runtime.block_on(caller).expect("no panic")));
+        all
+    }
+}
+
+/// A verb over the whole fleet, which must succeed.
+fn verb(arguments: &[&str], all: &str) -> String {
+    let output = warm().args(arguments).args(["--all", all]).output().expect("ran");
+    let words = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{arguments:?}: {words}");
+    words
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_names_a_model_finds_the_server_that_serves_it() {
+    let folders = super::members();
+    let (one, two) = (Running::start(folders[..2].to_vec(), &[]).await, Running::start(folders, &[]).await);
+    let fleet = Fleet::new(&[one.address.clone(), two.address.clone()], Clock::system()).expect("addresses");
+    for server in [&one, &two, &two, &one, &one] {
+        let name = server.client.get_model().await.expect("a model").stamp.expect("a stamp").fingerprint;
+        let response = fleet.score(request(7, &name), TIMEOUT).await.expect("somebody serves it");
+        assert_eq!(response.model.expect("a stamp").fingerprint, name);
+    }
+    let nobody = fleet.score(request(7, &"ab".repeat(32)), TIMEOUT).await.expect_err("nobody serves it");
+    assert_eq!(nobody.code(), Some("FAILED_PRECONDITION"), "and that is said at once: {nobody}");
+    // Without a name it is an ordinary mistake, and the first server's word is taken.
+    let mut wrong = request(7, "");
+    wrong.options = Some(wire::ScoreOptions { scale: wire::Scale::Calibrated.into(), ..Default::default() });
+    assert_eq!(fleet.score(wrong, TIMEOUT).await.expect_err("no calibration").code(), Some("FAILED_PRECONDITION"));
+    one.stopped().await;
+    two.stopped().await;
 }
 
 #[test]
-fn a_rolling_restart_under_load_loses_no_score() {
+fn a_fleet_is_joined_restarted_and_swapped_under_load_and_loses_no_score() {
     // A longer run is the rehearsal's business.
     let rounds: usize = std::env::var("REHEARSAL_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(1);
-    let addresses = ports();
-    let mut servers: Vec<Child> = addresses.iter().map(|address| start(address)).collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("runtime");
-    // What each sample's score is, by a server that nobody disturbs.
-    let expected: Arc<Vec<f32>> = Arc::new(runtime.block_on(async {
-        let client = Client::connect(&addresses[0]).await.expect("connected");
-        let mut expected = Vec::new();
-        for number in 0..200 {
-            let response = client.score(request(number)).await.expect("scored");
-            expected.push(response.scores[0].reward.expect("a score"));
-        }
-        expected
-    }));
-    let fleet = Arc::new(runtime.block_on(async { Fleet::new(&addresses, Clock::system()).expect("addresses") }));
-    let (stop, number) = (Arc::new(AtomicBool::new(false)), Arc::new(watch::Sender::new(0u64)));
-    let instances = Arc::new(watch::Sender::new(BTreeSet::<String>::new()));
-    // Some work is done between two restarts.
-    let after_more = |samples: u64| {
-        let target = *number.borrow() + samples;
-        let mut seen = number.subscribe();
-        runtime.block_on(async { drop(seen.wait_for(|&number| number >= target).await.expect("callers go on")) });
-    };
-    let callers: Vec<_> = (0..CALLERS)
-        .map(|_| {
-            let (fleet, stop, number, expected) = (fleet.clone(), stop.clone(), number.clone(), expected.clone());
-            let instances = instances.clone();
-            runtime.spawn(async move {
-                let (mut answered, mut problems, mut fingerprints) =
-                    (BTreeMap::<String, u64>::new(), Vec::new(), BTreeMap::<String, u64>::new());
-                let mut latencies = Vec::new();
-                while !stop.load(Ordering::Relaxed) {
-                    let mut mine = 0;
-                    number.send_modify(|number| mine = std::mem::replace(number, *number + 1));
-                    let asked = Clock::system().now();
-                    match fleet.score(request(mine % 200), TIMEOUT).await {
-                        Ok(response) => {
-                            latencies.push(Clock::system().now() - asked);
-                            let stamp = response.model.unwrap_or_default();
-                            instances.send_if_modified(|instances| instances.insert(stamp.instance.clone()));
-                            *answered.entry(stamp.instance).or_default() += 1;
-                            *fingerprints.entry(stamp.fingerprint).or_default() += 1;
-                            if response.scores[0].reward != Some(expected[(mine % 200) as usize]) {
-                                problems.push(format!("sample {mine}: {:?}", response.scores[0]));
-                            }
-                        }
-                        Err(error) => problems.push(format!("sample {mine}: {error}")),
-                    }
-                }
-                (answered, problems, fingerprints, latencies)
-            })
-        })
-        .collect();
+    let (addresses, files, clock) = (ports(), Files::new(), Clock::system());
+    let (all, config) = (addresses.join(","), files.config());
+
+    // What each of the two models says where nobody disturbs it.
+    files.want(&[0, 1, 2], STAGED);
+    let alone = start(&addresses[0], &config);
+    let (new, of_new) = undisturbed(&runtime, &addresses[0]);
+    drop(alone);
+    files.want(&[0, 1], STAGED);
+    let mut servers: Vec<Server> = addresses[1..].iter().map(|address| start(address, &config)).collect();
+    let (old, of_old) = undisturbed(&runtime, &addresses[1]);
+    assert_ne!(of_old, of_new, "two models that can be told apart");
+
+    let fleet = runtime.block_on(async { Fleet::new(&addresses, clock.clone()).expect("addresses") });
+    let load = Load::start(&runtime, fleet, BTreeMap::from([(old.clone(), of_old), (new.clone(), of_new)]));
+    load.after_more(&runtime, 100);
+
+    let early = load.instances.borrow().clone();
+    let late = start(&addresses[0], &config);
+    let ready = clock.now();
+    load.until_answered_by(&runtime, SERVERS);
+    let joined = clock.now() - ready;
+    servers.insert(0, late);
+    load.next_phase();
+    load.after_more(&runtime, 400);
+
+    load.next_phase();
     for _ in 0..rounds {
         for (server, address) in servers.iter_mut().zip(&addresses) {
-            after_more(200);
-            terminate(server);
-            assert_eq!(server.wait().expect("ended").code(), Some(0), "it drains and ends well");
-            *server = start(address);
+            load.after_more(&runtime, 100);
+            terminate(&server.0);
+            assert_eq!(server.0.wait().expect("ended").code(), Some(0), "it drains and ends well");
+            *server = start(address, &config);
         }
     }
-    after_more(400);
-    // A server that came back is tried again after a while, which on a busy machine may be later than that.
-    runtime.block_on(async {
-        let (clock, mut seen) = (Clock::system(), instances.subscribe());
-        tokio::select! {
-            _ = seen.wait_for(|instances| instances.len() == SERVERS * (rounds + 1)) => {}
-            () = clock.sleep_until(clock.now() + 2 * TIMEOUT) => {}
-        }
-    });
-    stop.store(true, Ordering::Relaxed);
-    let (mut answered, mut problems, mut fingerprints, mut latencies) = (BTreeMap::new(), Vec::new(), BTreeMap::new(), Vec::new());
-    for caller in callers {
-        let (by_instance, wrong, by_fingerprint, took) = runtime.block_on(caller).expect("no panic");
-        by_instance.into_iter().for_each(|(instance, count)| *answered.entry(instance).or_insert(0) += count);
-        by_fingerprint.into_iter().for_each(|(fingerprint, count)| *fingerprints.entry(fingerprint).or_insert(0) += count);
-        problems.extend(wrong);
-        latencies.extend(took);
+    load.after_more(&runtime, 100);
+    load.until_answered_by(&runtime, SERVERS * (rounds + 1));
+
+    // Calls that die with a process are asked again elsewhere.
+    load.next_phase();
+    for killed in 0..rounds {
+        load.after_more(&runtime, 100);
+        servers[killed % SERVERS].0.kill().expect("killed");
+        load.after_more(&runtime, 100);
+        servers[killed % SERVERS] = start(&addresses[killed % SERVERS], &config);
     }
-    servers.iter().for_each(terminate);
-    servers.iter_mut().for_each(|server| drop(server.wait()));
-    latencies.sort();
-    let at = |share: f64| latencies[((latencies.len() - 1) as f64 * share) as usize];
-    let total: u64 = answered.values().sum();
-    println!("{total} samples by {} processes over {} restarts: {} failed", answered.len(), rounds * SERVERS, problems.len());
-    println!("latency p50 {:?} p99 {:?} max {:?}", at(0.5), at(0.99), at(1.0));
-    println!("each process: {:?}", answered.values().collect::<Vec<_>>());
-    assert!(problems.is_empty(), "{problems:#?}");
-    assert_eq!(fingerprints.len(), 1, "one recipe is one fingerprint, on every machine: {fingerprints:?}");
-    assert_eq!(answered.len(), SERVERS * (rounds + 1), "every process had its share, the late ones too: {answered:?}");
+    load.until_answered_by(&runtime, SERVERS * (rounds + 1) + rounds);
+
+    load.next_phase();
+    files.want(&[0, 1, 2], STAGED);
+    let staged = verb(&["reload"], &all);
+    assert_eq!(staged.matches("(staged)").count(), SERVERS, "{staged}");
+    assert!(verb(&["status"], &all).contains("4 servers, one model live"), "staging swaps nothing");
+    let mut swaps = 0;
+    for _ in 0..2 * rounds {
+        for fingerprint in [&new, &old] {
+            load.after_more(&runtime, 100);
+            verb(&["activate", "--fingerprint", fingerprint], &all);
+            swaps += 1;
+        }
+    }
+    load.after_more(&runtime, 100);
+    let seen = load.end(&runtime);
+    servers.iter().for_each(|server| terminate(&server.0));
+
+    let total: u64 = seen.answered.values().sum();
+    let processes: BTreeSet<&str> = seen.answered.keys().map(|(_, instance)| instance.as_str()).collect();
+    let restarts = rounds * SERVERS;
+    println!(
+        "{total} samples by {} processes, {restarts} restarts, {rounds} killed, {swaps} swaps: {} failed",
+        processes.len(),
+        seen.problems.len()
+    );
+    for (phase, latencies) in &seen.latencies {
+        let mut sorted = latencies.clone();
+        sorted.sort();
+        let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share) as usize];
+        println!("{}: {} samples, p50 {:?} p99 {:?} max {:?}", PHASES[*phase], sorted.len(), at(0.5), at(0.99), at(1.0));
+    }
+    let shares = seen.by_process(1);
+    let newcomer: u64 = shares.iter().filter(|(instance, _)| !early.contains(**instance)).map(|(_, count)| count).sum();
+    let share = newcomer as f64 / shares.values().sum::<u64>() as f64;
+    println!("the late one answered {joined:?} after it was ready, and then had {:.1} % of all samples", 100.0 * share);
+    println!("prompts by model, each scored by one: {:?}", seen.prompts.values().collect::<Vec<_>>());
+
+    assert!(seen.problems.is_empty(), "{:#?}", seen.problems);
+    assert_eq!(processes.len(), SERVERS * (rounds + 1) + rounds, "every process had its share, the late ones too");
+    assert!((0.15..0.35).contains(&share), "a fourth of the samples for the fourth server, not {share}");
+    assert_eq!(seen.prompts.keys().collect::<BTreeSet<_>>(), BTreeSet::from([&old, &new]), "both models have scored");
 }

@@ -4,6 +4,7 @@
 //! A run is what one tenant asks of one generation: other weights have other rewards, so with them a run begins anew. What is
 //! counted costs a few sums per sample and one lock per call; figures are computed when somebody looks.
 
+mod counts;
 mod shadow;
 mod stats;
 
@@ -13,10 +14,12 @@ use std::time::SystemTime;
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{GaugeVec, IntCounterVec, Opts};
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, Opts};
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc;
 
+use counts::LENGTH_BOUNDS;
+pub use counts::REWARD_BOUNDS;
 pub use shadow::ShadowOutcome;
 use shadow::{Drawn, MAILBOX};
 use stats::{BASELINE, Budget, FIGURES, Run, Sampler, Seen, Shadowed, Traffic, WINDOW};
@@ -72,6 +75,8 @@ struct Inner {
     inbox: Mutex<Option<mpsc::Receiver<Drawn>>>,
     now: GaugeVec,
     first_hour: GaugeVec,
+    rewards: HistogramVec,
+    lengths: HistogramVec,
     shadow: IntCounterVec,
 }
 
@@ -103,6 +108,13 @@ impl Watch {
         for outcome in ShadowOutcome::ALL {
             shadow.with_label_values(&[outcome.name()]);
         }
+        let histogram = |name: &str, help: &str, bounds: &[f64]| -> Result<HistogramVec, prometheus::Error> {
+            let histogram = HistogramVec::new(HistogramOpts::new(name, help).buckets(bounds.to_vec()), &["tenant"])?;
+            for tenant in &options.tenants {
+                histogram.with_label_values(&[tenant]);
+            }
+            Ok(histogram)
+        };
         let (mailbox, inbox) = mpsc::channel(MAILBOX);
         let runs = options.tenants.iter().take(MAX_RUNS).map(|name| (name.as_str().into(), Watching::default())).collect();
         Ok(Self(Arc::new(Inner {
@@ -117,6 +129,8 @@ impl Watch {
                 "Figures of the last ten minutes of a run; NaN where one is undefined. /watch says what they mean.",
             )?,
             first_hour: gauges("warm_watch_first_hour", "The same of the first hour of a run; NaN until it is over.")?,
+            rewards: histogram("warm_watch_reward", "Raw rewards of the live generation.", &REWARD_BOUNDS)?,
+            lengths: histogram("warm_watch_tokens", "Lengths of the samples that have these rewards.", &LENGTH_BOUNDS)?,
             shadow,
         })))
     }
@@ -135,7 +149,12 @@ impl Watch {
             }
         }
         let now = self.0.clock.now();
-        self.run(&watched.tenant, generation, |run| run.add(now, |sums| sums.merge(&traffic)));
+        let tenant = self.run(&watched.tenant, generation, |run| run.add(now, |sums| sums.merge(&traffic)));
+        let (rewards, lengths) = (self.0.rewards.with_label_values(&[&tenant]), self.0.lengths.with_label_values(&[&tenant]));
+        for Judged { encoding, reward } in samples.iter().flatten() {
+            rewards.observe(f64::from(reward.get()));
+            lengths.observe(encoding.tokens() as f64);
+        }
         if self.0.shadow_share > 0.0 {
             self.draw(watched, generation, samples);
         }
@@ -147,12 +166,14 @@ impl Watch {
         self.run(tenant, generation, |run| run.add(now, |sums| sums.push_shadowed(shadowed)));
     }
 
-    fn run(&self, tenant: &Arc<str>, generation: &Generation, change: impl FnOnce(&mut Run)) {
+    /// Changes the run of a tenant and gives back the name that it is counted under.
+    fn run(&self, tenant: &Arc<str>, generation: &Generation, change: impl FnOnce(&mut Run)) -> Arc<str> {
         let mut runs = lock(&self.0.runs);
         let tenant = if runs.contains_key(tenant) || runs.len() < MAX_RUNS { tenant.clone() } else { OTHER.into() };
-        if let Some(run) = runs.entry(tenant).or_default().of(generation, &self.0.clock) {
+        if let Some(run) = runs.entry(tenant.clone()).or_default().of(generation, &self.0.clock) {
             change(run);
         }
+        tenant
     }
 
     /// Counts samples that were drawn.
@@ -166,18 +187,22 @@ impl Watch {
         let figures = |traffic: &Traffic, calibration| -> Map<String, Value> {
             traffic.figures(calibration).into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
         };
+        let sizes = |traffic: &Traffic| (traffic.rewards.each(&REWARD_BOUNDS), traffic.lengths.each(&LENGTH_BOUNDS));
         let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         let tenants: Map<String, Value> = lock(&self.0.runs)
             .iter()
             .map(|(name, watching)| {
                 let Watching { generation, began, calibration, run } = watching;
-                let (first, over) = run.first_hour(now);
+                let (last, (first, over)) = (run.now(now), run.first_hour(now));
+                let ((rewards, lengths), (first_rewards, first_lengths)) = (sizes(&last), sizes(first));
                 let shown = json!({
                     "generation": generation.map(|generation| generation.0),
                     "began_unix_s": began.map(seconds),
-                    "now": figures(&run.now(now), *calibration),
+                    "now": figures(&last, *calibration),
                     "first_hour": figures(first, *calibration),
                     "first_hour_is_over": over,
+                    "rewards": {"now": rewards, "first_hour": first_rewards},
+                    "lengths": {"now": lengths, "first_hour": first_lengths},
                 });
                 (name.to_string(), shown)
             })
@@ -193,6 +218,9 @@ impl Watch {
             "shadow_share": self.0.shadow_share,
             "shadow_samples": shadow,
             "figures": meanings,
+            // One count for each bound, of what lies at or below it and above the one before; one more for the rest.
+            "reward_bounds": REWARD_BOUNDS,
+            "length_bounds": LENGTH_BOUNDS,
             "tenants": tenants,
         })
     }
@@ -218,12 +246,14 @@ impl Watch {
 /// Computed when it is scraped.
 impl Collector for Watch {
     fn desc(&self) -> Vec<&Desc> {
-        [self.0.now.desc(), self.0.first_hour.desc(), self.0.shadow.desc()].concat()
+        let Inner { now, first_hour, rewards, lengths, shadow, .. } = &*self.0;
+        [now.desc(), first_hour.desc(), rewards.desc(), lengths.desc(), shadow.desc()].concat()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
         self.show();
-        [self.0.now.collect(), self.0.first_hour.collect(), self.0.shadow.collect()].concat()
+        let Inner { now, first_hour, rewards, lengths, shadow, .. } = &*self.0;
+        [now.collect(), first_hour.collect(), rewards.collect(), lengths.collect(), shadow.collect()].concat()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::counts::{Counts, LENGTH_BOUNDS, REWARD_BOUNDS};
 use crate::domain::{JointMoments, Moments, kendall_tau_b};
 
 /// One scored sample, as the watch sees it.
@@ -27,6 +28,8 @@ pub struct Shadowed {
 pub struct Traffic {
     /// Lengths in tokens, and raw rewards.
     pub lengths_and_rewards: JointMoments,
+    pub rewards: Counts,
+    pub lengths: Counts,
     pub truncated: u64,
     /// Samples whose model output was not finite.
     pub non_finite: u64,
@@ -43,6 +46,8 @@ pub struct Traffic {
 impl Traffic {
     pub fn push(&mut self, seen: Seen) {
         self.lengths_and_rewards.push(seen.tokens as f64, seen.reward);
+        self.rewards.push(seen.reward, &REWARD_BOUNDS);
+        self.lengths.push(seen.tokens as f64, &LENGTH_BOUNDS);
         self.truncated += u64::from(seen.truncated);
     }
 
@@ -65,6 +70,8 @@ impl Traffic {
     /// Both together.
     pub fn merge(&mut self, other: &Self) {
         self.lengths_and_rewards.merge(&other.lengths_and_rewards);
+        self.rewards.merge(&other.rewards);
+        self.lengths.merge(&other.lengths);
         self.truncated += other.truncated;
         self.non_finite += other.non_finite;
         self.member_std.merge(&other.member_std);

@@ -198,6 +198,43 @@ fn the_series_are_there_before_the_first_call_and_the_first_hour_once_it_is_over
 }
 
 #[test]
+fn rewards_and_lengths_are_counted_by_size_for_each_run() {
+    let mut bench = bench(0.0, 1.0, 1);
+    let registry = prometheus::Registry::new();
+    registry.register(Box::new(bench.watch.clone())).expect("free names");
+    bench.score(&[10, 10, 20], of("a", &[3]));
+    bench.clock.advance(Duration::from_secs(601));
+    bench.score(&[1], of("a", &[1]));
+    bench.score(&[2], of("b", &[1]));
+    let report = bench.watch.report();
+    let above = |tenant: &str, what: &str, when: &str| -> Vec<(f64, u64)> {
+        let numbers = |value: &Value| value.as_array().expect("a list").clone();
+        let bounds = numbers(&report[if what == "rewards" { "reward_bounds" } else { "length_bounds" }]);
+        let counts = numbers(&report["tenants"][tenant][what][when]);
+        assert_eq!(counts.len(), bounds.len() + 1, "one more for what is above them");
+        let pairs = bounds.iter().zip(&counts).map(|(bound, count)| (bound.as_f64().expect("a bound"), count.as_u64().expect("a count")));
+        pairs.filter(|(_, count)| *count > 0).collect()
+    };
+    assert_eq!(above("a", "rewards", "now"), [(1.0, 1)]);
+    assert_eq!(above("a", "rewards", "first_hour"), [(1.0, 1), (10.0, 2), (20.0, 1)]);
+    assert_eq!((above("a", "lengths", "first_hour"), above("b", "rewards", "now")), (vec![(16.0, 4)], vec![(2.0, 1)]));
+    assert!(above("none", "rewards", "now").is_empty() && above("none", "lengths", "first_hour").is_empty());
+    // Prometheus has them since the start, whatever the generation.
+    bench.engine.registry().install(calibrated(2, 1.0, &bench.member));
+    bench.score(&[5], of("a", &[1]));
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).expect("text");
+    for line in [
+        "warm_watch_reward_count{tenant=\"none\"} 0",
+        "warm_watch_reward_bucket{tenant=\"a\",le=\"10\"} 4",
+        "warm_watch_reward_sum{tenant=\"a\"} 46",
+        "warm_watch_tokens_count{tenant=\"a\"} 5",
+        "warm_watch_tokens_sum{tenant=\"b\"} 1",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+}
+
+#[test]
 fn however_many_tenants_call_the_runs_stay_few() {
     let bench = bench(0.0, 1.0, 1);
     let live = bench.engine.registry().current().expect("live");
@@ -205,6 +242,8 @@ fn however_many_tenants_call_the_runs_stay_few() {
         bench.watch.observe(&Watched { tenant: i.to_string().as_str().into(), prompts: Vec::new() }, &live, &[]);
     }
     assert!(bench.watch.report()["tenants"].as_object().expect("tenants").len() <= MAX_RUNS + 1);
+    let series = bench.watch.0.rewards.collect();
+    assert!(series[0].get_metric().len() <= MAX_RUNS + 1, "nor do their series become many");
 }
 
 proptest! {

@@ -52,7 +52,7 @@ impl Totals {
             faults: value("warm_serve_requests_total", &[("code", &FAULTS)]),
             samples: value("warm_scorer_samples_total", &[]),
             tokens: value("warm_scorer_tokens_total", &[]),
-            shared: value("warm_scorer_tokens_total", &[("kind", &["shared"])]),
+            shared: value("warm_scorer_tokens_total", &[("kind", &["shared", "cached"])]),
             forward_seconds: buckets(&families, "warm_scorer_forward_seconds", &[]).sum,
             queue_samples: value("warm_scorer_queue_samples", &[]),
             queue_tokens: value("warm_scorer_queue_tokens", &[]),

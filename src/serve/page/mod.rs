@@ -78,6 +78,7 @@ impl Page {
             "history": steps(&history.steps()),
             "rewards": rewards(&history.rewards(&totals)),
             "compared": compared(&recent.comparisons()),
+            "watch": self.watch(),
             "tenants": history::tenants(&self.registry).into_iter().map(|(name, [requests, samples, tokens])| json!({
                 "name": name,
                 "requests": requests,
