@@ -75,8 +75,14 @@ impl Arguments {
         let plan = Arc::new(MergePlan::open(&recipe)?);
         let (merged, reward) = (Merged::new(Arc::clone(&plan))?, plan.reward()?);
         let readout = Readout::unnamed(reward.architecture, reward.layout);
-        let what =
-            What { source: &merged, architecture: reward.architecture, layout: reward.layout, readout: &readout, max_tokens: usize::MAX };
+        let what = What {
+            source: &merged,
+            architecture: reward.architecture,
+            layout: reward.layout,
+            readout: &readout,
+            max_tokens: usize::MAX,
+            apart: None,
+        };
         let place: Place = self.device.parse()?;
         let model = model::load_on(&[place], dtype, &what, &mut |_, _| {})?;
         let facts = TextFacts::open(&members[0])?;
