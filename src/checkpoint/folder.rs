@@ -42,17 +42,25 @@ impl Folder {
             Kind::Adapter => adapter::open(dir, base),
             Kind::Full => match base {
                 Some(base) => wrong(format!("is no LoRA adapter, so it stands on no base; found base {:?}", base.display().to_string())),
-                None => Self::open_full(dir).map(|(folder, _)| folder),
+                None => Self::open_full(dir, "the checkpoint").map(|(folder, _)| folder),
             },
         }
     }
 
-    /// Opens what must be a checkpoint of its own.
-    pub(super) fn open_full(dir: &Path) -> Result<(Self, Arc<Weights>), CheckpointError> {
+    /// Opens what must be a checkpoint of its own, in full precision; `what` it is, in words.
+    pub(super) fn open_full(dir: &Path, what: &str) -> Result<(Self, Arc<Weights>), CheckpointError> {
         if kind(dir)? == Kind::Adapter {
             return Err(CheckpointError::new(dir.display(), "is a LoRA adapter, expected a checkpoint of its own"));
         }
         let config = read_object(&dir.join(CONFIG))?;
+        if let Some(Value::Object(quantised)) = config.get("quantization_config") {
+            let method = quantised.get("quant_method").and_then(Value::as_str).unwrap_or("by no named method");
+            let problem = format!(
+                "quantization_config: {what} is quantised ({method}), expected the checkpoint that it was quantised from: FP8 and other \
+                 quantised weights are not done"
+            );
+            return Err(CheckpointError::new(dir.join(CONFIG).display(), problem));
+        }
         let names = BackboneNames::of(config.get("model_type").and_then(Value::as_str).unwrap_or_default());
         let weights = Arc::new(Weights::open(dir)?.canonical(names)?);
         let architecture = parse_architecture(dir, &config);

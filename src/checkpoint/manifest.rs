@@ -140,7 +140,12 @@ pub fn parse_header(json: &[u8], data_bytes: u64) -> Result<Header, String> {
 
 fn check_entry(raw: &RawEntry, data_bytes: u64) -> Result<Entry, String> {
     let dtype = Dtype::from_safetensors_name(&raw.dtype).ok_or_else(|| {
-        format!("dtype {:?} is not supported, expected one of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL", raw.dtype)
+        let narrow = if raw.dtype.starts_with("F8") || raw.dtype.starts_with("F4") {
+            " (FP8 and other quantised weights are not done: take the checkpoint that these were made from)"
+        } else {
+            ""
+        };
+        format!("dtype {:?} is not supported{narrow}, expected one of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL", raw.dtype)
     })?;
     let shape = &raw.shape.0;
     let bytes = shape

@@ -30,11 +30,7 @@ pub fn open(dir: &Path, base: Option<&Path>) -> Result<Folder, CheckpointError> 
         None => base_folder(dir, config.base.as_deref()).map_err(in_config)?,
     };
     let stored = Arc::new(open_weights(dir)?);
-    let (folder, weights) = Folder::open_full(&base)?;
-    if let Some(Value::Object(_)) = folder.config.get("quantization_config") {
-        let problem = "quantization_config: the base of an adapter is quantised, expected the checkpoint that it was quantised from";
-        return Err(CheckpointError::new(base.join("config.json").display(), problem));
-    }
+    let (folder, weights) = Folder::open_full(&base, "the base of an adapter")?;
     let sides = Sides {
         config: &config,
         model_type: text(&folder.config, "model_type"),
