@@ -15,6 +15,8 @@ use crate::text::Encoding;
 pub(crate) const PANIC: u32 = 1_000_001;
 pub(crate) const FAIL: u32 = 1_000_002;
 pub(crate) const NAN: u32 = 1_000_003;
+/// A token that breaks the device for good.
+pub(crate) const LOST: u32 = 1_000_004;
 
 /// Called with the ids of every sample of a pack before it is scored.
 pub(crate) type Hook = Box<dyn Fn(&[Vec<u32>]) + Send + Sync>;
@@ -61,6 +63,9 @@ impl RewardModel for FakeModel {
         }
         if samples.iter().any(|ids| ids[0] == FAIL) {
             return Err(ModelError::Failed("asked to fail".to_owned()));
+        }
+        if samples.iter().any(|ids| ids[0] == LOST) {
+            return Err(ModelError::DeviceLost("CUDA_ERROR_LAUNCH_FAILED".to_owned()));
         }
         assert!(!samples.iter().any(|ids| ids[0] == PANIC), "asked to panic");
         let value = |ids: &Vec<u32>| if ids[0] == NAN { f32::NAN } else { self.score(ids) };

@@ -25,6 +25,13 @@ impl Budget {
         self.now
     }
 
+    /// Takes up what the settings, or a measurement, have it now; what was learned of less room is forgotten with a change.
+    pub fn allow(&mut self, most: usize) {
+        if most != self.most {
+            *self = Self::new(most);
+        }
+    }
+
     /// A pack fitted as a whole.
     pub fn fits(&mut self) {
         self.fitted += 1;
@@ -138,6 +145,16 @@ mod tests {
         assert_eq!(budget.tokens(), 5120);
         (0..10 * PATIENCE).for_each(|_| budget.fits());
         assert_eq!(budget.tokens(), 8192);
+    }
+
+    #[test]
+    fn a_budget_begins_anew_only_when_another_is_allowed() {
+        let mut budget = Budget::new(8192);
+        assert!(budget.lower(1, 2));
+        budget.allow(8192);
+        assert_eq!(budget.tokens(), 4096);
+        budget.allow(2048);
+        assert_eq!(budget.tokens(), 2048);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The line in front of a device: what waits, who waits for it, and the handle that puts work into it.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{
     JobId, Load, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock,
@@ -44,6 +45,10 @@ pub(super) struct Shared {
     pub metrics: ScorerMetrics,
     pub state: Mutex<State>,
     pub wake: Condvar,
+    /// Turns true with [`State::gone`].
+    pub gone: watch::Sender<bool>,
+    /// Tokens of one pack, at most, as far as the devices have room.
+    pub max_pack_tokens: AtomicUsize,
 }
 
 impl Shared {
@@ -150,6 +155,28 @@ impl ScorerHandle {
     /// Whether every worker is there to answer.
     pub fn is_alive(&self) -> bool {
         !lock(&self.line.0.state).gone
+    }
+
+    /// Ends when a worker has ended before its time: a device is lost, or something panicked where nothing may. From then on
+    /// nothing is scored any more.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut gone = self.line.0.gone.subscribe();
+        async move {
+            // The sender lives as long as this handle's line; without it there is nobody to wait for either.
+            let _ = gone.wait_for(|gone| *gone).await;
+        }
+    }
+
+    /// Tokens of one pack, at most.
+    pub fn max_pack_tokens(&self) -> usize {
+        self.line.0.max_pack_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Sets what one pack may hold from now on. A sample that is longer is run by itself.
+    pub fn set_max_pack_tokens(&self, tokens: usize) {
+        let shared = &self.line.0;
+        shared.max_pack_tokens.store(tokens.max(1), Ordering::Relaxed);
+        shared.metrics.max_pack_tokens.set(i64::try_from(tokens).unwrap_or(i64::MAX));
     }
 
     /// Samples that wait for the device.

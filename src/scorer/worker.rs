@@ -7,10 +7,12 @@
 //! is done.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use opentelemetry::trace::TraceContextExt;
+use tokio::sync::watch;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::budget::Budget;
@@ -52,7 +54,9 @@ fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (Scorer
     let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
     let queue = Queue::new(bounds, options.ageing);
     let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };
-    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new() });
+    let (gone, _) = watch::channel(false);
+    let max_pack_tokens = AtomicUsize::new(options.max_pack_tokens);
+    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new(), gone, max_pack_tokens });
     (ScorerHandle::new(shared.clone()), shared)
 }
 
@@ -94,6 +98,7 @@ impl Worker {
             }
             return true;
         }
+        self.budget.allow(self.shared.max_pack_tokens.load(Ordering::Relaxed));
         let (drew, next) = self.draw(lock(&self.shared.state));
         if let Some(next) = next {
             self.execute(next);
@@ -267,6 +272,7 @@ impl Drop for Worker {
         self.shared.show_depth(&state);
         drop(state);
         drop(jobs);
+        self.shared.gone.send_replace(true);
     }
 }
 

@@ -335,8 +335,22 @@ fn a_lost_device_is_asked_no_more_and_everybody_is_told() {
     let error = now(running).expect("answered").expect_err("lost");
     assert!(error.to_string().contains("the device is lost: CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
     let worker = workers.pop().expect("two");
+    let mut ended = pin!(handle.ended());
+    assert!(ended.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
     // Its thread ends by itself, although there is work.
     worker.run();
     assert!(!handle.is_alive());
+    assert!(ended.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready());
     assert_eq!(now(queued), Some(Err(ScorerError::WorkerGone)));
+}
+
+#[test]
+fn what_is_allowed_later_holds_from_the_next_pack_on() {
+    let mut bench = Bench::new(small());
+    let (first, second) = (bench.submit(&[&[1; 8]]), bench.submit(&[&[2; 8]]));
+    bench.handle.set_max_pack_tokens(16);
+    assert_eq!((bench.handle.max_pack_tokens(), bench.worker.shared.metrics.max_pack_tokens.get()), (16, 16));
+    assert!(bench.worker.step());
+    assert_eq!((values(now(first)), values(now(second))), (vec![8.0], vec![16.0]));
+    assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 1, "both in one pack");
 }
