@@ -7,6 +7,7 @@ mod free_memory;
 mod last_good;
 mod loading;
 mod memory;
+mod packs;
 mod reloading;
 mod watching;
 
@@ -55,6 +56,8 @@ pub enum AppError {
     Metrics(#[from] prometheus::Error),
     #[error("a thread cannot be started: {0}")]
     Thread(#[from] std::io::Error),
+    #[error("a device is lost, or its worker has ended: nothing is scored until the process starts anew")]
+    DeviceLost,
 }
 
 impl From<ConfigError> for AppError {
@@ -78,6 +81,8 @@ pub struct App {
     live: LiveConfig,
     /// The devices that hold the models.
     places: Vec<Place>,
+    /// How large packs may be is measured once a model is there.
+    packs: Option<packs::Measure>,
     reloader: Option<Reloader>,
     /// What the files to watch are asked from.
     watched: Option<SettingsSource>,
@@ -111,7 +116,7 @@ impl App {
             .map_err(|error| AppError::Config { place: format!("device {}", error.place), problem: error.problem })?;
         let scorer_options = ScorerOptions {
             devices: places.len(),
-            max_pack_tokens: config.max_pack_tokens,
+            max_pack_tokens: packs::most(config),
             max_queue_samples: config.admission.max_queue,
             threads: threads_per_device(config.threads, places.len()),
             nice: config.nice,
@@ -144,7 +149,6 @@ impl App {
             stream_window: config.stream_window,
             keepalive_interval: config.keepalive_interval,
             keepalive_timeout: config.keepalive_timeout,
-            max_pack_tokens: config.max_pack_tokens,
         };
         let readiness = Readiness::default();
         let (drain_delay, drain_deadline) = (config.drain_delay, config.drain_deadline);
@@ -156,6 +160,12 @@ impl App {
             // A load may take a while; the requests may not.
             threads: (cores / 4).max(1),
         };
+        let packs = config.max_pack_tokens.is_none().then(|| packs::Measure {
+            places: places.clone(),
+            most: packs::most(config),
+            prefix_cache: config.prefix_cache_bytes as u64,
+            swap: live.swap,
+        });
         let (reloader, watched) = (None, None);
         Ok(Self {
             engine,
@@ -167,6 +177,7 @@ impl App {
             reloads,
             live,
             places,
+            packs,
             reloader,
             watched,
             drain_delay,
@@ -203,7 +214,7 @@ impl App {
 
     /// Loads the first generation on this thread and makes it the live one.
     pub fn load(&self, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
-        install(&self.engine, load, progress)
+        install(&self.engine, self.packs.as_ref(), load, progress)
     }
 
     /// Loads the first generation on a thread of its own, so that the runtime answers meanwhile.
@@ -213,10 +224,10 @@ impl App {
         mut progress: Box<dyn FnMut(Progress) + Send>,
     ) -> Result<impl Future<Output = Result<(), AppError>> + use<>, AppError> {
         let (done, loaded) = oneshot::channel();
-        let engine = self.engine.clone();
+        let (engine, packs) = (self.engine.clone(), self.packs.clone());
         let run = move || {
             // A server that is stopped during the load does not wait for the answer.
-            let _ = done.send(install(&engine, load, &mut *progress));
+            let _ = done.send(install(&engine, packs.as_ref(), load, &mut *progress));
         };
         std::thread::Builder::new().name("warm-load".to_owned()).spawn(run)?;
         Ok(async move { loaded.await.unwrap_or_else(|_| Err(AppError::Load("the loading thread panicked".to_owned()))) })
@@ -263,6 +274,10 @@ impl App {
                 ended = &mut server => return server_ended(ended),
                 stop = &mut stop => break stop,
                 Ok(()) = live.changed() => self.readiness.pause(live.borrow_and_update().is_none()),
+                () = self.engine.scorer().ended() => {
+                    self.give_up(close, server).await;
+                    return Err(AppError::DeviceLost);
+                }
             }
         };
         self.readiness.advance(Phase::Draining);
@@ -288,7 +303,23 @@ impl App {
     }
 }
 
+/// How long callers may take to hear that nothing is scored any more.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 impl App {
+    /// Refuses what is new, and lets those who wait hear that they wait in vain.
+    async fn give_up(&self, close: oneshot::Sender<()>, mut server: tokio::task::JoinHandle<Result<(), ServeError>>) {
+        tracing::error!("a device is lost: the process ends, so that it can be started anew");
+        self.readiness.advance(Phase::Stopping);
+        self.admission.drain();
+        drop(close);
+        let clock = self.engine.clock();
+        tokio::select! {
+            _ = &mut server => {}
+            () = clock.sleep_until(clock.now() + LAST_WORDS) => server.abort(),
+        }
+    }
+
     /// What sets off reloads by itself, once the first generation is live.
     fn keep_up_to_date(&self) -> Result<Option<FileWatch>, AppError> {
         let Some(reloader) = &self.reloader else { return Ok(None) };
@@ -311,7 +342,7 @@ fn threads_per_device(threads: Option<usize>, devices: usize) -> usize {
     (all / devices).max(1)
 }
 
-fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
+fn install(engine: &Engine, packs: Option<&packs::Measure>, load: Loader, progress: &mut dyn FnMut(Progress)) -> Result<(), AppError> {
     let registry = engine.registry();
     // A load is a trace of its own.
     let span = tracing::debug_span!("load", fingerprint = tracing::field::Empty, members = tracing::field::Empty);
@@ -332,6 +363,9 @@ fn install(engine: &Engine, load: Loader, progress: &mut dyn FnMut(Progress)) ->
                 devices = info.devices.join(", "),
                 "loaded"
             );
+            if let Some(packs) = packs {
+                engine.scorer().set_max_pack_tokens(packs.measured(&generation));
+            }
             registry.metrics().reloaded(ReloadOutcome::Loaded);
             let (at, fingerprint) = (engine.clock().wall(), Some(generation.fingerprint));
             registry.recent().reloaded(ReloadEvent { at, outcome: ReloadOutcome::Loaded, fingerprint, problem: None });

@@ -14,6 +14,23 @@ pub(super) fn free_on(places: &[Place]) -> Option<u64> {
     places.iter().map(of).min().flatten()
 }
 
+/// Bytes that are taken of this device: of a card by anybody, of the machine by this process. `None` where nobody tells.
+pub(super) fn used_on(place: Place) -> Option<u64> {
+    match place {
+        Place::Cpu | Place::Metal(_) => resident(&std::fs::read_to_string("/proc/self/status").ok()?),
+        Place::Cuda(_) => {
+            let card = inventory().cards.into_iter().find(|card| card.device == place.to_string())?;
+            Some(card.total_bytes.saturating_sub(card.free_bytes))
+        }
+    }
+}
+
+/// `VmRSS` of `/proc/self/status`, in bytes.
+fn resident(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Bytes that this process may still take; `None` where the system does not tell.
 fn free_memory() -> Option<u64> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
@@ -69,6 +86,12 @@ mod tests {
         assert_eq!(available("MemTotal:       100 kB\nMemFree: 1 kB\nMemAvailable:   20 kB\n"), Some(20 * 1024));
         assert_eq!(available("MemTotal: 100 kB\n"), None);
         assert_eq!(available("MemAvailable: many kB\n"), None);
+    }
+
+    #[test]
+    fn the_system_says_what_this_process_has() {
+        assert_eq!(resident("VmPeak:\t  9 kB\nVmRSS:\t     7 kB\n"), Some(7 * 1024));
+        assert_eq!(resident("VmPeak:\t  9 kB\n"), None);
     }
 
     #[test]

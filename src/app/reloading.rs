@@ -52,7 +52,8 @@ impl Started {
 }
 
 /// Settings that a reload takes up, by the beginning of their names. All others need a restart.
-const RELOADED: [&str; 10] = ["recipe", "cache_", "ensemble", "head", "pooling", "dtype", "max_tokens", "text.", "calibration.", "canary"];
+const RELOADED: [&str; 11] =
+    ["recipe", "cache_", "ensemble", "head", "pooling", "dtype", "batch_invariant", "max_tokens", "text.", "calibration.", "canary"];
 
 fn restart_needed(at_start: &Resolved, now: &Resolved) -> Vec<String> {
     let changes = at_start.changes(now).into_iter();
@@ -238,7 +239,7 @@ impl Source for SettingsSource {
         // What a pack holds, and how many devices there are, is settled when the devices' workers start.
         let at_start = &self.0.at_start.config;
         let (device, prefix_cache_bytes) = (at_start.device.clone(), at_start.prefix_cache_bytes);
-        let spec = LoadSpec { max_pack_tokens: at_start.max_pack_tokens, device, prefix_cache_bytes, ..spec };
+        let spec = LoadSpec { max_pack_tokens: super::packs::most(at_start), device, prefix_cache_bytes, ..spec };
         Ok(Box::new(self.candidate(&spec, &now.config, restart_needed(&self.0.at_start, &now), progress)?))
     }
 

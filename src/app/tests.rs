@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::*;
 use crate::client::{Client, ClientError};
 use crate::config::{Resolved, Sources};
-use crate::registry::testing::{FakeModel, generation};
+use crate::registry::testing::{FakeModel, LOST, generation};
 use crate::serve::Admin;
 use crate::serve::tenants::{MAX_TENANTS, TENANT_HEADER};
 use crate::wire::{self, prompt_group, sample::Input};
@@ -555,4 +555,31 @@ async fn members_shadow_what_a_server_answers_once_it_knows_where_they_lie() {
     assert_eq!((&now["rank_agreement"], &now["sign_disagreement_ratio"]), (&(-1.0).into(), &0.5.into()), "{now}");
     assert!(now["gap"].as_f64().is_some_and(|gap| gap > 0.0) && now["member_std"].as_f64().is_some_and(|std| std > 0.0), "{now}");
     server.stopped().await;
+}
+
+#[tokio::test]
+async fn packs_of_automatic_size_are_told_by_get_model_and_hold_what_there_is_room_for() {
+    let server = start(&[("max_pack_tokens", "auto"), ("device", "cpu")], FakeModel::new(1.0), &[]).await;
+    let told = server.client.get_model().await.expect("a model").max_pack_tokens;
+    // More is of no use on the CPU; how much this process takes meanwhile is other tests' business, too.
+    assert!((256..=8192).contains(&told) && told % 256 == 0, "{told}");
+    assert_eq!(server.metric("warm_scorer_max_pack_tokens"), f64::from(told));
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_lost_device_ends_the_server_with_an_error() {
+    let mut server = start(&[], FakeModel::new(1.0), &[]).await;
+    let tokens = |ids: &[u32]| wire::ScoreRequest {
+        samples: vec![wire::Sample { input: Some(Input::Tokens(wire::TokenIds { ids: ids.to_vec() })) }],
+        ..Default::default()
+    };
+    server.client.score(tokens(&[1, 2])).await.expect("scored");
+    let refused = server.client.score(tokens(&[LOST])).await;
+    assert_eq!(code(refused), "INTERNAL");
+    let ended = server.task.await.expect("no panic");
+    assert!(matches!(ended, Err(AppError::DeviceLost)), "{ended:?}");
+    assert_eq!(*server.readiness.watch().borrow(), Phase::Stopping);
+    // Nobody asked it to stop.
+    assert!(server.stop.take().is_some_and(|stop| stop.is_closed()));
 }

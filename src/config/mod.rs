@@ -45,12 +45,14 @@ pub struct Config {
     /// Absent: as the recipe says.
     pub dtype: Option<Dtype>,
     pub device: DeviceChoice,
+    pub batch_invariant: bool,
     /// Absent: one per core.
     pub threads: Option<usize>,
     pub nice: u8,
     /// Absent: as the model says.
     pub max_tokens: Option<usize>,
-    pub max_pack_tokens: usize,
+    /// Absent: as many as there is room for, and as are of use.
+    pub max_pack_tokens: Option<usize>,
     pub prefix_cache_bytes: usize,
     pub admission: AdmissionConfig,
     pub message: MessageConfig,
@@ -311,10 +313,11 @@ impl Reader<'_> {
             pooling: self.get("pooling", parse::pooling),
             dtype: self.get("dtype", parse::dtype),
             device: self.get("device", str::parse),
+            batch_invariant: self.get("batch_invariant", parse::switch),
             threads: self.get("threads", parse::auto_count),
             nice: self.get("nice", parse::nice),
             max_tokens: self.get("max_tokens", parse::auto_count),
-            max_pack_tokens: self.get("max_pack_tokens", parse::count),
+            max_pack_tokens: self.get("max_pack_tokens", parse::auto_count),
             prefix_cache_bytes: self.get("prefix_cache_bytes", parse::size_or_off),
             admission: AdmissionConfig {
                 max_requests: self.get("admission.max_requests", parse::count),

@@ -64,10 +64,21 @@ pub const SETTINGS: &[Setting] = &[
         "DEVICE",
         "where the model runs: auto (the first CUDA device, where there is one, else the CPU), cpu, cuda:0, or several such as [cuda:0, cuda:1], each with the whole model",
     ),
+    setting(
+        "batch_invariant",
+        "off",
+        "on|off",
+        "whether a score has the same bits in any company on a GPU, too, which is slower there; on the CPU it always has",
+    ),
     setting("threads", "auto", "N", "compute threads; auto: one per core"),
     setting("nice", "5", "N", "how far compute threads stand behind all others, from 0 to 19 (Linux): a busy server answers at once"),
     setting("max_tokens", "auto", "N", "the longest sample; auto: as the model's own config says"),
-    setting("max_pack_tokens", "8192", "N", "tokens of one forward pass, at most"),
+    setting(
+        "max_pack_tokens",
+        "8192",
+        "N",
+        "tokens of one forward pass, at most; auto: what is free once the model is loaded has room for, at most 8192 on the CPU and 16384 on a GPU",
+    ),
     setting(
         "prefix_cache_bytes",
         "1GiB",

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
 use super::pack::MIN_ROWS;
@@ -41,13 +41,23 @@ static CACHED: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| {
     models
 });
 
+/// In operations of candle, with fixed shapes: what a card does. Of few rows, because only their being fixed counts.
+static FIXED: LazyLock<Vec<Arc<dyn RewardModel>>> =
+    LazyLock::new(|| models_on(&Backend { fixed_rows: Some(64), ..Backend::plain_on_cpu(DType::F32) }));
+
 fn models() -> Vec<Arc<dyn RewardModel>> {
+    models_on(&Backend::cpu())
+}
+
+fn models_on(backend: &Backend) -> Vec<Arc<dyn RewardModel>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance/transformers-5");
-    let load = |name: &&str| {
+    let load = |name: &&str| -> Arc<dyn RewardModel> {
         let plan = Arc::new(MergePlan::open(&Recipe::uniform(&[root.join(name).join("member-0")]).expect("recipe")).expect("opens"));
         let (merged, reward) = (Merged::new(Arc::clone(&plan)).expect("coefficients"), plan.reward().expect("a reward model"));
         let readout = Readout::unnamed(reward.architecture, reward.layout);
-        load(&merged, reward.architecture, reward.layout, &readout, usize::MAX, &mut |_, _| {}).expect("loads")
+        let (architecture, layout) = (reward.architecture, reward.layout);
+        let what = What { source: &merged, apart: None, architecture, layout, readout: &readout, max_tokens: usize::MAX };
+        Arc::new(load_with(backend, &what, &mut |_, _| {}).expect("loads"))
     };
     PATHS.iter().map(load).collect()
 }
@@ -81,6 +91,21 @@ proptest! {
     }
 
     #[test]
+    fn in_fixed_shapes_the_plain_path_gives_the_same_bits_alone_and_in_company(path in 0..PATHS.len(), pack in packs(), threads in 1usize..5) {
+        let model = &*FIXED[path];
+        let samples: Vec<_> = pack.into_iter().map(|ids| Arc::new(Encoding::for_test(ids))).collect();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        let (together, kernels) = pool.install(|| (bits(model, &samples), bits(&*MODELS[path], &samples)));
+        for ((sample, together), kernels) in samples.iter().zip(together).zip(kernels) {
+            let alone = bits(model, std::slice::from_ref(sample));
+            prop_assert_eq!(&alone[0], &together, "{} over {} tokens", PATHS[path], sample.tokens());
+            for (plain, kernels) in together.iter().zip(kernels).map(|(a, b)| (f32::from_bits(*a), f32::from_bits(b))) {
+                prop_assert!((plain - kernels).abs() <= 1e-4 * kernels.abs().max(1.0), "{}: {plain} against {kernels}", PATHS[path]);
+            }
+        }
+    }
+
+    #[test]
     fn a_score_has_the_same_bits_whatever_was_scored_before_it(path in 0..PATHS.len(), pack in packs(), threads in 1usize..5) {
         let samples: Vec<_> = pack.into_iter().map(|ids| Arc::new(Encoding::for_test(ids))).collect();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
@@ -90,6 +115,20 @@ proptest! {
             prop_assert_eq!(cached, fresh, "{}", PATHS[path]);
         }
     }
+}
+
+#[test]
+fn without_fixed_shapes_the_plain_path_does_depend_on_company() {
+    // Else nothing would have been shown above, and fixed shapes would cost for nothing.
+    let plain = models_on(&Backend::plain_on_cpu(DType::F32));
+    let samples: Vec<_> = (3..40usize)
+        .map(|tokens| Arc::new(Encoding::for_test((0..tokens).map(|place| (6 + (place * 7 + tokens) % 50) as u32).collect())))
+        .collect();
+    let differs = |model: &dyn RewardModel| {
+        let together = bits(model, &samples);
+        samples.iter().zip(together).any(|(sample, together)| bits(model, std::slice::from_ref(sample))[0] != together)
+    };
+    assert!(plain.iter().any(|model| differs(model.as_ref())) && !FIXED.iter().any(|model| differs(model.as_ref())));
 }
 
 /// `[rows, inputs]` times the transposed `[outputs, inputs]`, as the forward pass has it.

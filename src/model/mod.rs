@@ -5,6 +5,7 @@ mod cost;
 mod device;
 mod head;
 mod kernels;
+mod memory;
 mod ops;
 mod pack;
 mod plain;
@@ -20,10 +21,11 @@ use std::sync::Arc;
 
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
-pub use cost::shared_prefix;
+pub use cost::{shared_prefix, token_cost};
+pub use device::{Arithmetic, Card, DeviceChoice, DeviceError, FlashCheck, Inventory, Place, Support, flash_checks, has_room, inventory, run_when_idle};
 use device::{Backend, Fault};
-pub use device::{Card, DeviceChoice, DeviceError, Inventory, Place, Support, inventory, run_when_idle};
 use head::{Head, Verdict};
+pub use memory::{Load, Way, activation_bytes, fitting_pack};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};
@@ -71,6 +73,13 @@ pub trait RewardModel: Send + Sync {
     /// What computing the tokens at positions `from..to` of a sample takes, in tokens that attend to nothing.
     fn token_cost(&self, from: usize, to: usize) -> usize {
         to - from
+    }
+
+    /// Bytes that a forward over so many tokens takes of a device at once beside the weights, at most, by plan; `None` where
+    /// nobody has one.
+    fn activation_bytes(&self, tokens: usize) -> Option<u64> {
+        let _ = tokens;
+        None
     }
 }
 
@@ -180,15 +189,15 @@ pub struct What<'a> {
     pub max_tokens: usize,
 }
 
-/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once. Away from the
-/// CPU, matrices are stored and multiplied in `weights`.
+/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once.
 pub fn load_on(
     places: &[Place],
-    weights: Dtype,
+    arithmetic: impl Into<Arithmetic>,
     what: &What<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
-    let open = |place: &Place| place.open(weights, what.architecture);
+    let arithmetic = arithmetic.into();
+    let open = |place: &Place| place.open(arithmetic, what.architecture);
     let backends: Vec<Backend> = places.iter().map(open).collect::<Result<_, _>>()?;
     let (first, rest) = backends.split_first().ok_or_else(|| DeviceError { place: String::new(), problem: "none named".to_owned() })?;
     let model = load_with(first, what, progress)?;
@@ -322,6 +331,12 @@ impl RewardModel for Model {
 
     fn token_cost(&self, from: usize, to: usize) -> usize {
         cost::token_cost(&self.architecture, from, to)
+    }
+
+    fn activation_bytes(&self, tokens: usize) -> Option<u64> {
+        let (backend, load) = (self.transformer.backend(), Load::of(tokens, self.limits.max_tokens));
+        let (way, arithmetic) = (backend.way(), backend.arithmetic());
+        Some(activation_bytes(&self.architecture, way, arithmetic.dtype, arithmetic.batch_invariant, load))
     }
 }
 

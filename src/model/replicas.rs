@@ -55,4 +55,8 @@ impl RewardModel for Replicas {
     fn token_cost(&self, from: usize, to: usize) -> usize {
         self.first.token_cost(from, to)
     }
+
+    fn activation_bytes(&self, tokens: usize) -> Option<u64> {
+        self.first.activation_bytes(tokens)
+    }
 }

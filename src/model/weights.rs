@@ -26,16 +26,41 @@ pub struct Linear {
     added: Option<Factors>,
     outputs: usize,
     ops: Ops,
+    /// Rows of every product, where that is to be one number.
+    fixed_rows: Option<usize>,
 }
 
 impl Linear {
     /// `[rows, inputs]` to `[rows, at least outputs]`; the columns behind `outputs` are zero.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.to_dtype(self.weight.dtype())?;
+        match self.fixed_rows {
+            None => self.product(&x),
+            Some(rows) => self.in_blocks(&x, rows),
+        }
+    }
+
+    fn product(&self, x: &Tensor) -> Result<Tensor> {
         let y = x.matmul(&self.weight)?;
         match &self.added {
-            Some(added) => added.add(self.ops, &x, y),
+            Some(added) => added.add(self.ops, x, y),
             None => Ok(y),
+        }
+    }
+
+    /// Block by block of so many rows, the last one lifted by zeros.
+    fn in_blocks(&self, x: &Tensor, rows: usize) -> Result<Tensor> {
+        let count = x.dim(0)?;
+        let mut products = Vec::with_capacity(count.div_ceil(rows));
+        for first in (0..count).step_by(rows) {
+            let own = rows.min(count - first);
+            let block = x.narrow(0, first, own)?;
+            let block = if own < rows { block.pad_with_zeros(0, 0, rows - own)? } else { block };
+            products.push(self.product(&block)?.narrow(0, 0, own)?);
+        }
+        match products.as_slice() {
+            [one] => Ok(one.clone()),
+            all => Tensor::cat(all, 0),
         }
     }
 
@@ -57,7 +82,7 @@ impl Linear {
     pub fn on(&self, to: Destination) -> Result<Self> {
         let added = self.added.as_ref().map(|added| added.on(to)).transpose()?;
         let (weight, bias) = (to.copy(&self.weight)?, to.optional(self.bias.as_ref())?);
-        Ok(Self { weight, bias, added, outputs: self.outputs, ops: self.ops })
+        Ok(Self { weight, bias, added, outputs: self.outputs, ops: self.ops, fixed_rows: self.fixed_rows })
     }
 }
 
@@ -264,7 +289,7 @@ impl<'a> Loader<'a> {
             (Some(added), Some(adapter)) => Factors::load(self, &parts, &added, adapter)?,
             _ => None,
         };
-        Ok(Linear { weight, bias, added, outputs, ops })
+        Ok(Linear { weight, bias, added, outputs, ops, fixed_rows: self.backend.fixed_rows })
     }
 
     fn shape(&self, name: &str) -> Vec<usize> {

@@ -266,6 +266,11 @@ impl Generation {
         }
     }
 
+    /// The merged model.
+    pub fn model(&self) -> &Arc<dyn RewardModel> {
+        &self.merged.models[0]
+    }
+
     /// Limits of the merged model.
     pub fn limits(&self) -> Limits {
         self.merged.models[0].limits()

@@ -125,6 +125,10 @@ impl RewardModel for Leased {
     fn token_cost(&self, from: usize, to: usize) -> usize {
         self.model.as_ref().map_or(to - from, |model| model.token_cost(from, to))
     }
+
+    fn activation_bytes(&self, tokens: usize) -> Option<u64> {
+        self.model.as_ref()?.activation_bytes(tokens)
+    }
 }
 
 /// A text layer that is freed on the thread for that: a vocabulary has a hundred thousand strings.

@@ -16,7 +16,7 @@ use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, S
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, MemberName, Sample, Score, Truncation};
 use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
-use crate::model::{self, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel};
+use crate::model::{self, Arithmetic, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
 /// Whether, and how, the members stand on the device beside the merged model.
@@ -67,6 +67,8 @@ pub struct LoadSpec {
     /// Bytes of keys and values that the generation's models keep together; 0 for none.
     pub prefix_cache_bytes: usize,
     pub device: DeviceChoice,
+    /// Equal bits in any company also where our kernels do not compute.
+    pub batch_invariant: bool,
     pub calibration: CalibrationChoice,
     /// Where members that are not folders come from.
     pub remotes: Option<Remotes>,
@@ -107,6 +109,7 @@ impl LoadSpec {
             max_pack_tokens,
             prefix_cache_bytes: 0,
             device: DeviceChoice::Places(vec![Place::Cpu]),
+            batch_invariant: false,
             calibration: CalibrationChoice::None,
             remotes: None,
             cache: None,
@@ -341,9 +344,13 @@ pub(super) fn hex(hash: &[u8; 32]) -> String {
 
 /// What a score depends on beside the weights: the CPU computes in float32 whatever they were rounded to, other devices in
 /// what they are rounded to.
-pub(super) fn arithmetic(dtype: Dtype, places: &[Place]) -> String {
-    let name = dtype_name(dtype);
-    if dtype == Dtype::F32 || places.contains(&Place::Cpu) { name.to_owned() } else { format!("{name} in {name}") }
+pub(super) fn arithmetic(arithmetic: Arithmetic, places: &[Place]) -> String {
+    let name = dtype_name(arithmetic.dtype);
+    if places.contains(&Place::Cpu) {
+        return name.to_owned();
+    }
+    let shapes = if arithmetic.batch_invariant { ", fixed shapes" } else { "" };
+    if arithmetic.dtype == Dtype::F32 { format!("{name}{shapes}") } else { format!("{name} in {name}{shapes}") }
 }
 
 fn dtype_name(dtype: Dtype) -> &'static str {

@@ -4,11 +4,13 @@ use std::time::SystemTime;
 
 use super::super::CalibrationChoice;
 use super::*;
+use crate::checkpoint::Dtype;
 use crate::checkpoint::fixture::{self, TINY, Tensors};
 use crate::domain::Sample;
 use crate::domain::Truncation;
 use crate::merge::{CacheOptions, Recipe};
 use crate::model::Pack;
+use crate::model::Arithmetic;
 use crate::text::Encoding;
 
 fn member(dir: &Path, name: &str, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {
@@ -410,8 +412,14 @@ fn a_model_on_several_devices_answers_on_each_as_it_does_on_one() {
 #[test]
 fn what_a_score_is_computed_in_is_part_of_the_fingerprint_where_it_matters() {
     let (cpu, cuda) = ([Place::Cpu], [Place::Cuda(0)]);
-    assert_eq!(arithmetic(Dtype::F32, &cpu), arithmetic(Dtype::F32, &cuda));
-    assert_ne!(arithmetic(Dtype::Bf16, &cpu), arithmetic(Dtype::Bf16, &cuda));
+    let alike = |dtype: Dtype| arithmetic(dtype.into(), &cpu) == arithmetic(dtype.into(), &cuda);
+    assert!(alike(Dtype::F32) && !alike(Dtype::Bf16));
+    // Fixed shapes are other bits on a card, and nothing new on the CPU.
+    let changes = |places: &[Place]| {
+        let fixed = Arithmetic { dtype: Dtype::F32, batch_invariant: true };
+        arithmetic(fixed, places) != arithmetic(Dtype::F32.into(), places)
+    };
+    assert!(changes(&cuda) && !changes(&cpu));
 }
 
 #[test]

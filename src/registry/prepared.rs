@@ -8,11 +8,11 @@ use super::load::{arithmetic, calibration, hex, info, max_tokens, open_text, pro
 use super::members::StreamedMembers;
 use super::weights::{MergedModel, load_merged, remembered};
 use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MeasuredMembers, MemberInfo, Progress};
-use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
+use crate::checkpoint::{Readout, SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::{Fingerprint, GenerationId, MemberName, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
-use crate::model::{self, Apart, ApartBytes, Origins, Place, RewardModel, SharedBase, What};
+use crate::model::{self, Apart, ApartBytes, Arithmetic, Origins, Place, RewardModel, SharedBase, What};
 use crate::text::TextPipeline;
 
 /// Plans, merges and loads a recipe, with its members if they are to stand on the device, and lets every model score the bundled
@@ -49,7 +49,7 @@ pub struct Prepared {
 #[derive(Clone)]
 struct On {
     places: Vec<Place>,
-    dtype: Dtype,
+    arithmetic: Arithmetic,
 }
 
 /// What names weights.
@@ -68,9 +68,10 @@ impl Prepared {
         let architecture = plan.reward()?.architecture;
         let max_tokens = max_tokens(spec, architecture)?;
         members_can_stand_alone(spec.ensemble, &plan)?;
-        let on = On { places: spec.device.resolve()?, dtype: spec.recipe.dtype() };
+        let arithmetic = Arithmetic { dtype: spec.recipe.dtype(), batch_invariant: spec.batch_invariant };
+        let on = On { places: spec.device.resolve()?, arithmetic };
         if spec.ensemble == Ensemble::Adapters && plan.members().len() > 1 {
-            members_on_one_base(&plan, &on.places, on.dtype).map_err(no_adapters)?;
+            members_on_one_base(&plan, &on.places, arithmetic.dtype).map_err(no_adapters)?;
         }
         // What is read and how is as much a part of a score as the body is.
         let canonical = serde_json::to_string(&(architecture, &readout))
@@ -93,13 +94,14 @@ impl Prepared {
 
     /// Bytes of weights on each device once it is loaded, by the plan.
     pub fn device_bytes(&self) -> u64 {
-        let On { places, dtype } = &self.on;
-        let merged = model::device_bytes_on(places, *dtype, self.plan.manifest());
+        let On { places, arithmetic } = &self.on;
+        let dtype = arithmetic.dtype;
+        let merged = model::device_bytes_on(places, dtype, self.plan.manifest());
         let members = match (self.spec.ensemble, self.plan.members().len()) {
             // The merge of one is that one.
             (Ensemble::Resident | Ensemble::Adapters, 1) | (Ensemble::Off, _) => 0,
             (Ensemble::Resident, count) => merged.saturating_mul(count as u64),
-            (Ensemble::Adapters, count) => match members_on_one_base(&self.plan, places, *dtype) {
+            (Ensemble::Adapters, count) => match members_on_one_base(&self.plan, places, dtype) {
                 Ok(bytes) => bytes.total(),
                 // Refused when it was opened.
                 Err(_) => merged.saturating_mul(count as u64),
@@ -157,6 +159,7 @@ impl Prepared {
 
     /// Merges and loads, and lets every model score the bundled probes.
     pub fn load(&self, id: GenerationId, progress: &mut dyn FnMut(Progress)) -> Result<Generation, LoadError> {
+        model::has_room(&self.on.places, self.device_bytes())?;
         let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
         let mut load = |stage: &str, what: &str, source: &dyn TensorSource, apart: Option<Apart>| {
             let mut tell = |done, total| progress(Progress::step(stage, done, total));
@@ -249,7 +252,7 @@ impl Prepared {
     fn name(&self, weights_id: WeightsId) -> Fingerprint {
         let parts = FingerprintParts {
             weights_id,
-            dtype: &arithmetic(self.on.dtype, &self.on.places),
+            dtype: &arithmetic(self.on.arithmetic, &self.on.places),
             architecture: &self.canonical,
             text: self.text.hash(),
             max_tokens: self.max_tokens,
@@ -317,7 +320,7 @@ fn load_model(
 ) -> Result<Arc<dyn RewardModel>, NotLoaded> {
     let Reward { architecture, layout, .. } = plan.reward().map_err(|error| NotLoaded::Load(error.into()))?;
     let what = What { source, apart, architecture, layout, readout, max_tokens };
-    model::load_on(&on.places, on.dtype, &what, progress).map_err(NotLoaded::Model)
+    model::load_on(&on.places, on.arithmetic, &what, progress).map_err(NotLoaded::Model)
 }
 
 /// Why one model is not loaded.

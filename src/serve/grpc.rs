@@ -36,8 +36,6 @@ pub struct GrpcOptions {
     pub keepalive_timeout: Duration,
     /// Requests of one stream that are scored at once.
     pub stream_window: usize,
-    /// What GetModel says of packs.
-    pub max_pack_tokens: usize,
 }
 
 /// The server could not be built or failed as a whole.

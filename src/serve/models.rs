@@ -37,7 +37,7 @@ impl ModelService for Handlers {
         let wire::ReloadRequest { dry_run, stage_only } = request.into_inner();
         let reload = self.reloader()?.start(ReloadRequest { dry_run, stage_only }, "call").map_err(status::reload_running)?;
         let (send, receive) = mpsc::channel(16);
-        let show = Show { engine: self.edge.engine.clone(), max_pack_tokens: self.edge.options.max_pack_tokens };
+        let show = Show { engine: self.edge.engine.clone() };
         tokio::spawn(forward(reload, self.edge.readiness.clone(), show, send));
         Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
@@ -63,14 +63,13 @@ impl Handlers {
     }
 
     fn shown(&self, described: &Described, state: GenerationState) -> wire::Generation {
-        convert::generation(described, state, self.edge.engine.instance(), self.edge.options.max_pack_tokens)
+        convert::generation(described, state, self.edge.engine.instance(), self.edge.engine.scorer().max_pack_tokens())
     }
 }
 
 /// How generations are shown on a stream.
 struct Show {
     engine: Engine,
-    max_pack_tokens: usize,
 }
 
 /// Sends the steps of a reload for as long as somebody reads them and the server does not stop.
@@ -104,7 +103,7 @@ impl Show {
         match end {
             Ok(ReloadReport { outcome, message, generation }) => {
                 let show = |(described, state): (Described, _)| {
-                    convert::generation(&described, state, self.engine.instance(), self.max_pack_tokens)
+                    convert::generation(&described, state, self.engine.instance(), self.engine.scorer().max_pack_tokens())
                 };
                 let outcome = outcome.map_or("planned", crate::registry::ReloadOutcome::name).to_owned();
                 let last =

@@ -7,6 +7,7 @@ mod fault;
 #[cfg_attr(not(feature = "flash-attn"), path = "no_flash.rs")]
 mod flash;
 mod idle;
+mod flash_check;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,11 +17,13 @@ use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use serde::Serialize;
 
 use super::kernels::attention::Shape;
+use super::memory::Way;
 use super::ops::Ops;
 use super::plain;
 use crate::checkpoint::{Architecture, Dtype};
 pub use fault::Fault;
 pub use idle::run_when_idle;
+pub use flash_check::{FlashCheck, flash_checks};
 
 /// More devices than any machine has.
 const MOST_PLACES: usize = 64;
@@ -79,6 +82,27 @@ pub struct Inventory {
     pub problem: Option<String>,
 }
 
+/// How a model computes on a device that our kernels do not run on. They compute in float32, and give a score the same bits
+/// in any company, whatever is asked here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arithmetic {
+    /// What matrices are stored and multiplied in.
+    pub dtype: Dtype,
+    /// Every product in a shape that does not depend on the pack, so that a score has the same bits in any company.
+    pub batch_invariant: bool,
+}
+
+impl From<Dtype> for Arithmetic {
+    fn from(dtype: Dtype) -> Self {
+        Self { dtype, batch_invariant: false }
+    }
+}
+
+/// Rows of every product with a weight where shapes are fixed. A library chooses its kernel, and with it the order of
+/// additions, by the shape; of one shape there is one choice. Fewer would leave a card idle, more would make a short
+/// sample by itself wait for rows that nobody reads.
+pub(super) const FIXED_ROWS: usize = 1024;
+
 /// One device, opened, and how a model is computed there.
 #[derive(Clone, Debug)]
 pub struct Backend {
@@ -87,6 +111,8 @@ pub struct Backend {
     /// What matrices are stored and multiplied in; norms, softmax and head are in float32 everywhere.
     pub weights: DType,
     pub ops: Ops,
+    /// Rows of every product with a weight, where that is to be one number.
+    pub fixed_rows: Option<usize>,
     /// Attention by the flash kernels, where there are such for the model.
     pub flash: Option<FlashKernel>,
 }
@@ -186,8 +212,24 @@ impl Place {
         }
     }
 
-    /// Opens the device for a model whose matrices are to be in `weights`.
-    pub(super) fn open(self, weights: Dtype, architecture: &Architecture) -> Result<Backend, DeviceError> {
+    /// How a model would be computed there by this build; whether flash attention is right is found when it is loaded.
+    pub fn way(self, arithmetic: Arithmetic, architecture: &Architecture) -> Way {
+        let weights = if arithmetic.dtype == Dtype::F32 { DType::F32 } else { DType::BF16 };
+        match self {
+            Self::Cpu => Way::Kernels,
+            Self::Cuda(_) if flash::BUILT && flash::covers(architecture.head_dim, architecture.disentangled.is_some(), weights) => {
+                Way::Flash
+            }
+            Self::Cuda(_) | Self::Metal(_) => Way::Plain,
+        }
+    }
+
+    /// Tokens of a pack beyond which more would make nothing faster, and every caller wait longer.
+    pub fn enough_pack_tokens(self) -> usize {
+        if self == Self::Cpu { 8192 } else { 16_384 }
+    }
+
+    fn device(self) -> Result<Device, DeviceError> {
         self.check()?;
         let open = || match self {
             Self::Cpu => Ok(Device::Cpu),
@@ -195,11 +237,16 @@ impl Place {
             Self::Metal(ordinal) => Device::new_metal(ordinal),
         };
         // A library of the vendor that is found but does not fit panics in the crates that load it.
-        let device = guarded(|| open().map_err(|error| error.to_string())).map_err(|problem| self.error(problem))?;
+        guarded(|| open().map_err(|error| error.to_string())).map_err(|problem| self.error(problem))
+    }
+
+    /// Opens the device for a model.
+    pub(super) fn open(self, arithmetic: Arithmetic, architecture: &Architecture) -> Result<Backend, DeviceError> {
+        let device = self.device()?;
         if self == Self::Cpu {
             return Ok(Backend::cpu());
         }
-        let weights = match weights {
+        let weights = match arithmetic.dtype {
             Dtype::Bf16 => DType::BF16,
             Dtype::F16 => DType::F16,
             _ => DType::F32,
@@ -211,7 +258,8 @@ impl Place {
         } else {
             None
         };
-        Ok(Backend { place: self, device, weights, ops: Ops::Plain, flash })
+        let fixed_rows = arithmetic.batch_invariant.then_some(FIXED_ROWS);
+        Ok(Backend { place: self, device, weights, ops: Ops::Plain, fixed_rows, flash })
     }
 }
 
@@ -235,7 +283,7 @@ fn checked(kernel: FlashKernel, device: &Device, architecture: &Architecture, we
             causal: architecture.causal,
             window,
         };
-        let difference = guarded(|| plain::flash_difference(&shape, kernel, device, weights).map_err(|error| error.to_string()))?;
+        let [difference, _] = differences(&shape, kernel, device, weights)?;
         // A NaN is no agreement.
         if difference.is_nan() || difference > FLASH_TOLERANCE {
             return Err(format!("it is {difference} away from plain attention, with a window of {window:?}"));
@@ -244,25 +292,47 @@ fn checked(kernel: FlashKernel, device: &Device, architecture: &Architecture, we
     Ok(kernel)
 }
 
+fn differences(shape: &Shape, kernel: FlashKernel, device: &Device, weights: DType) -> Result<[f32; 2], String> {
+    guarded(|| plain::flash_differences(shape, kernel, device, weights).map_err(|error| error.to_string()))
+}
+
 impl Backend {
     /// Our kernels, which are in float32 whatever the weights were rounded to.
     pub fn cpu() -> Self {
-        Self { place: Place::Cpu, device: Device::Cpu, weights: DType::F32, ops: Ops::Kernels, flash: None }
+        Self { place: Place::Cpu, device: Device::Cpu, weights: DType::F32, ops: Ops::Kernels, fixed_rows: None, flash: None }
+    }
+
+    pub fn way(&self) -> Way {
+        match (self.ops, self.flash) {
+            (Ops::Kernels, _) => Way::Kernels,
+            (Ops::Plain, None) => Way::Plain,
+            (Ops::Plain, Some(_)) => Way::Flash,
+        }
+    }
+
+    pub fn arithmetic(&self) -> Arithmetic {
+        let dtype = match self.weights {
+            DType::BF16 => Dtype::Bf16,
+            DType::F16 => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        Arithmetic { dtype, batch_invariant: self.fixed_rows.is_some() }
     }
 
     /// The device and how attention runs there, for people.
     pub fn describe(&self) -> String {
+        let shapes = if self.fixed_rows.is_some() { ", fixed shapes" } else { "" };
         match (self.ops, self.flash.is_some()) {
             (Ops::Kernels, _) => self.place.to_string(),
-            (Ops::Plain, true) => format!("{} (flash attention)", self.place),
-            (Ops::Plain, false) => format!("{} (plain attention)", self.place),
+            (Ops::Plain, true) => format!("{} (flash attention{shapes})", self.place),
+            (Ops::Plain, false) => format!("{} (plain attention{shapes})", self.place),
         }
     }
 
     /// Tensor operations on the CPU in place of its kernels: what runs on any other device, testable here.
     #[cfg(test)]
     pub fn plain_on_cpu(weights: DType) -> Self {
-        Self { place: Place::Cpu, device: Device::Cpu, weights, ops: Ops::Plain, flash: None }
+        Self { place: Place::Cpu, device: Device::Cpu, weights, ops: Ops::Plain, fixed_rows: None, flash: None }
     }
 }
 
@@ -287,6 +357,30 @@ pub fn inventory() -> Inventory {
 
 fn cards() -> Result<Vec<Card>, String> {
     guarded(cuda::cards)
+}
+
+/// Whether each of these devices has room for so many bytes, as far as its driver tells; asked before anything is loaded.
+pub fn has_room(places: &[Place], needed: u64) -> Result<(), DeviceError> {
+    if places.iter().all(|place| *place == Place::Cpu) {
+        // The system gives memory as it is used; how much that may be is the operator's business.
+        return Ok(());
+    }
+    has_room_among(&cards().unwrap_or_default(), places, needed)
+}
+
+fn has_room_among(cards: &[Card], places: &[Place], needed: u64) -> Result<(), DeviceError> {
+    let full = |place: &Place| cards.iter().find(|card| card.device == place.to_string()).filter(|card| card.free_bytes < needed);
+    match places.iter().find_map(|place| Some((place, full(place)?))) {
+        None => Ok(()),
+        Some((place, card)) => {
+            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            let (needed, free, total) = (gib(needed), gib(card.free_bytes), gib(card.total_bytes));
+            Err(place.error(format!(
+                "{needed:.1} GiB are needed, and {free:.1} of its {total:.1} GiB are free; a device holds the whole model, because tensor \
+                 parallelism is not done: `warm plan --device {place}` says what takes how much"
+            )))
+        }
+    }
 }
 
 /// Turns a panic into words.
@@ -347,6 +441,25 @@ mod tests {
             ["this build has no CUDA", "this machine has", "no NVIDIA driver"].iter().any(|words| refused.contains(words)),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn a_card_without_room_is_named_before_anything_is_loaded() {
+        let card = |ordinal: usize, free: u64| Card {
+            device: format!("cuda:{ordinal}"),
+            name: String::new(),
+            compute_capability: String::new(),
+            free_bytes: free << 30,
+            total_bytes: 80 << 30,
+        };
+        let cards = [card(0, 70), card(1, 10)];
+        let room = |places: &[Place], gib: u64| has_room_among(&cards, places, gib << 30).map_err(|error| error.to_string());
+        assert_eq!((room(&[Place::Cuda(0)], 60), room(&[Place::Cuda(0), Place::Cuda(1)], 10)), (Ok(()), Ok(())));
+        let full = room(&[Place::Cuda(0), Place::Cuda(1)], 60).expect_err("no room");
+        assert!(full.starts_with("device cuda:1: 60.0 GiB are needed, and 10.0 of its 80.0 GiB are free"), "{full}");
+        assert!(full.contains("tensor parallelism is not done"), "{full}");
+        // The CPU, and a card that says nothing, are not refused.
+        assert_eq!((has_room(&[Place::Cpu], u64::MAX), room(&[Place::Cuda(7)], 60)), (Ok(()), Ok(())));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim};
 use candle_nn::rotary_emb::rope_thd;
 
-use super::plan::{Batch, Sight, batches, rows_at, tasks};
+use super::plan::{Batch, Sight, Width, batches, fixed_batches, rows_at, tasks};
 use crate::checkpoint::Architecture;
 use crate::model::apart::Destination;
 use crate::model::device::{Backend, FlashKernel};
@@ -105,7 +105,14 @@ impl PackPlan {
             if sights.iter().all(|(known, _)| *known != sight) {
                 let way = match backend.flash {
                     Some(kernel) => Way::Flash(Varlen::new(pack, kernel, device)?),
-                    None => Way::in_batches(pack, architecture.heads, sight, embeddings, device)?,
+                    None => {
+                        let width = Width { heads: architecture.heads, keys: architecture.kv_heads * architecture.head_dim };
+                        let batches = match backend.fixed_rows {
+                            Some(_) => fixed_batches(pack, width, sight),
+                            None => batches(tasks(pack, width.heads, sight), width),
+                        };
+                        Way::in_batches(pack, batches, sight, embeddings, device)?
+                    }
                 };
                 sights.push((sight, way));
             }
@@ -148,17 +155,17 @@ impl PackPlan {
 }
 
 impl Way {
-    fn in_batches(pack: &Pack, heads: usize, sight: Sight, embeddings: Option<&[u16]>, device: &Device) -> Result<Self> {
+    fn in_batches(pack: &Pack, batches: Vec<Batch>, sight: Sight, embeddings: Option<&[u16]>, device: &Device) -> Result<Self> {
         let mut places = vec![0u32; pack.ids().len()];
         let mut first = 0;
         let mut placed = Vec::new();
-        for batch in batches(tasks(pack, heads, sight), heads) {
-            for task in &batch.tasks {
+        for batch in batches {
+            for (index, task) in batch.tasks.iter().enumerate() {
                 for (query, row) in task.queries.clone().enumerate() {
-                    places[row] = (first + query) as u32;
+                    places[row] = (first + index * batch.queries + task.slot + query) as u32;
                 }
-                first += batch.queries;
             }
+            first += batch.count * batch.queries;
             placed.push(OnDevice::new(pack, batch, sight, embeddings, device)?);
         }
         Ok(Self::Batches { batches: placed, places: Tensor::new(places, device)? })
@@ -167,13 +174,16 @@ impl Way {
 
 impl OnDevice {
     fn new(pack: &Pack, size: Batch, sight: Sight, embeddings: Option<&[u16]>, device: &Device) -> Result<Self> {
-        let (count, queries, keys) = (size.tasks.len(), size.queries, size.keys);
+        let (count, queries, keys) = (size.count, size.queries, size.keys);
         let (mut query_rows, mut key_rows) = (Vec::with_capacity(count * queries), Vec::with_capacity(count * keys));
         let (mut query_positions, mut key_positions) = (Vec::with_capacity(count * queries), Vec::with_capacity(count * keys));
-        for task in &size.tasks {
+        let again = size.tasks.iter().take(1).cycle();
+        for task in size.tasks.iter().chain(again).take(count) {
             let rows = rows_at(pack, task.node, task.keys.clone());
-            query_rows.extend((0..queries).map(|query| (task.queries.start + if query < task.queries.len() { query } else { 0 }) as u32));
-            query_positions.extend((0..queries).map(|query| task.position + if query < task.queries.len() { query } else { 0 }));
+            // Places before and behind the task's own queries hold its first.
+            let query = |place: usize| place.checked_sub(task.slot).filter(|query| *query < task.queries.len()).unwrap_or(0);
+            query_rows.extend((0..queries).map(|place| (task.queries.start + query(place)) as u32));
+            query_positions.extend((0..queries).map(|place| task.position + query(place)));
             key_rows.extend((0..keys).map(|key| rows[if key < rows.len() { key } else { 0 }]));
             // What only fills the batch is out of everybody's sight.
             key_positions.extend((0..keys).map(|key| if key < rows.len() { task.keys.start + key } else { 2 * FAR }));
@@ -210,8 +220,8 @@ impl OnDevice {
 
     /// `[tasks * queries, heads * head_dim]`.
     fn attend(&self, shape: &Shape, [queries, keys, values]: [&Tensor; 3], embedded: Option<&Embedded>) -> Result<Tensor> {
-        let Batch { tasks, queries: q, keys: k } = &self.size;
-        let (count, q, k, dim) = (tasks.len(), *q, *k, shape.head_dim);
+        let Batch { count, queries: q, keys: k, .. } = &self.size;
+        let (count, q, k, dim) = (*count, *q, *k, shape.head_dim);
         let (kv_heads, group) = (shape.kv_heads, shape.heads / shape.kv_heads);
         // The query heads that read one key head stand below each other, so that they meet it in one product.
         let grouped = queries.index_select(&self.query_rows, 0)?.reshape((count, q, kv_heads, group, dim))?;
@@ -268,22 +278,31 @@ impl Varlen {
     }
 }
 
-/// The largest difference between the outputs of a kernel and of batches, over a small forest of random rows.
-pub fn flash_difference(shape: &Shape, kernel: FlashKernel, device: &Device, dtype: DType) -> Result<f32> {
+/// The largest differences between the outputs of a kernel and of batches over a small forest of random rows: of the same
+/// rows, and of the rows before they were rounded to `dtype`.
+pub fn flash_differences(shape: &Shape, kernel: FlashKernel, device: &Device, dtype: DType) -> Result<[f32; 2]> {
     // A prompt of two completions, a sample by itself, and one that fills more than a block of any kernel.
     let shared =
         if shape.causal { &[(None, 21), (Some(0), 7), (Some(0), 30), (None, 1), (None, 150)][..] } else { &[(None, 33), (None, 150)] };
     let pack = Pack::bare(shared);
     let columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-    let x = Tensor::randn(0f32, 1f32, (pack.ids().len(), columns), device)?.to_dtype(dtype)?;
+    let exact = Tensor::randn(0f32, 1f32, (pack.ids().len(), columns), device)?;
+    let rounded = exact.to_dtype(dtype)?;
     let sight = Sight { causal: shape.causal, window: shape.window };
-    let attend = |way: Way| PackPlan { angles: Vec::new(), sights: vec![(sight, way)] }.attend(&x, shape, &Heads::default());
-    let flash = attend(Way::Flash(Varlen::new(&pack, kernel, device)?))?.to_dtype(DType::F32)?;
-    let plain = attend(Way::in_batches(&pack, shape.heads, sight, None, device)?)?;
-    let apart = (flash - plain)?.abs()?.flatten_all()?;
-    // A maximum passes over a NaN, a sum does not.
-    let sum = apart.sum(0)?.to_scalar::<f32>()?;
-    if sum.is_finite() { apart.max(0)?.to_scalar::<f32>() } else { Ok(f32::NAN) }
+    let attend = |x: &Tensor, way: Way| PackPlan { angles: Vec::new(), sights: vec![(sight, way)] }.attend(x, shape, &Heads::default());
+    let flash = attend(&rounded, Way::Flash(Varlen::new(&pack, kernel, device)?))?.to_dtype(DType::F32)?;
+    let width = Width { heads: shape.heads, keys: shape.kv_heads * shape.head_dim };
+    let plain = |x: &Tensor| {
+        let in_one = batches(tasks(&pack, shape.heads, sight), width);
+        attend(x, Way::in_batches(&pack, in_one, sight, None, device)?)
+    };
+    let apart = |plain: Tensor| -> Result<f32> {
+        let apart = (&flash - plain)?.abs()?.flatten_all()?;
+        // A maximum passes over a NaN, a sum does not.
+        let sum = apart.sum(0)?.to_scalar::<f32>()?;
+        if sum.is_finite() { apart.max(0)?.to_scalar::<f32>() } else { Ok(f32::NAN) }
+    };
+    Ok([apart(plain(&rounded)?)?, apart(plain(&exact)?)?])
 }
 
 /// A root-mean-square norm over every stretch of a row that is as long as the weight.

@@ -11,7 +11,8 @@ use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::weights::narrowed;
 use crate::checkpoint::{Activation, Norm};
-pub use attention::{Embedded, Heads, PackPlan, flash_difference};
+pub use attention::{Embedded, Heads, PackPlan, flash_differences};
+pub use plan::ELEMENTS;
 
 /// Normalises the leading columns of every row, as many as there are weights, in float32.
 pub fn normalise(kind: Norm, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

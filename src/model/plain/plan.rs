@@ -3,6 +3,9 @@
 //! A task is a run of queries of one node and the keys that they see, gathered along its path. Tasks of like size make a
 //! batch, lifted to the largest of them by copies of their own first query and first key, so that no sample's numbers
 //! reach another's: a masked key adds exactly nothing only where it is finite.
+//!
+//! Where shapes are fixed, a query's place in its product, and the size of that product, follow from the query's position
+//! and the length of its sample alone, whatever the pack holds and however the sample was cut into nodes.
 
 use std::ops::Range;
 
@@ -10,10 +13,15 @@ use crate::model::pack::Pack;
 
 /// Queries of one task, at most.
 const QUERIES: usize = 512;
-/// Elements of a batch's scores, at most, where one task alone does not have more: a quarter of a gigabyte in float32.
-const ELEMENTS: usize = 1 << 26;
+/// Elements of a batch's scores, and of its gathered keys, at most, where one task alone does not have more: a quarter of a
+/// gigabyte in float32.
+pub const ELEMENTS: usize = 1 << 26;
 /// The fewest that a size is lifted to.
 const SMALLEST: usize = 16;
+/// Positions whose queries are in one task where shapes are fixed.
+const FIXED_QUERIES: usize = 64;
+/// Tasks of a product where shapes are fixed, unless its scores would be too many elements.
+const FIXED_TASKS: usize = 8;
 
 /// Some queries of one node, and the keys that at least one of them sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +33,8 @@ pub struct Task {
     pub position: usize,
     /// Positions.
     pub keys: Range<usize>,
+    /// The place of the first query in the product.
+    pub slot: usize,
 }
 
 /// What a query at one position sees.
@@ -46,22 +56,72 @@ pub fn tasks(pack: &Pack, heads: usize, sight: Sight) -> Vec<Task> {
             let (position, last) = (run.start + first, run.start + first + queries.len() - 1);
             let window = sight.window.unwrap_or(total);
             let end = if sight.causal { last + 1 } else { total.min(last.saturating_add(window)) };
-            tasks.push(Task { node, queries, position, keys: (position + 1).saturating_sub(window)..end });
+            tasks.push(Task { node, queries, position, keys: (position + 1).saturating_sub(window)..end, slot: 0 });
         }
     }
     tasks
+}
+
+/// What of a model decides how much a task takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Width {
+    pub heads: usize,
+    /// Columns of the keys: those of all their heads.
+    pub keys: usize,
+}
+
+impl Width {
+    /// Elements that so many queries and keys of one task take.
+    fn elements(self, queries: usize, keys: usize) -> usize {
+        keys * (self.heads * queries).max(self.keys).max(1)
+    }
 }
 
 /// Tasks that are computed in one product, and the size that all of them are lifted to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     pub tasks: Vec<Task>,
+    /// As many as the product is made for: behind the last task the first one stands again.
+    pub count: usize,
     pub queries: usize,
     pub keys: usize,
 }
 
+/// Every task in one batch, in shapes that are fixed.
+pub fn fixed_batches(pack: &Pack, width: Width, sight: Sight) -> Vec<Batch> {
+    let mut tasks: Vec<(usize, Task)> = Vec::new();
+    for (node, run) in pack.nodes().iter().enumerate() {
+        let total = run.start + run.rows.len();
+        let window = sight.window.unwrap_or(usize::MAX);
+        let mut position = run.start;
+        while position < total {
+            let first = position - position % FIXED_QUERIES;
+            let next = total.min(first + FIXED_QUERIES);
+            let row = run.rows.start + position - run.start;
+            // What the queries of all these positions see, be they here or in another node.
+            let start = (first + 1).saturating_sub(window);
+            let end = if sight.causal { first + FIXED_QUERIES } else { total.min((first + FIXED_QUERIES - 1).saturating_add(window)) };
+            let task = Task { node, queries: row..row + next - position, position, keys: start..end.min(total), slot: position - first };
+            tasks.push((class(end - start), task));
+            position = next;
+        }
+    }
+    tasks.sort_by_key(|(keys, _)| *keys);
+    let mut batches: Vec<Batch> = Vec::new();
+    for (keys, task) in tasks {
+        match batches.last_mut() {
+            Some(batch) if batch.keys == keys && batch.tasks.len() < batch.count => batch.tasks.push(task),
+            _ => {
+                let count = (ELEMENTS / width.elements(FIXED_QUERIES, keys).max(1)).clamp(1, FIXED_TASKS);
+                batches.push(Batch { tasks: vec![task], count, queries: FIXED_QUERIES, keys });
+            }
+        }
+    }
+    batches
+}
+
 /// Every task in one batch.
-pub fn batches(mut tasks: Vec<Task>, heads: usize) -> Vec<Batch> {
+pub fn batches(mut tasks: Vec<Task>, width: Width) -> Vec<Batch> {
     // A stable sort: within a size the order of the nodes stays.
     tasks.sort_by_key(size);
     let mut batches: Vec<Batch> = Vec::new();
@@ -69,13 +129,14 @@ pub fn batches(mut tasks: Vec<Task>, heads: usize) -> Vec<Batch> {
         let (queries, keys) = (task.queries.len(), task.keys.len());
         if let Some(batch) = batches.last_mut()
             && batch.tasks.first().map(size) == Some(size(&task))
-            && (batch.tasks.len() + 1) * heads * batch.queries.max(queries) * batch.keys.max(keys) <= ELEMENTS
+            && (batch.tasks.len() + 1) * width.elements(batch.queries.max(queries), batch.keys.max(keys)) <= ELEMENTS
         {
             (batch.queries, batch.keys) = (batch.queries.max(queries), batch.keys.max(keys));
             batch.tasks.push(task);
+            batch.count += 1;
             continue;
         }
-        batches.push(Batch { tasks: vec![task], queries, keys });
+        batches.push(Batch { tasks: vec![task], count: 1, queries, keys });
     }
     batches
 }
@@ -150,12 +211,47 @@ mod tests {
         }
 
         #[test]
-        fn batches_hold_every_task_once_and_little_more_than_they_need(samples in samples(), heads in 1usize..40) {
+        fn the_shape_that_a_query_meets_follows_from_its_sample_alone(samples in samples(), window in prop::option::of(1usize..700), causal in any::<bool>(), heads in 1usize..40) {
+            let (sight, width) = (Sight { causal, window }, Width { heads, keys: 128 });
+            // For every row of a pack: the size of its product, its place in it, and the first key.
+            let places = |pack: &Pack| {
+                let mut places = vec![None; pack.computed_tokens()];
+                for batch in fixed_batches(pack, width, sight) {
+                    assert!(batch.tasks.len() <= batch.count && batch.tasks.iter().all(|task| task.keys.len() <= batch.keys));
+                    for task in &batch.tasks {
+                        for (place, row) in task.queries.clone().enumerate() {
+                            let known = places[row].replace((batch.count, batch.queries, batch.keys, task.slot + place, task.keys.start));
+                            assert!(known.is_none() && task.slot + place < batch.queries);
+                            let position = task.position + place;
+                            let total = pack.nodes()[task.node].start + pack.nodes()[task.node].rows.len();
+                            let sees = |key: &usize| if causal { *key <= position } else { true } && position.abs_diff(*key) < window.unwrap_or(usize::MAX);
+                            assert!((0..total).filter(sees).all(|key| task.keys.contains(&key)));
+                        }
+                    }
+                }
+                places
+            };
+            // Only decoders share what they begin with.
+            let encodings: Vec<_> = samples.iter().map(|ids| Arc::new(Encoding::for_test(ids.clone()))).collect();
+            let pack = Pack::forest(&encodings, |_| causal.then(Vec::new));
+            let together = places(&pack);
+            prop_assert!(together.iter().all(Option::is_some));
+            for (sample, encoding) in encodings.iter().enumerate() {
+                let alone = places(&Pack::new(std::slice::from_ref(encoding)));
+                for (position, place) in alone.iter().take(encoding.tokens()).enumerate() {
+                    prop_assert_eq!(*place, together[pack.row(sample, position)], "position {}", position);
+                }
+            }
+        }
+
+        #[test]
+        fn batches_hold_every_task_once_and_little_more_than_they_need(samples in samples(), heads in 1usize..40, keys in 1usize..4000) {
             let tasks = tasks(&forest(&samples), heads, Sight { causal: true, window: None });
             let count = tasks.len();
-            let batches = batches(tasks.clone(), heads);
+            let batches = batches(tasks.clone(), Width { heads, keys });
             prop_assert_eq!(batches.iter().map(|batch| batch.tasks.len()).sum::<usize>(), count);
             for batch in batches {
+                prop_assert_eq!(batch.count, batch.tasks.len());
                 for task in &batch.tasks {
                     let (queries, keys) = (task.queries.len(), task.keys.len());
                     prop_assert!(queries <= batch.queries && keys <= batch.keys);
@@ -163,8 +259,8 @@ mod tests {
                     let most = |count: usize| count + (count / 4).max(SMALLEST - 1);
                     prop_assert!(batch.queries <= most(queries) && batch.keys <= most(keys), "{queries} x {keys} in {batch:?}");
                 }
-                let elements = batch.tasks.len() * heads * batch.queries * batch.keys;
-                prop_assert!(batch.tasks.len() == 1 || elements <= ELEMENTS);
+                let (scores, gathered) = (heads * batch.queries * batch.keys, keys * batch.keys);
+                prop_assert!(batch.tasks.len() == 1 || batch.tasks.len() * scores.max(gathered) <= ELEMENTS);
             }
         }
     }

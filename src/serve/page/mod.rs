@@ -108,7 +108,7 @@ impl Page {
 
     fn model(&self) -> Option<Value> {
         let live = self.engine.registry().current()?;
-        let max_pack_tokens = self.engine.scorer().options().max_pack_tokens;
+        let max_pack_tokens = self.engine.scorer().max_pack_tokens();
         let wire = convert::generation(&live.describe(), GenerationState::Live, self.engine.instance(), max_pack_tokens);
         let resident: Vec<&str> = live.resident().map(|name| name.as_str()).collect();
         let members: Vec<Value> = wire
