@@ -108,6 +108,66 @@ fn a_plan_tells_what_a_server_needs_to_compare_and_keeps_of_prompts() {
 }
 
 #[test]
+fn a_plan_counts_the_memory_of_a_device_that_need_not_be_here() {
+    let member = family("qwen3").join("member-0").display().to_string();
+    let (code, plan) = json_of(&warm(["plan", &member, "--device", "cuda:0", "--device-memory", "80GiB", "--json"]));
+    let device = &plan["device"];
+    assert_eq!((code, &plan["ok"], &device["device"], &device["way"]), (Some(0), &json!(true), &json!("cuda:0"), &json!("plain")));
+    assert_eq!((&device["memory_bytes"], &device["max_pack_tokens"]), (&json!(80u64 << 30), &json!(16_384)));
+    let parts = ["weights", "members", "activations", "prefix_cache", "driver"].map(|part| device[part].as_u64().expect("bytes"));
+    assert_eq!(device["needed"].as_u64(), Some(parts.iter().sum()));
+    // What does not fit ends with 2, and says what would help.
+    let refused = warm(["plan", &member, "--device", "cpu", "--device-memory", "1MiB", "--max-pack-tokens", "4096"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(err(&refused).contains("tensor parallelism is not done") && out(&refused).contains("packs of 4096 tokens"), "{refused:?}");
+    let absent = warm(["plan", &member, "--device", "cuda:999"]);
+    assert_eq!(absent.status.code(), Some(2));
+    assert!(err(&absent).contains("device cuda:999: ") && err(&absent).contains("--device-memory"), "{absent:?}");
+}
+
+#[test]
+fn a_plan_counts_the_cards_of_a_step_by_a_rate_that_was_told_or_measured() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let member = family("qwen3").join("member-0").display().to_string();
+    let workload = ["--workload", "prompts=512,group=16,prompt=100,completion=20", "--step-seconds", "10"];
+    let plan = |more: &[&str]| {
+        let arguments = ["plan", &member].into_iter().chain(workload).chain(more.iter().copied());
+        warm(arguments.collect::<Vec<_>>())
+    };
+    // 512 x (100 + 16 x 20) = 215,040 distinct tokens.
+    let output = plan(&["--tokens-per-second", "1000"]);
+    assert!(out(&output).contains("215040 of them distinct") && out(&output).contains("within 10 s: 22 cards"), "{output:?}");
+    let report = dir.path().join("bench.json").display().to_string();
+    let measured = json!({"per_second": {"requests": 5.12}, "workload": {"group": 16, "prompt_tokens": 100, "completion_tokens": 20}});
+    std::fs::write(&report, measured.to_string()).expect("written");
+    let (code, found) = json_of(&plan(&["--rate-from", &report, "--json"]));
+    assert_eq!((code, &found["step"]["cards"], &found["step"]["seconds"]), (Some(0), &json!(10), &json!(100.0)));
+    let here = plan(&["--measure", "--device", "cpu"]);
+    assert!(out(&here).contains("measured (here, on cpu)") && out(&here).contains("within 10 s: "), "{here:?}");
+    let wrong = warm(["plan", &member, "--workload", "prompts=512,group=0,prompt=1,completion=1"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(err(&wrong).contains("group: expected a whole number from 1"), "{wrong:?}");
+}
+
+#[test]
+fn quantised_checkpoints_are_refused_by_the_plan_in_a_sentence() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let member = family("qwen3").join("member-0");
+    for file in std::fs::read_dir(&member).expect("a folder") {
+        let file = file.expect("a file").path();
+        std::fs::copy(&file, dir.path().join(file.file_name().expect("a name"))).expect("copied");
+    }
+    let path = dir.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("a config")).expect("JSON");
+    config["quantization_config"] = json!({"quant_method": "compressed-tensors", "format": "float-quantized"});
+    std::fs::write(&path, config.to_string()).expect("written");
+    let refused = warm(["plan", &dir.path().display().to_string()]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(err(&refused).contains("the checkpoint is quantised (compressed-tensors)"), "{refused:?}");
+    assert!(err(&refused).contains("FP8 and other quantised weights are not done"), "{refused:?}");
+}
+
+#[test]
 fn a_plan_that_cannot_be_made_lists_every_reason_and_exits_with_two() {
     let dir = tempfile::tempdir().expect("a folder");
     let (one, other) = (family("qwen3").join("member-0"), family("llama").join("member-0"));

@@ -18,7 +18,7 @@ use clap::Args;
 
 use self::arrivals::Arrivals;
 use self::load::{Pace, Window};
-use self::report::Report;
+use self::report::{Groups, Report};
 use self::server::{Connections, Server, Stream};
 use self::shape::{Shape, Span};
 use self::tally::Tally;
@@ -127,13 +127,21 @@ async fn drive(arguments: &BenchArgs) -> Result<ExitCode, CommandError> {
         stopped = true;
     };
     let tally = load::run(target, pace, window, tally, clock, stop).await;
-    let report = Report { address: &arguments.addr, model: &model, load: &load, tally: &tally, stopped };
+    let report = Report { address: &arguments.addr, model: &model, load: &load, workload: groups(arguments), tally: &tally, stopped };
     if arguments.json {
         println!("{}", report.json());
     } else {
         println!("{report}");
     }
     Ok(if tally.scored.summary().count > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The groups that are sent, where one goes with each request.
+fn groups(arguments: &BenchArgs) -> Option<Groups> {
+    let mean = |span: Span| (f64::from(span.least) + f64::from(span.most)) / 2.0;
+    let (prompt_tokens, completion_tokens) = (mean(arguments.prompt_tokens), mean(arguments.completion_tokens));
+    let whole = arguments.input.is_none() && !arguments.singles;
+    whole.then_some(Groups { group: arguments.group, prompt_tokens, completion_tokens })
 }
 
 async fn connect(address: &str, connections: usize) -> Result<Vec<Client>, ClientError> {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::tally::{Summary, Tally};
@@ -14,8 +15,18 @@ pub(super) struct Report<'a> {
     pub model: &'a wire::Generation,
     /// The load, in words.
     pub load: &'a str,
+    /// The groups that were sent, on average, where each request was one of random tokens.
+    pub workload: Option<Groups>,
     pub tally: &'a Tally,
     pub stopped: bool,
+}
+
+/// What `warm plan --workload` can count with.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Groups {
+    pub group: usize,
+    pub prompt_tokens: f64,
+    pub completion_tokens: f64,
 }
 
 impl Report<'_> {
@@ -37,6 +48,7 @@ impl Report<'_> {
                 "fingerprint": self.fingerprint(),
             },
             "load": self.load,
+            "workload": self.workload,
             "stopped": self.stopped,
             "seconds": tally.span().as_secs_f64(),
             "requests": {
@@ -144,8 +156,9 @@ mod tests {
     }
 
     fn with(report: impl FnOnce(Report)) {
+        let groups = Groups { group: 4, prompt_tokens: 100.0, completion_tokens: 25.5 };
         let model = wire::Generation { architecture: "qwen3".into(), parameters: 60_000_000, ..Default::default() };
-        report(Report { address: "here:1", model: &model, load: "closed loop", tally: &tally(), stopped: true });
+        report(Report { address: "here:1", model: &model, load: "closed loop", workload: Some(groups), tally: &tally(), stopped: true });
     }
 
     #[test]
@@ -169,6 +182,10 @@ mod tests {
         with(|report| {
             let json = report.json();
             assert_eq!(json["per_second"]["tokens"], 500.0);
+            assert_eq!(json["workload"], json!({"group": 4, "prompt_tokens": 100.0, "completion_tokens": 25.5}));
+            let rate = crate::offline::Rate::of_bench(&json, "bench.json").expect("a plan can read it");
+            let plan = "group=4,prompts=1,prompt=100,completion=26".parse().expect("a workload");
+            assert_eq!(rate, crate::offline::Rate::Measured { groups_per_second: 0.5, of: plan, source: "bench.json".to_owned() });
             assert_eq!(json["requests"]["refused"]["RESOURCE_EXHAUSTED"], 1);
             assert!(json["latency_ms"]["scored"]["p99.9"].as_f64().is_some_and(|ms| (ms - 2000.0).abs() < 3.0), "{json}");
             assert_eq!(json["reward_checksum"].as_str().map(str::len), Some(16));
