@@ -4,6 +4,7 @@
 //! ```text
 //! cargo bench --features cuda --bench gpu -- rates --device cuda:0 --dtype bfloat16 CHECKPOINT_DIR...
 //! cargo bench --features cuda --bench gpu -- parity --device cuda:0 --dtype float32 CONFORMANCE_DIR
+//! cargo bench --features cuda,flash-attn --bench gpu -- flash --device cuda:0
 //! cargo bench --features cuda --bench gpu -- scores --device cuda:0 --dtype bfloat16 --ids FILE CHECKPOINT_DIR
 //! ```
 //!
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 use warm::checkpoint::{Architecture, Dtype, Readout, TextFacts};
 use warm::domain::{Sample, Truncation};
 use warm::merge::{MergePlan, Merged, Recipe};
-use warm::model::{self, Pack, Place, RewardModel, What};
+use warm::model::{self, Arithmetic, Pack, Place, RewardModel, What};
 use warm::text::{Encoding, TextOptions, TextPipeline};
 
 type Failure = Box<dyn std::error::Error>;
@@ -38,6 +39,9 @@ struct Arguments {
     pack: usize,
     #[arg(long, default_value_t = 5)]
     rounds: usize,
+    /// Fixed shapes, so that a score has the same bits in any company.
+    #[arg(long)]
+    batch_invariant: bool,
     /// A JSON list of lists of token ids.
     #[arg(long)]
     ids: Option<PathBuf>,
@@ -48,8 +52,14 @@ struct Arguments {
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Mode {
+    /// Load, products, forwards of three kinds of pack, and scores alone against packed.
     Rates,
+    /// Load alone.
+    Load,
+    /// Scores of transformers.
     Parity,
+    /// Flash attention against plain attention.
+    Flash,
     Scores,
 }
 
@@ -60,6 +70,12 @@ struct Loaded {
 }
 
 impl Arguments {
+    /// The model, by its folder.
+    fn name(&self) -> String {
+        let first = self.folders.first().and_then(|folder| folder.file_name());
+        first.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
     fn dtype(&self) -> Result<Dtype, Failure> {
         match self.dtype.as_str() {
             "float32" => Ok(Dtype::F32),
@@ -84,7 +100,8 @@ impl Arguments {
             apart: None,
         };
         let place: Place = self.device.parse()?;
-        let model = model::load_on(&[place], dtype, &what, &mut |_, _| {})?;
+        let arithmetic = Arithmetic { dtype, batch_invariant: self.batch_invariant };
+        let model = model::load_on(&[place], arithmetic, &what, &mut |_, _| {})?;
         let facts = TextFacts::open(&members[0])?;
         let limit = model.limits().max_tokens;
         let text = TextPipeline::new(&facts, TextOptions::new(limit, reward.architecture.vocab_size, jiff::civil::DateTime::default()))?;
@@ -144,7 +161,8 @@ fn matrix_rate(arguments: &Arguments, architecture: &Architecture) -> Result<f64
     Ok(4.0 * 2.0 * (rows * inputs * outputs) as f64 / took)
 }
 
-fn rates(arguments: &Arguments) -> Result<(), Failure> {
+/// Loads a model, and says how long that took beside a plain read of the same files from the page cache.
+fn load(arguments: &Arguments) -> Result<Loaded, Failure> {
     let bytes: u64 = weights(&arguments.folders)?.iter().map(|file| Ok(file.metadata()?.len())).sum::<std::io::Result<u64>>()?;
     let read = seconds(1, || {
         for file in weights(&arguments.folders)? {
@@ -156,12 +174,21 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
     let loaded = arguments.load(&arguments.folders)?;
     let took = start.elapsed().as_secs_f64();
     let on = loaded.model.runs_on().join(", ");
+    let what = if arguments.folders.len() > 1 { format!("load of a merge of {}", arguments.folders.len()) } else { "load".to_owned() };
     println!(
         "{}",
-        json!({"what": "load", "on": on, "bytes": bytes, "seconds": took, "plain_read_seconds": read, "times_a_read": took / read})
+        json!({"what": what, "model": arguments.name(), "on": on, "bytes": bytes, "seconds": took, "plain_read_seconds": read,
+            "times_a_read": took / read})
     );
+    Ok(loaded)
+}
+
+fn rates(arguments: &Arguments) -> Result<(), Failure> {
+    let loaded = load(arguments)?;
+    let (on, name) = (loaded.model.runs_on().join(", "), arguments.name());
+    let invariant = if arguments.batch_invariant { ", batch invariant" } else { "" };
     let rate = matrix_rate(arguments, &loaded.architecture)?;
-    println!("{}", json!({"what": "matrix products", "on": on, "dtype": arguments.dtype, "tera_per_second": rate / 1e12}));
+    println!("{}", json!({"what": "matrix products", "model": name, "on": on, "dtype": arguments.dtype, "tera_per_second": rate / 1e12}));
 
     let a = &loaded.architecture;
     let embedding = (a.vocab_size * a.embedding_size()) as u64;
@@ -199,19 +226,24 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
         let share = computed as f64 * per_token / took / rate;
         println!(
             "{}",
-            json!({"what": what, "on": on, "dtype": arguments.dtype, "samples": samples.len(), "tokens": tokens, "computed": computed,
+            json!({"what": format!("{what}{invariant}"), "model": name, "on": on, "dtype": arguments.dtype, "samples": samples.len(), "tokens": tokens, "computed": computed,
                 "seconds": took, "tokens_per_second": tokens as f64 / took, "share_of_matrix_rate": share})
         );
-        // A score may not depend on its company by more than rounding.
-        let together = loaded.model.forward(&loaded.pack(&samples[..4.min(samples.len())]))?;
-        let mut apart = 0f32;
-        for (sample, together) in samples.iter().zip(&together) {
+        // A score may not depend on its company, nor on whether its beginning is shared, by more than rounding; of fixed
+        // shapes, not at all.
+        let few = &samples[..4.min(samples.len())];
+        let (together, unshared) = (loaded.model.forward(&loaded.pack(few))?, loaded.model.forward(&Pack::new(few))?);
+        let (mut apart, mut sharing, mut equal) = (0f32, 0f32, true);
+        for ((sample, together), unshared) in few.iter().zip(&together).zip(&unshared) {
             let alone = loaded.model.forward(&Pack::new(std::slice::from_ref(sample)))?;
             apart = apart.max((alone[0].reward - together.reward).abs());
+            sharing = sharing.max((unshared.reward - together.reward).abs());
+            equal &= [together, unshared].iter().all(|other| other.reward.to_bits() == alone[0].reward.to_bits());
         }
         println!(
             "{}",
-            json!({"what": format!("{what}, alone against packed"), "on": on, "dtype": arguments.dtype, "largest_difference": apart})
+            json!({"what": format!("alone against packed{invariant}"), "model": name, "samples": what, "on": on, "dtype": arguments.dtype,
+                "largest": apart.max(sharing), "alone": apart, "unshared": sharing, "equal_bits": equal})
         );
     }
     Ok(())
@@ -283,6 +315,23 @@ fn families(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The flash kernels in every shape that a family may ask for.
+fn flash(arguments: &Arguments) -> Result<(), Failure> {
+    let checks = model::flash_checks(arguments.device.parse()?)?;
+    let (mut plain, mut exact, mut absent) = (0f32, 0f32, 0);
+    for check in &checks {
+        println!("{}", json!({"what": "flash", "shape": check}));
+        match (check.from_plain, check.from_float32) {
+            // A NaN is no agreement, and a maximum would pass over it.
+            (Some(a), Some(b)) if a.is_finite() && b.is_finite() => (plain, exact) = (plain.max(a), exact.max(b)),
+            (Some(_), _) => (plain, exact) = (f32::INFINITY, f32::INFINITY),
+            _ => absent += 1,
+        }
+    }
+    println!("{}", json!({"what": "flash, all", "shapes": checks.len(), "absent": absent, "largest": plain.max(exact).min(f32::MAX)}));
+    Ok(())
+}
+
 /// The reward of every list of ids.
 fn scores(arguments: &Arguments) -> Result<(), Failure> {
     let loaded = arguments.load(&arguments.folders)?;
@@ -305,6 +354,8 @@ fn main() -> Result<(), Failure> {
     let arguments = Arguments::parse();
     match arguments.mode {
         Mode::Rates => rates(&arguments),
+        Mode::Load => load(&arguments).map(|_| ()),
+        Mode::Flash => flash(&arguments),
         Mode::Parity => parity(&arguments),
         Mode::Scores => scores(&arguments),
     }

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Checks and figures of one card. Run it where the card is, with the programs that deploy/cuda/build.sh made elsewhere:
 #
-#   WARM_CUDA_BENCH=1 deploy/cuda/build.sh FOLDER            where the programs are built
-#   benches/gpu.sh checks  WARM GPU_BENCH OUT [FAMILIES]     minutes: golden scores, rank agreement, rates of 0.6B
+#   WARM_CUDA_BENCH=1 deploy/cuda/build.sh FOLDER [cuda,flash-attn]    where the programs are built
+#   benches/gpu.sh checks  WARM GPU_BENCH OUT [FAMILIES]     minutes: golden scores, flash kernels, rank agreement, 0.6B
 #   benches/gpu.sh rates   WARM GPU_BENCH OUT                10 minutes: 1B and 8B, a merge of four, a saturated server
+#   benches/gpu.sh dry     WARM GPU_BENCH OUT [FAMILIES]     every row once on the CPU, with a tiny model: no figure counts
 #
 # WARM is the program, GPU_BENCH the bench (target/release/deps/gpu-*), OUT a folder for models (40 GB for `rates`) and results.
-# It needs Python with torch and transformers. Every result is a line of JSON in OUT/results.jsonl; the table comes last.
+# Python alone is enough; what is held beside transformers is skipped where there is no torch. Every result is a line of JSON
+# in OUT/results-PART.jsonl; the table comes last, and what misses its bound is said there.
 set -euo pipefail
-part=${1:?usage: $0 checks|rates WARM GPU_BENCH OUT [FAMILIES]} warm=$2 bench=$3 out=$4
+part=${1:?usage: $0 checks|rates|dry WARM GPU_BENCH OUT [FAMILIES]} warm=$2 bench=$3 out=$4
 here=$(cd "$(dirname "$0")" && pwd)
 families=${5:-$here/../tests/fixtures/conformance}
 device=${WARM_GPU_DEVICE:-cuda:0}
 models=$out/models
 mkdir -p "$models"
-results=$out/results.jsonl
+results=$out/results-$part.jsonl
 : >"$results"
 
 # One result may fail without those behind it being lost; what failed is told, and the exit code says so.
@@ -23,28 +25,54 @@ run() {
     echo "== $*" >&2
     "$@" >>"$results" || { echo "FAILED: $*" >&2; failed=1; }
 }
+peer() {
+    run python3 "$here/peers/gpu.py" "$@"
+}
+rates() {
+    run "$bench" rates --device "$device" --dtype bfloat16 "$@"
+}
 
 "$warm" devices >&2
 case $part in
 checks)
     # In float32 on the plain path: every family against the scores of transformers.
     run "$bench" parity --device "$device" --dtype float32 "$families"
-    run python3 "$here/peers/gpu.py" make "$models" qwen3-0.6b
-    run "$bench" rates --device "$device" --dtype bfloat16 "$models/qwen3-0.6b"
-    run python3 "$here/peers/gpu.py" beside "$models/qwen3-0.6b" --bench "$bench" --device "$device"
+    run "$bench" flash --device "$device"
+    peer make "$models" qwen3-0.6b
+    rates "$models/qwen3-0.6b"
+    # What equal bits cost is the difference to the rates before.
+    rates --batch-invariant "$models/qwen3-0.6b"
+    peer beside "$models/qwen3-0.6b" --bench "$bench" --device "$device"
+    peer step "$models/qwen3-0.6b" --warm "$warm" --device "$device"
     ;;
 rates)
-    run python3 "$here/peers/gpu.py" make "$models" llama-1b --members 4
-    run "$bench" rates --device "$device" --dtype bfloat16 "$models/llama-1b"
-    run python3 "$here/peers/gpu.py" beside "$models/llama-1b" --bench "$bench" --device "$device"
-    run "$bench" rates --rounds 1 --device "$device" --dtype bfloat16 "$models"/llama-1b-member-*
-    run python3 "$here/peers/gpu.py" server "$models/llama-1b" --warm "$warm" --bench "$bench" --device "$device"
+    peer make "$models" llama-1b --members 4
+    rates "$models/llama-1b"
+    peer beside "$models/llama-1b" --bench "$bench" --device "$device"
+    run "$bench" load --device "$device" --dtype bfloat16 "$models"/llama-1b-member-*
+    peer server "$models/llama-1b" --warm "$warm" --bench "$bench" --device "$device"
+    peer step "$models/llama-1b" --warm "$warm" --device "$device"
     rm -rf "$models"/llama-1b*
-    run python3 "$here/peers/gpu.py" make "$models" llama-8b
-    run "$bench" rates --rounds 3 --device "$device" --dtype bfloat16 "$models/llama-8b"
+    peer make "$models" llama-8b
+    rates --rounds 3 "$models/llama-8b"
+    rates --rounds 3 --batch-invariant "$models/llama-8b"
+    peer step "$models/llama-8b" --warm "$warm" --device "$device"
+    ;;
+dry)
+    device=cpu
+    run "$bench" parity --device cpu --dtype float32 "$families"
+    # The kernels are not there without a card.
+    "$bench" flash --device cpu >>"$results" 2>/dev/null || echo '{"what": "flash, skipped"}' >>"$results"
+    peer make "$models" tiny --members 4
+    rates --pack 2048 --rounds 1 "$models/tiny"
+    rates --pack 2048 --rounds 1 --batch-invariant "$models/tiny"
+    peer beside "$models/tiny" --bench "$bench" --device cpu --rounds 1
+    run "$bench" load --device cpu --dtype bfloat16 "$models"/tiny-member-*
+    peer server "$models/tiny" --warm "$warm" --bench "$bench" --device cpu --rounds 1 --seconds 2s
+    peer step "$models/tiny" --warm "$warm" --device cpu
     ;;
 *)
-    echo "expected checks or rates, found $part" >&2
+    echo "expected checks, rates or dry, found $part" >&2
     exit 2
     ;;
 esac
