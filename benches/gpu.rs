@@ -194,10 +194,11 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
     let embedding = (a.vocab_size * a.embedding_size()) as u64;
     // Two operations a weight and token; attention is not counted.
     let per_token = 2.0 * (loaded.model.limits().parameters - embedding) as f64;
-    let long = 1024.min(loaded.model.limits().max_tokens / 2);
+    let positions = loaded.model.limits().max_tokens.min(a.max_positions);
+    let long = 1024.min(positions / 2);
     let equal: Vec<Vec<u32>> = (0..(arguments.pack / long).max(1)).map(|seed| loaded.random(long, seed)).collect();
     // From a sixteenth of that length to four times it, evenly on a scale of doublings.
-    let most = loaded.model.limits().max_tokens.min(4 * long);
+    let most = positions.min(4 * long);
     let mixed: Vec<Vec<u32>> = (0..64usize)
         .map(|i| ((long / 16).max(1) as f64 * 64f64.powf(i as f64 / 63.0)) as usize)
         .map(|length| loaded.random(length.min(most), length))

@@ -53,8 +53,21 @@ BOUNDS = {
 }
 # The part of the card's own rate of matrix products that packs of equal lengths must reach, by the shape.
 SHARES = {"llama-8b": 0.60, "llama-1b": 0.45, "qwen3-0.6b": 0.35}
-# What a trainer with 64 cards scores in one step.
-STEP = "prompts=512,group=16,prompt=1024,completion=2048"
+# A model that is only to show that everything runs reads no more than this.
+SMALL_POSITIONS = 256
+
+
+def lengths(model):
+    """Tokens of a prompt and of its completions, as the bench has them for this model."""
+    most = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    long = min(1024, most // 2)
+    return long, long // 4
+
+
+def trainers_step(model):
+    """What a trainer with 64 cards scores at once."""
+    prompt, completion = lengths(model)
+    return f"prompts=512,group=16,prompt={prompt},completion={2 * prompt if prompt == 1024 else completion}"
 
 
 def say(**result):
@@ -100,7 +113,7 @@ def shapes_of(kind, n):
 def make(folder, shape, members):
     kind, numbers = SHAPES[shape]
     config = dict(numbers, architectures=[f"{kind}ForSequenceClassification"], model_type=kind.lower(), dtype="bfloat16", torch_dtype="bfloat16",
-                  max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5, hidden_act="silu", attention_bias=False,
+                  max_position_embeddings=SMALL_POSITIONS if shape == "tiny" else 8192, rope_theta=500000.0, rms_norm_eps=1e-5, hidden_act="silu", attention_bias=False,
                   mlp_bias=False, num_labels=1, id2label={"0": "LABEL_0"}, pad_token_id=0, eos_token_id=2, bos_token_id=1, use_cache=False)
     tensors = list(shapes_of(kind, numbers))
     blocks = {}
@@ -190,13 +203,15 @@ def beside(model, program, device, rounds):
         say(what="beside transformers", model=model.name, skipped=str(error))
         return
 
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    config = json.loads((model / "config.json").read_text())
+    vocabulary, positions = config["vocab_size"], config["max_position_embeddings"]
     rng = random.Random(1)
+    long, short = lengths(model)
     # Groups of eight completions of one prompt: a reward is compared within its group.
     groups = []
     for _ in range(32):
-        prompt = ids(rng, vocabulary, rng.randrange(50, 300))
-        groups.append([prompt + ids(rng, vocabulary, rng.randrange(20, 200)) for _ in range(8)])
+        prompt = ids(rng, vocabulary, rng.randrange(long // 16, long // 4))
+        groups.append([prompt + ids(rng, vocabulary, rng.randrange(long // 32, long // 4)) for _ in range(8)])
     samples = [sample for group in groups for sample in group]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "ids.json"
@@ -217,9 +232,9 @@ def beside(model, program, device, rounds):
     peer = Peer(model, torch.bfloat16)
     rates = {result["what"]: result for result in bench(program, ["rates", "--rounds", rounds, "--device", device, "--dtype", "bfloat16", str(model)])}
     # The same lengths as in the bench: 64 to 4096 evenly on a scale of doublings, and 16 completions of 256 behind 1024.
-    mixed = [ids(rng, vocabulary, int(64 * 64 ** (i / 63))) for i in range(64)]
-    prompt = ids(rng, vocabulary, 1024)
-    group = [prompt + ids(rng, vocabulary, 256) for _ in range(16)]
+    mixed = [ids(rng, vocabulary, min(int(long / 16 * 64 ** (i / 63)), positions, 4 * long)) for i in range(64)]
+    prompt = ids(rng, vocabulary, long)
+    group = [prompt + ids(rng, vocabulary, short) for _ in range(16)]
     for what, samples in (("mixed lengths", mixed), ("a group", group)):
         theirs = sum(len(sample) for sample in samples) / peer.seconds(samples)
         ours = rates[what]["tokens_per_second"]
@@ -228,6 +243,7 @@ def beside(model, program, device, rounds):
 
 def server(model, warm, program, device, rounds, seconds):
     rates = {result["what"]: result for result in bench(program, ["rates", "--rounds", rounds, "--device", device, "--dtype", "bfloat16", str(model)])}
+    prompt, completion = lengths(model)
     engine = rates["a group"]["tokens_per_second"]
     arguments = [warm, "serve", str(model), "--device", device, "--dtype", "bfloat16", "--max-pack-tokens", "16384",
                  "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s"]
@@ -243,8 +259,8 @@ def server(model, warm, program, device, rounds, seconds):
         # Somebody has to go on reading, or the server stops at a full pipe.
         threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
         # The group of the engine's own rate, from many callers at once.
-        run = [warm, "bench", "--addr", address, "--duration", seconds, "--concurrency", "32", "--prompt-tokens", "1024",
-               "--completion-tokens", "256", "--group", "16", "--json"]
+        run = [warm, "bench", "--addr", address, "--duration", seconds, "--concurrency", "32", "--prompt-tokens", str(prompt),
+               "--completion-tokens", str(completion), "--group", "16", "--json"]
         found = json.loads(subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout)
         rate = found["per_second"]["tokens"]
         say(what="a saturated server", model=model.name, tokens_per_second=rate, engine=engine, share_of_engine=rate / engine,
@@ -256,10 +272,11 @@ def server(model, warm, program, device, rounds, seconds):
 
 def step(model, warm, device):
     """A trainer's step by the rate of groups like its own, measured on the card."""
-    run = [warm, "plan", str(model), "--dtype", "bfloat16", "--device", device, "--max-pack-tokens", "16384", "--workload", STEP,
+    workload = trainers_step(model)
+    run = [warm, "plan", str(model), "--dtype", "bfloat16", "--device", device, "--max-pack-tokens", "16384", "--workload", workload,
            "--step-seconds", "60", "--measure", "--json"]
     found = json.loads(subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout)["step"]
-    say(what="a step of 64 cards' trainer", model=model.name, workload=STEP, seconds=found["seconds"], cards_for_60_s=found["cards"],
+    say(what="a step of 64 cards' trainer", model=model.name, workload=workload, seconds=found["seconds"], cards_for_60_s=found["cards"],
         distinct_tokens=found["distinct_tokens"], rate=found["rate"])
 
 

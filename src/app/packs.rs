@@ -62,6 +62,8 @@ impl Measure {
     pub(super) fn measured(&self, generation: &Generation) -> usize {
         let model = generation.model();
         let Some(pack) = warm_up_pack(generation, self.most) else { return self.most };
+        // What is kept for later would count as taken, and these samples do not come again.
+        model.keep_prefixes(0);
         let mut seen: Option<Seen> = None;
         for (device, place) in self.places.iter().enumerate() {
             let (outcome, bytes) = rise(|| used_on(*place), || model.forward_on(device, &pack));
@@ -71,6 +73,7 @@ impl Measure {
             let of = bytes.map(|bytes| Seen { tokens: pack.computed_tokens(), bytes });
             seen = [seen, of].into_iter().flatten().max_by_key(|seen| seen.bytes);
         }
+        model.keep_prefixes(self.prefix_cache as usize / (1 + generation.resident().count()));
         let promised = if self.places.contains(&Place::Cpu) { self.prefix_cache } else { 0 };
         let another = if self.swap == Swap::Beside { generation.device_bytes() } else { 0 };
         let Some(free) = free_on(&self.places) else { return self.most };
