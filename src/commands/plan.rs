@@ -15,7 +15,7 @@ use crate::domain::GenerationId;
 use crate::merge::{MergeError, MergePlan, Recipe};
 use crate::model::{Arithmetic, DeviceChoice, Place, inventory};
 use crate::offline::{DevicePlan, DeviceRequest, PlanSummary, Rate, StepPlan, Workload, measure};
-use crate::registry::{Ensemble, LoadSpec, Swap, load_generation};
+use crate::registry::{Ensemble, LoadSpec, Swap, load_generation, members_on_one_base};
 
 /// The recipe is wrong, its members cannot be merged, or what they make does not fit.
 const EXIT_REFUSED: u8 = 2;
@@ -109,6 +109,7 @@ fn above_zero(text: &str) -> Result<f64, String> {
 enum Members {
     Off,
     Resident,
+    Adapters,
     Streamed,
 }
 
@@ -189,16 +190,27 @@ impl DeviceArgs {
                 }
             },
         };
+        let dtype = plan.recipe().dtype();
+        let on_one_base = members_on_one_base(plan, &[place], dtype).map(|bytes| bytes.total());
+        let members_on_one_base = match (self.ensemble, on_one_base) {
+            (Members::Adapters, Err(problem)) if plan.members().len() > 1 => {
+                problems.push(format!("ensemble: expected members that are adapters on one base, found that {problem}"));
+                None
+            }
+            (_, bytes) => bytes.ok(),
+        };
         let request = DeviceRequest {
             place,
             memory: told.or_else(|| memory_of(place)),
-            arithmetic: Arithmetic { dtype: plan.recipe().dtype(), batch_invariant: self.batch_invariant },
+            arithmetic: Arithmetic { dtype, batch_invariant: self.batch_invariant },
             ensemble: match self.ensemble {
                 Members::Off => Ensemble::Off,
                 Members::Resident => Ensemble::Resident,
+                Members::Adapters => Ensemble::Adapters,
                 Members::Streamed => Ensemble::Streamed,
             },
             members: plan.members().len(),
+            members_on_one_base,
             max_pack_tokens: self.max_pack_tokens.0,
             prefix_cache_bytes,
             swap: match self.swap {

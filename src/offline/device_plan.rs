@@ -18,6 +18,8 @@ pub struct DeviceRequest {
     pub arithmetic: Arithmetic,
     pub ensemble: Ensemble,
     pub members: usize,
+    /// Of all members as adapters on one base, where they are that.
+    pub members_on_one_base: Option<u64>,
     /// `None`: as many as there is room for, and as are of use.
     pub max_pack_tokens: Option<usize>,
     pub prefix_cache_bytes: u64,
@@ -72,13 +74,14 @@ impl DevicePlan {
         let way = place.way(arithmetic, architecture);
         let dtype = if way == Way::Kernels { Dtype::F32 } else { arithmetic.dtype };
         let weights = model::device_bytes_on(&[place], arithmetic.dtype, manifest);
-        let beside = match request.ensemble {
+        let whole = |count: usize| weights.saturating_mul(count as u64);
+        let members = match (request.ensemble, request.members) {
             // The merge of one is that one.
-            Ensemble::Resident if request.members > 1 => request.members as u64,
-            Ensemble::Streamed => 1,
-            _ => 0,
+            (Ensemble::Off, _) | (Ensemble::Resident | Ensemble::Adapters, 1) => 0,
+            (Ensemble::Resident, count) => whole(count),
+            (Ensemble::Adapters, count) => request.members_on_one_base.unwrap_or_else(|| whole(count)),
+            (Ensemble::Streamed, _) => weights,
         };
-        let members = weights.saturating_mul(beside);
         let prefix_cache = if way == Way::Kernels && architecture.causal { request.prefix_cache_bytes } else { 0 };
         let driver = if place == Place::Cpu { 0 } else { DRIVER };
         let standing = weights.saturating_add(members).saturating_add(prefix_cache).saturating_add(driver);
@@ -198,6 +201,7 @@ mod tests {
             arithmetic: Dtype::Bf16.into(),
             ensemble: Ensemble::Off,
             members: 4,
+            members_on_one_base: None,
             max_pack_tokens: None,
             prefix_cache_bytes: 1 << 30,
             swap: Swap::Beside,

@@ -8,7 +8,7 @@ use super::load::{arithmetic, calibration, hex, info, max_tokens, open_text, pro
 use super::members::StreamedMembers;
 use super::weights::{MergedModel, load_merged, remembered};
 use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MeasuredMembers, MemberInfo, Progress};
-use crate::checkpoint::{Readout, SourceError, TensorSource};
+use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::{Fingerprint, GenerationId, MemberName, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
