@@ -58,12 +58,10 @@ const SAMPLE: usize = 256;
 const LOOK: Duration = Duration::from_millis(1);
 
 impl Measure {
-    /// Runs one forward of a generation that nobody uses yet on each of its devices.
+    /// Runs one forward of a generation that nobody uses yet, and that keeps no prompts yet, on each of its devices.
     pub(super) fn measured(&self, generation: &Generation) -> usize {
         let model = generation.model();
         let Some(pack) = warm_up_pack(generation, self.most) else { return self.most };
-        // What is kept for later would count as taken, and these samples do not come again.
-        model.keep_prefixes(0);
         let mut seen: Option<Seen> = None;
         for (device, place) in self.places.iter().enumerate() {
             let (outcome, bytes) = rise(|| used_on(*place), || model.forward_on(device, &pack));
@@ -73,7 +71,6 @@ impl Measure {
             let of = bytes.map(|bytes| Seen { tokens: pack.computed_tokens(), bytes });
             seen = [seen, of].into_iter().flatten().max_by_key(|seen| seen.bytes);
         }
-        model.keep_prefixes(self.prefix_cache as usize / (1 + generation.resident().count()));
         let promised = if self.places.contains(&Place::Cpu) { self.prefix_cache } else { 0 };
         let another = if self.swap == Swap::Beside { generation.device_bytes() } else { 0 };
         let Some(free) = free_on(&self.places) else { return self.most };

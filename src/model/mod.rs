@@ -22,7 +22,9 @@ use std::sync::Arc;
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
 pub use cost::{shared_prefix, token_cost};
-pub use device::{Arithmetic, Card, DeviceChoice, DeviceError, FlashCheck, Inventory, Place, Support, flash_checks, has_room, inventory, run_when_idle};
+pub use device::{
+    Arithmetic, Card, DeviceChoice, DeviceError, FlashCheck, Inventory, Place, Support, flash_checks, has_room, inventory, run_when_idle,
+};
 use device::{Backend, Fault};
 use head::{Head, Verdict};
 pub use memory::{Load, Way, activation_bytes, fitting_pack};

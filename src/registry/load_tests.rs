@@ -9,8 +9,8 @@ use crate::checkpoint::fixture::{self, TINY, Tensors};
 use crate::domain::Sample;
 use crate::domain::Truncation;
 use crate::merge::{CacheOptions, Recipe};
-use crate::model::Pack;
 use crate::model::Arithmetic;
+use crate::model::Pack;
 use crate::text::Encoding;
 
 fn member(dir: &Path, name: &str, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {

@@ -6,8 +6,8 @@ mod cuda;
 mod fault;
 #[cfg_attr(not(feature = "flash-attn"), path = "no_flash.rs")]
 mod flash;
-mod idle;
 mod flash_check;
+mod idle;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,8 +22,8 @@ use super::ops::Ops;
 use super::plain;
 use crate::checkpoint::{Architecture, Dtype};
 pub use fault::Fault;
-pub use idle::run_when_idle;
 pub use flash_check::{FlashCheck, flash_checks};
+pub use idle::run_when_idle;
 
 /// More devices than any machine has.
 const MOST_PLACES: usize = 64;
