@@ -1,13 +1,13 @@
 //! From a sample to the ids that the model reads.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use super::{
     encoding::Encoding,
     options::{BosPolicy, EosPolicy, ReasoningPolicy, TextError, TextOptions, TextPolicy},
     reasoning::{self, Unfinished},
     template::Templates,
-    tokenizer::{Piece, Tokenizer},
+    tokenizer::{KEPT, Piece, Tokenizer},
 };
 use crate::{
     checkpoint::{Names, Readout, TextFacts, TokenName},
@@ -18,7 +18,7 @@ use crate::{
 /// none itself.
 #[derive(Debug)]
 pub struct TextPipeline {
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
     templates: Templates,
     options: TextOptions,
     policy: TextPolicy,
@@ -86,7 +86,7 @@ impl TextPipeline {
         if options.max_tokens == 0 {
             return Err(TextError("max_tokens: expected at least 1, found 0".to_owned()));
         }
-        let tokenizer = Tokenizer::new(facts, options.vocab_rows)?;
+        let tokenizer = KEPT.tokenizer(facts, options.vocab_rows)?;
         let templates = Templates::new(facts, &options.template, options.template_time)?;
         let special = |name: &str| facts.special_tokens().get(name).and_then(|token| Some((token.clone(), tokenizer.id_of(token)?)));
         let (bos, eos) = (special("bos_token"), special("eos_token"));

@@ -1,6 +1,7 @@
 //! The model's tokenizer: text to ids, and the special tokens that its post-processor puts around them.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Encoding as RawEncoding, PostProcessor, PostProcessorWrapper, Token, Tokenizer as RawTokenizer};
@@ -80,6 +81,48 @@ impl Tokenizer {
         let added = self.raw.get_added_vocabulary();
         added.simple_id_to_token(id).is_some_and(|token| added.is_special_token(&token))
     }
+}
+
+/// The tokenizer that was built last, and what it was built from.
+///
+/// The library remembers, thread by thread, the words that it has split, under a number that each tokenizer gets when it is
+/// built, and never forgets them: a server that builds a tokenizer at every reload would grow for as long as it runs. A
+/// reload hardly ever changes the tokenizer, so it takes up the one that is there, and costs no second building of it.
+pub(super) struct Kept(Mutex<Option<(blake3::Hash, Arc<Tokenizer>)>>);
+
+/// That of this process.
+pub(super) static KEPT: Kept = Kept::none();
+
+impl Kept {
+    const fn none() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// The tokenizer of these facts, as [`Tokenizer::new`] builds it.
+    pub(super) fn tokenizer(&self, facts: &TextFacts, vocab_rows: usize) -> Result<Arc<Tokenizer>, TextError> {
+        let source = source(facts, vocab_rows);
+        let kept = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, tokenizer)) = &*kept()
+            && *of == source
+        {
+            return Ok(tokenizer.clone());
+        }
+        let tokenizer = Arc::new(Tokenizer::new(facts, vocab_rows)?);
+        let before = kept().replace((source, tokenizer.clone()));
+        // Freed without the lock.
+        drop(before);
+        Ok(tokenizer)
+    }
+}
+
+/// Everything that [`load`] reads.
+fn source(facts: &TextFacts, vocab_rows: usize) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    let texts = [facts.tokenizer_config().to_string(), facts.post_processor().to_string(), format!("{:?}", facts.special_tokens())];
+    for part in texts.iter().map(String::as_bytes).chain([facts.tokenizer_bytes()]) {
+        hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+    }
+    hasher.update(&(vocab_rows as u64).to_le_bytes()).finalize()
 }
 
 fn load(facts: &TextFacts, vocab_rows: usize) -> Result<Tokenizer, TextError> {
@@ -188,4 +231,38 @@ fn frame(processor: Option<&PostProcessorWrapper>, is_pair: bool) -> Result<Vec<
         return Err(format!("post_processor: expected each segment once, found the first {first} and the second {second} times").into());
     }
     Ok(pieces)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_tokenizer_is_built_again_only_where_anything_that_it_is_built_from_has_changed() {
+        let family = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/family"));
+        let open = |dir: &Path| TextFacts::open(dir).expect("text facts");
+        let kept = Kept::none();
+        let first = kept.tokenizer(&open(&family.join("rm-0")), 4096).expect("a tokenizer");
+        let same = kept.tokenizer(&open(&family.join("rm-1")), 4096).expect("a tokenizer");
+        assert!(Arc::ptr_eq(&first, &same), "members of one family have one tokenizer");
+        let rows = kept.tokenizer(&open(&family.join("rm-0")), 5000).expect("a tokenizer");
+        assert!(!Arc::ptr_eq(&first, &rows));
+
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(family.join("rm-0").join(name), dir.path().join(name)).expect("copied");
+        }
+        let before = kept.tokenizer(&open(dir.path()), 4096).expect("a tokenizer");
+        let path = dir.path().join("tokenizer_config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+        config["split_special_tokens"] = Value::Bool(true);
+        std::fs::write(&path, config.to_string()).expect("written");
+        let split = kept.tokenizer(&open(dir.path()), 4096).expect("a tokenizer");
+        assert!(!Arc::ptr_eq(&before, &split));
+        // Another one that cannot be built leaves what is there.
+        assert!(kept.tokenizer(&open(dir.path()), 1).is_err());
+        assert!(Arc::ptr_eq(&split, &kept.tokenizer(&open(dir.path()), 4096).expect("a tokenizer")));
+    }
 }
