@@ -34,7 +34,7 @@ use crate::serve::{AdminError, CallBook, CallLogOptions, Edge, GrpcOptions, Phas
 use crate::shutdown::Stop;
 
 use device_memory::DeviceMemory;
-pub use loading::{load_spec, loader, with_causes};
+pub use loading::{load_spec, loader, remotes, with_causes};
 pub use memory::limit as memory_limit;
 pub use reloading::{SettingsError, SettingsSource, Started};
 use watching::FileWatch;

@@ -5,6 +5,7 @@
 //!   Reloads of real checkpoints, their faults, and what a crash in the middle leaves.
 //! - `deploy`: manifests, image, rules and dashboard of `deploy/` name only what the program has.
 //! - `merge`: the commands around a merge (plan, report, merge), and a start from the cache of merged weights.
+//! - `program`: the binary where recipes name places on a hub, and the fleet's Job and pods with their own arguments.
 //! - `readme`: the tables of the README are what the code says.
 
 mod deploy;

@@ -65,11 +65,16 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         device: config.device.clone(),
         batch_invariant: config.batch_invariant,
         calibration,
-        remotes: Some(Remotes::from_environment(&config.remotes.0, config.download_max_bytes as u64, Clock::system())),
+        remotes: Some(remotes(config)),
         cache: config.cache.as_ref().map(|cache| CacheOptions { dir: cache.dir.clone(), max_bytes: cache.max_bytes as u64 }),
         members,
         ..LoadSpec::new(recipe)
     })
+}
+
+/// Hubs and buckets, as the settings and the variables of other tools say.
+pub fn remotes(config: &Config) -> Remotes {
+    Remotes::from_environment(&config.remotes.0, config.download_max_bytes as u64, Clock::system())
 }
 
 /// What a new generation is asked before it goes live: the operator's file, or the bundled probes.

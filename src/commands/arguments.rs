@@ -5,10 +5,15 @@ use std::sync::LazyLock;
 
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, ValueEnum};
 
-use super::CommandError;
+use super::progress::Reports;
+use super::{CommandError, Environment};
+use crate::app::remotes;
 use crate::checkpoint::Dtype;
-use crate::config::SETTINGS;
-use crate::merge::Recipe;
+use crate::checkpoint::remote::Remotes;
+use crate::clock::Clock;
+use crate::config::{Resolved, SETTINGS, Sources};
+use crate::merge::{MergePlan, Recipe};
+use crate::registry::Progress;
 
 /// What to serve, and how.
 #[derive(Clone, Debug, Args)]
@@ -35,6 +40,9 @@ pub(super) struct RecipeArgs {
     /// What the merge is stored in, in place of what the recipe says.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<OutputDtype>,
+    /// Bytes of one checkpoint that may be downloaded, as the setting says it.
+    #[arg(long, value_name = "SIZE")]
+    download_max_bytes: Option<String>,
 }
 
 /// What a merge may be stored in.
@@ -46,6 +54,25 @@ enum OutputDtype {
 }
 
 impl RecipeArgs {
+    /// Plans the recipe, and before that fetches what it names that lies elsewhere, which is told on standard error.
+    pub(super) fn plan(&self, remotes: &Remotes) -> Result<MergePlan, CommandError> {
+        let recipe = self.resolve()?;
+        let mut reports = Reports::new(Clock::system());
+        let mut tell = |place: &str, done, total| {
+            if let Some(words) = reports.say(&Progress::download(place, done, total)) {
+                eprintln!("{words}");
+            }
+        };
+        Ok(MergePlan::fetch(&recipe, Some(remotes), &mut tell)?)
+    }
+
+    /// Hubs and buckets, by the same variables and limits as a server's.
+    pub(super) fn remotes(&self, environment: &Environment) -> Result<Remotes, CommandError> {
+        let flags = self.download_max_bytes.iter().map(|size| ("download.max_bytes".to_owned(), size.clone())).collect();
+        let settings = Resolved::new(Sources { environment: environment.clone(), flags, ..Sources::default() })?;
+        Ok(remotes(&settings.config))
+    }
+
     /// Reads the recipe. No checkpoint is opened.
     pub(super) fn resolve(&self) -> Result<Recipe, CommandError> {
         let recipe = match &self.recipe {

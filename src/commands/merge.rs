@@ -11,15 +11,12 @@ use serde_json::json;
 
 use super::arguments::RecipeArgs;
 use super::progress::Reports;
-use super::{CommandError, runtime};
+use super::{CommandError, EXIT_INTERRUPTED, Environment, runtime};
 use crate::clock::Clock;
 use crate::config::parse_size;
-use crate::merge::{MergePlan, Merged, WriteError, WriteOptions, Written, write_checkpoint};
+use crate::merge::{Merged, WriteError, WriteOptions, Written, write_checkpoint};
 use crate::registry::Progress;
 use crate::shutdown::Signals;
-
-/// What shells expect of a command that was interrupted.
-const EXIT_INTERRUPTED: u8 = 130;
 
 #[derive(Debug, Args)]
 pub(super) struct MergeArgs {
@@ -39,22 +36,27 @@ pub(super) struct MergeArgs {
     json: bool,
 }
 
-pub(super) fn run(arguments: MergeArgs) -> Result<ExitCode, CommandError> {
-    let recipe = arguments.recipe.resolve()?;
+pub(super) fn run(arguments: MergeArgs, environment: &Environment) -> Result<ExitCode, CommandError> {
+    let remotes = arguments.recipe.remotes(environment)?;
     let options = WriteOptions { overwrite: arguments.overwrite, max_shard_bytes: arguments.max_shard_size as u64 };
     // A first signal ends the merge between two chunks, so that it can take its files with it; a second one is not waited for.
+    // Before there are such files it ends the process: what was downloaded stays, and is gone on with.
     let runtime = runtime()?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&interrupted);
+    let (writing, interrupted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (begun, seen) = (Arc::clone(&writing), Arc::clone(&interrupted));
     runtime.block_on(async move {
         let signals = Signals::listen().map_err(|error| CommandError::Other(format!("signals cannot be listened for: {error}")))?;
         tokio::spawn(async move {
             signals.first().await;
-            seen.store(true, Ordering::Relaxed);
+            seen.store(true, Ordering::SeqCst);
+            if !begun.load(Ordering::SeqCst) {
+                eprintln!("error: {}", WriteError::Interrupted);
+                std::process::exit(i32::from(EXIT_INTERRUPTED));
+            }
         });
         Ok::<_, CommandError>(())
     })?;
-    let plan = Arc::new(MergePlan::open(&recipe)?);
+    let plan = Arc::new(arguments.recipe.plan(&remotes)?);
     if !arguments.json {
         eprintln!("{plan}");
     }
@@ -70,6 +72,10 @@ pub(super) fn run(arguments: MergeArgs) -> Result<ExitCode, CommandError> {
     for note in merged.notes() {
         eprintln!("note: {note}");
     }
+    if let Some(parent) = arguments.out.parent() {
+        std::fs::create_dir_all(parent).map_err(|error| CommandError::file(parent, error))?;
+    }
+    writing.store(true, Ordering::SeqCst);
     match write_checkpoint(&merged, &arguments.out, options, &mut tell) {
         Ok(written) => {
             println!("{}", describe(&written, &arguments));

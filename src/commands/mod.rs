@@ -77,6 +77,9 @@ enum Command {
     Version,
 }
 
+/// What shells expect of a command that was interrupted.
+const EXIT_INTERRUPTED: u8 = 130;
+
 /// Why a command ends with an error.
 #[derive(Debug, thiserror::Error)]
 enum CommandError {
@@ -127,9 +130,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Calibrate(arguments) => compare::calibrate(arguments, environment),
         Command::Explain(arguments) => score::explain(arguments, environment),
         Command::Verify(arguments) => verify::run(arguments, environment),
-        Command::Plan(arguments) => plan::run(&arguments),
-        Command::Report(arguments) => report::run(&arguments),
-        Command::Merge(arguments) => merge::run(arguments),
+        Command::Plan(arguments) => plan::run(&arguments, &environment),
+        Command::Report(arguments) => report::run(&arguments, &environment),
+        Command::Merge(arguments) => merge::run(arguments, &environment),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::CommandError;
 use super::arguments::RecipeArgs;
+use super::{CommandError, Environment};
 use crate::app::memory_limit;
+use crate::checkpoint::remote::Remotes;
 use crate::clock::Clock;
 use crate::config::{SETTINGS, parse_size, parse_size_or_off};
 use crate::domain::GenerationId;
@@ -120,19 +121,18 @@ enum Takeover {
     InPlace,
 }
 
-pub(super) fn run(arguments: &PlanArgs) -> Result<ExitCode, CommandError> {
-    let (planned, mut problems) = match arguments.recipe.resolve() {
-        Ok(recipe) => match MergePlan::open(&recipe) {
-            Ok(plan) => (Some((recipe, plan)), Vec::new()),
-            Err(error) => (None, error.problems),
-        },
+pub(super) fn run(arguments: &PlanArgs, environment: &Environment) -> Result<ExitCode, CommandError> {
+    let remotes = arguments.recipe.remotes(environment)?;
+    let (planned, mut problems) = match arguments.recipe.plan(&remotes) {
+        Ok(plan) => (Some(plan), Vec::new()),
+        Err(CommandError::Plan(error)) => (None, error.problems),
         Err(CommandError::Recipe(error)) => {
             let place = error.file.map(|file| format!("recipe {file}: ")).unwrap_or_default();
             (None, error.problems.into_iter().map(|problem| format!("{place}{problem}")).collect())
         }
         Err(other) => return Err(other),
     };
-    let Some((recipe, plan)) = planned else {
+    let Some(plan) = planned else {
         if arguments.json {
             println!("{:#}", json!({"ok": false, "problems": problems}));
         } else {
@@ -143,7 +143,7 @@ pub(super) fn run(arguments: &PlanArgs) -> Result<ExitCode, CommandError> {
     let (shard, prefixes) = (arguments.max_shard_size as u64, arguments.prefix_cache_bytes as u64);
     let summary = PlanSummary::new(&plan, rayon::current_num_threads(), shard, prefixes);
     let device = arguments.device.plan(&plan, prefixes, &mut problems)?;
-    let step = arguments.step.plan(&recipe, &plan, &arguments.device)?;
+    let step = arguments.step.plan(&plan, &arguments.device, remotes)?;
     problems.extend(device.iter().flat_map(|device| &device.problems).cloned());
     problems.extend(step.iter().flat_map(|step| &step.problems).cloned());
     if arguments.json {
@@ -231,7 +231,7 @@ fn memory_of(place: Place) -> Option<u64> {
 }
 
 impl StepArgs {
-    fn plan(&self, recipe: &Recipe, plan: &MergePlan, device: &DeviceArgs) -> Result<Option<StepPlan>, CommandError> {
+    fn plan(&self, plan: &MergePlan, device: &DeviceArgs, remotes: Remotes) -> Result<Option<StepPlan>, CommandError> {
         let Some(workload) = self.workload else { return Ok(None) };
         let reward = plan.reward().map_err(|error| CommandError::Other(error.to_string()))?;
         let rate = match (self.tokens_per_second, &self.rate_from) {
@@ -241,19 +241,21 @@ impl StepArgs {
                 let report: Value = serde_json::from_str(&text).map_err(|error| CommandError::file(path, error))?;
                 Some(Rate::of_bench(&report, &path.display().to_string()).map_err(CommandError::Other)?)
             }
-            (None, None) if self.measure => Some(self.measured(recipe, device, &workload)?),
+            (None, None) if self.measure => Some(self.measured(plan.recipe(), device, &workload, remotes)?),
             (None, None) => None,
         };
         Ok(Some(StepPlan::new(workload, reward.architecture, rate.as_ref(), self.step_seconds)))
     }
 
-    fn measured(&self, recipe: &Recipe, device: &DeviceArgs, workload: &Workload) -> Result<Rate, CommandError> {
+    fn measured(&self, recipe: &Recipe, device: &DeviceArgs, workload: &Workload, remotes: Remotes) -> Result<Rate, CommandError> {
         let clock = Clock::system();
         let max_pack_tokens = device.max_pack_tokens.0.unwrap_or(Place::Cpu.enough_pack_tokens());
         let spec = LoadSpec {
             max_pack_tokens: max_pack_tokens.max(workload.prompt as usize + workload.completion as usize),
             device: device.device.clone().unwrap_or_default(),
             batch_invariant: device.batch_invariant,
+            // Recipes within this one are opened anew.
+            remotes: Some(remotes),
             ..LoadSpec::new(recipe.clone())
         };
         let loaded = load_generation(&spec, GenerationId(1), &clock, &mut |_| {});

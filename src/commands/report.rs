@@ -4,11 +4,11 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::CommandError;
 use super::arguments::RecipeArgs;
 use super::progress::Reports;
+use super::{CommandError, Environment};
 use crate::clock::Clock;
-use crate::merge::{MergePlan, Report};
+use crate::merge::Report;
 use crate::registry::Progress;
 
 #[derive(Debug, Args)]
@@ -20,8 +20,8 @@ pub(super) struct ReportArgs {
     json: bool,
 }
 
-pub(super) fn run(arguments: &ReportArgs) -> Result<ExitCode, CommandError> {
-    let plan = MergePlan::open(&arguments.recipe.resolve()?)?;
+pub(super) fn run(arguments: &ReportArgs, environment: &Environment) -> Result<ExitCode, CommandError> {
+    let plan = arguments.recipe.plan(&arguments.recipe.remotes(environment)?)?;
     let mut reports = Reports::new(Clock::system());
     let report = Report::new(&plan, &mut |done, total| {
         if let Some(words) = reports.say(&Progress { stage: "report".to_owned(), done, total }) {

@@ -68,7 +68,7 @@ pub(super) fn explain(arguments: ExplainArgs, environment: Environment) -> Resul
         Input::Preference(pair) => vec![pair.chosen, pair.rejected],
     };
     let (app, spec) = load(arguments.model, environment, false)?;
-    let (_, text, _) = open_text(&spec, &Clock::system()).map_err(|error| CommandError::Other(error.to_string()))?;
+    let (_, text, _) = open_text(&spec, &Clock::system(), &mut |_, _, _| {}).map_err(|error| CommandError::Other(error.to_string()))?;
     let call = CallOptions { truncation, details: true, ..CallOptions::default() };
     let engine = app.engine();
     let reply = runtime()?.block_on(engine.score(samples.clone(), call, Permit::unlimited()));

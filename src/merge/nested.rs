@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use super::places::{Fetch, localize};
 use super::plan::{Input, MergePlan};
 use super::recipe::{Recipe, is_recipe};
 use super::{MergeError, Merged};
@@ -61,16 +62,23 @@ impl fmt::Debug for Nested {
 }
 
 /// The way from the outermost recipe to the one that is being opened.
-#[derive(Default)]
-pub struct Opening {
+pub struct Opening<'f> {
     trail: Vec<PathBuf>,
     sources: usize,
+    fetch: &'f mut Fetch<'f>,
 }
 
-impl Opening {
+impl<'f> Opening<'f> {
+    pub fn new(fetch: &'f mut Fetch<'f>) -> Self {
+        Self { trail: Vec::new(), sources: 0, fetch }
+    }
+
+    /// Fetches what the recipe names that lies elsewhere, all of it before anything is opened, and plans.
     pub fn plan(&mut self, recipe: &Recipe) -> Result<MergePlan, MergeError> {
+        let mut recipe = recipe.clone();
+        localize(&mut recipe, self.fetch).map_err(|error| MergeError { problems: vec![error.to_string()] })?;
         let init = recipe.init().map(|path| self.open(path, None));
-        MergePlan::new(recipe, recipe.members().iter().map(|member| self.open(&member.path, member.base.as_deref())), init)
+        MergePlan::new(&recipe, recipe.members().iter().map(|member| self.open(&member.path, member.base.as_deref())), init)
     }
 
     fn open(&mut self, path: &Path, base: Option<&Path>) -> Result<Input, CheckpointError> {

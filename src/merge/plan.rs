@@ -1,8 +1,7 @@
 //! The plan of a merge: a value made from headers and configurations alone, or every reason why there can be none.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -10,11 +9,12 @@ use serde_json::Value;
 use super::Merged;
 use super::choice::{Treatment, group_of};
 use super::nested::{Nested, Opening};
+use super::places::Downloads;
+use super::planned::{PlannedMember, PlannedSource};
 use super::recipe::{Granularity, Kind, Method, Recipe, Rule, Take, dtype_name};
 use super::survey::Survey;
-use super::tracked::Tracked;
-use crate::checkpoint::{Architecture, Checkpoint, CheckpointError, Dtype, Layout, Manifest, SourceError, TensorSource, TextFacts};
-use crate::domain::MemberName;
+use crate::checkpoint::remote::Remotes;
+use crate::checkpoint::{Architecture, Checkpoint, CheckpointError, Layout, Manifest, SourceError, TensorSource, TextFacts};
 
 /// What a plan takes from a checkpoint.
 pub struct Input {
@@ -70,97 +70,6 @@ pub struct Reward<'p> {
 #[error("the recipe merges a policy (kind: policy), which can be planned, reported on and written, but has no reward to serve")]
 pub struct NotServed;
 
-/// A checkpoint or merge that a plan reads, with its weights at hand.
-pub struct PlannedSource {
-    pub(super) path: PathBuf,
-    pub(super) dtypes: BTreeSet<Dtype>,
-    pub(super) bytes: u64,
-    /// The tensors that the merge reads of it, sorted.
-    pub(super) reads: Vec<String>,
-    pub(super) weights: Tracked,
-    pub(super) nested: Option<Arc<Nested>>,
-}
-
-impl PlannedSource {
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The checkpoint that it stands on, if it is a LoRA adapter.
-    pub fn base(&self) -> Option<&Path> {
-        self.weights.adapter().map(|adapter| adapter.place().base.as_path())
-    }
-
-    /// What the tensors that are read of it are stored in.
-    pub fn dtypes(&self) -> &BTreeSet<Dtype> {
-        &self.dtypes
-    }
-
-    /// Bytes that the merge takes of it; SLERP reads them twice.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The tensors that the merge reads of it, sorted. What is multiplied by zero is not read.
-    pub fn reads(&self) -> &[String] {
-        &self.reads
-    }
-
-    /// The plan of its own, if it is another recipe.
-    pub fn plan(&self) -> Option<&Arc<MergePlan>> {
-        self.nested.as_ref().map(|nested| nested.plan())
-    }
-
-    /// BLAKE3 over name, dtype, shape and bytes of each tensor that the merge reads of it, in name order. Blocks that were
-    /// read already are not read again.
-    pub fn content_hash(&self) -> Result<[u8; 32], SourceError> {
-        self.weights.content_hash(&self.reads)
-    }
-}
-
-/// A member of a plan.
-pub struct PlannedMember {
-    pub(super) name: MemberName,
-    pub(super) coefficient: f64,
-    pub(super) source: PlannedSource,
-    /// Tensors of the merged model that it does not have, because a rule takes another's.
-    pub(super) lacks: Vec<String>,
-}
-
-impl PlannedMember {
-    pub fn name(&self) -> &MemberName {
-        &self.name
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.source.path
-    }
-
-    /// Its share in the merge, as in the recipe.
-    pub fn coefficient(&self) -> f64 {
-        self.coefficient
-    }
-
-    /// What the tensors that are read of it are stored in.
-    pub fn dtypes(&self) -> &BTreeSet<Dtype> {
-        &self.source.dtypes
-    }
-
-    /// Bytes that the merge takes of it.
-    pub fn bytes(&self) -> u64 {
-        self.source.bytes
-    }
-
-    pub fn source(&self) -> &PlannedSource {
-        &self.source
-    }
-
-    /// Tensors of the merged model that it does not have; without them it cannot stand alone.
-    pub fn lacks(&self) -> &[String] {
-        &self.lacks
-    }
-}
-
 /// Everything that forbids a merge, as sentences that name member, tensor or field, what was expected and what was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct MergeError {
@@ -180,9 +89,21 @@ impl fmt::Display for MergeError {
 }
 
 impl MergePlan {
-    /// Opens all checkpoints of a recipe, and the recipes that it leads to, and plans their merge. No weights are read.
+    /// Opens all checkpoints of a recipe, and the recipes that it leads to, and plans their merge. No weights are read, and
+    /// nothing is fetched: a place that lies elsewhere is a mistake.
     pub fn open(recipe: &Recipe) -> Result<Self, MergeError> {
-        Opening::default().plan(recipe)
+        Self::fetch(recipe, None, &mut |_, _, _| {})
+    }
+
+    /// The same after everything that lies elsewhere was fetched, also what recipes within the recipe name; the recipe of the
+    /// plan has folders here, and where they came from. Blocks for as long as that takes.
+    pub fn fetch(recipe: &Recipe, remotes: Option<&Remotes>, downloads: Downloads<'_>) -> Result<Self, MergeError> {
+        let nowhere = |place: &str| CheckpointError::new(place, "nothing is fetched here, expected a folder");
+        let mut fetch = |place: &str| {
+            let remotes = remotes.ok_or_else(|| nowhere(place))?;
+            remotes.fetch(place, &mut |done, total| downloads(place, done, total))
+        };
+        Opening::new(&mut fetch).plan(recipe)
     }
 
     /// Plans the merge of checkpoints that are given in the recipe's order. They are taken one by one, and only the first
@@ -349,24 +270,9 @@ impl fmt::Display for Taken<'_> {
     }
 }
 
-impl fmt::Display for PlannedSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dtypes: Vec<_> = self.dtypes.iter().map(|dtype| dtype.safetensors_name()).collect();
-        let dtypes = if dtypes.is_empty() { "not read".to_owned() } else { dtypes.join("+") };
-        write!(f, "{:>9}  {dtypes}  {}", Size(self.bytes), self.path.display())?;
-        self.base().map_or(Ok(()), |base| write!(f, " on {}", base.display()))
-    }
-}
-
 impl fmt::Debug for MergePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "MergePlan({self})")
-    }
-}
-
-impl fmt::Debug for PlannedMember {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PlannedMember({}, {})", self.name, self.source.path.display())
     }
 }
 

@@ -1,3 +1,5 @@
+use std::path::PathBuf;
+
 use super::*;
 use crate::checkpoint::TensorInfo;
 use crate::checkpoint::fixture::{self, TINY, Tensors};

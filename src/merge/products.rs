@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::average;
 use super::combine::Gram;
 use super::content::{BLOCK_ELEMENTS, block_range};
-use super::plan::PlannedSource;
+use super::planned::PlannedSource;
 use crate::checkpoint::{Elements, SourceError, TensorInfo};
 
 /// Blocks whose products are kept until they are summed.

@@ -42,6 +42,9 @@ impl Provenance {
             if let Some(base) = source.base() {
                 input["base"] = base.to_string_lossy().into();
             }
+            for (key, origin) in [("origin", source.origin()), ("base_origin", source.base_origin())] {
+                origin.into_iter().for_each(|origin| input[key] = origin.into());
+            }
             match (&source.nested, earlier(source.path())) {
                 (Some(_), _) => input["weights_id"] = WeightsId([0; 32]).to_string().into(),
                 (None, Some(record)) => input["weights_id"] = record["weights_id"].clone(),

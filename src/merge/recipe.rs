@@ -39,7 +39,6 @@ mod read;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 use serde_norway::Value;
 
@@ -122,6 +121,8 @@ pub struct Recipe {
     normalize: bool,
     liti: Option<f64>,
     init: Option<PathBuf>,
+    /// Where it was fetched from, where `init` is a copy.
+    pub(super) init_origin: Option<String>,
     members: Vec<Member>,
     rules: Vec<Rule>,
     dtype: Dtype,
@@ -235,24 +236,12 @@ impl Coefficients {
     }
 }
 
-/// A recipe as it was written, not yet checked; a configuration file holds one under `model:`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct RecipeFile(Value);
-
-impl RecipeFile {
-    /// Checks the recipe; paths in it are relative to `base`.
-    pub fn resolve(&self, base: &Path) -> Result<Recipe, RecipeError> {
-        read::resolve(&self.0, base).map_err(|problems| RecipeError { file: None, problems })
-    }
-}
-
 impl Recipe {
     /// Reads a recipe; paths in it are relative to `base`.
     pub fn from_yaml(text: &str, base: &Path) -> Result<Self, RecipeError> {
         let value: Value = serde_norway::from_str(text)
             .map_err(|error| RecipeError { file: None, problems: vec![format!("is not valid YAML: {error}")] })?;
-        RecipeFile(value).resolve(base)
+        read::resolve(&value, base).map_err(|problems| RecipeError { file: None, problems })
     }
 
     /// Reads a recipe file; paths in it are relative to its folder.
@@ -312,12 +301,12 @@ impl Recipe {
         dtype_name(dtype).map(|_| Self { dtype, ..self })
     }
 
-    /// All places, and where those of members were fetched from, for those who fetch them.
-    pub fn places_mut(&mut self) -> impl Iterator<Item = (&mut PathBuf, Option<&mut Option<String>>)> {
+    /// All places, and where they were fetched from, for those who fetch them.
+    pub fn places_mut(&mut self) -> impl Iterator<Item = (&mut PathBuf, &mut Option<String>)> {
         let members = self.members.iter_mut().flat_map(|Member { path, base, origin, base_origin, .. }| {
-            std::iter::once((path, Some(origin))).chain(base.as_mut().zip(Some(Some(base_origin))))
+            std::iter::once((path, origin)).chain(base.as_mut().zip(Some(base_origin)))
         });
-        members.chain(self.init.iter_mut().map(|init| (init, None)))
+        members.chain(self.init.as_mut().zip(Some(&mut self.init_origin)))
     }
 
     /// The recipe with nothing left to default: JSON (which is YAML, too) that reads as this same recipe.
@@ -347,11 +336,11 @@ impl Recipe {
         if let Some(eta) = self.liti {
             resolved.insert("liti".to_owned(), json!({ "eta": eta }));
         }
+        let named = |path: &Path, origin: &Option<String>| origin.clone().unwrap_or_else(|| path.to_string_lossy().into_owned());
         if let Some(init) = &self.init {
-            resolved.insert("init".to_owned(), init.to_string_lossy().into());
+            resolved.insert("init".to_owned(), named(init, &self.init_origin).into());
         }
         let member = |member: &Member| {
-            let named = |path: &Path, origin: &Option<String>| origin.clone().unwrap_or_else(|| path.to_string_lossy().into_owned());
             let mut resolved = json!({"path": named(&member.path, &member.origin), "name": member.name.as_str()});
             if let Some(base) = &member.base {
                 resolved["base"] = named(base, &member.base_origin).into();

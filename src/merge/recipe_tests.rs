@@ -266,7 +266,7 @@ fn what_was_fetched_is_named_by_where_it_came_from() {
     for (path, origin) in recipe.places_mut() {
         let Some(name) = path.to_str().unwrap().strip_prefix("hf:org/").map(str::to_owned) else { continue };
         *path = PathBuf::from("/copies").join(&name);
-        origin.into_iter().for_each(|origin| *origin = Some(format!("hf:org/{name}@0123")));
+        *origin = Some(format!("hf:org/{name}@0123"));
     }
     let member = &recipe.members()[0];
     assert_eq!((member.path.to_str(), member.base.as_deref()), (Some("/copies/rm-lora"), Some(Path::new("/copies/sft@v2"))));
@@ -274,4 +274,5 @@ fn what_was_fetched_is_named_by_where_it_came_from() {
     assert_eq!(resolved["members"][0]["path"], "hf:org/rm-lora@0123");
     assert_eq!(resolved["members"][0]["base"], "hf:org/sft@v2@0123");
     assert_eq!(resolved["members"][1]["path"], "/here/./rm");
+    assert_eq!((resolved["init"].as_str(), recipe.init()), (Some("hf:org/sft@v2@0123"), Some(Path::new("/copies/sft@v2"))));
 }

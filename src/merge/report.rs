@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::MergePlan;
 use super::choice::{Treatment, finished, group_of, turns};
 use super::combine::{Combination, Gram, Step, slerp};
-use super::plan::PlannedSource;
+use super::planned::PlannedSource;
 use super::products::{Buffers, Vectors, sum_products};
 use super::recipe::{Granularity, Method, dtype_name};
 use crate::checkpoint::{SourceError, TensorInfo};

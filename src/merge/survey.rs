@@ -12,7 +12,8 @@ use super::choice::{Treatment, treatments};
 use super::compare::{Differences, Facts};
 use super::heads;
 use super::nested::Nested;
-use super::plan::{Input, MergeError, MergePlan, PlannedMember, PlannedSource};
+use super::plan::{Input, MergeError, MergePlan};
+use super::planned::{PlannedMember, PlannedSource};
 use super::recipe::{Kind, Member, Recipe};
 use super::tracked::{Places, stored};
 use crate::checkpoint::{
@@ -276,10 +277,13 @@ fn head_tensors(layout: &Layout) -> BTreeSet<String> {
 }
 
 fn plan_source(recipe: &Recipe, index: usize, source: Source, decided: &BTreeMap<String, Treatment>, places: &mut Places) -> PlannedSource {
-    let path: PathBuf = recipe.members().get(index).map(|member| member.path.clone()).or(recipe.init().map(Into::into)).unwrap_or_default();
+    let (path, origin, base_origin): (PathBuf, _, _) = match recipe.members().get(index) {
+        Some(member) => (member.path.clone(), member.origin.clone(), member.base_origin.clone()),
+        None => (recipe.init().map(Into::into).unwrap_or_default(), recipe.init_origin.clone(), None),
+    };
     let taken = decided.iter().filter(|(_, treatment)| treatment.sources(recipe).contains(&index));
     let reads: Vec<String> = taken.map(|(name, _)| name.clone()).collect();
     let weights = places.track(&source.weights, &path);
     let (dtypes, bytes) = places.count(&weights, &reads);
-    PlannedSource { path, dtypes, bytes, reads, weights, nested: source.nested }
+    PlannedSource { path, origin, base_origin, dtypes, bytes, reads, weights, nested: source.nested }
 }

@@ -39,6 +39,9 @@ pub struct PlanSummary {
 pub struct Source {
     pub name: String,
     pub path: String,
+    /// Where it was fetched from, by its commit, where `path` is a copy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// The checkpoint that a LoRA adapter stands on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
@@ -85,6 +88,7 @@ impl PlanSummary {
         let source = |name: &str, coefficient: Option<f64>, source: &PlannedSource| Source {
             name: name.to_owned(),
             path: source.path().to_string_lossy().into_owned(),
+            origin: source.origin().map(str::to_owned),
             base: source.base().map(|base| base.to_string_lossy().into_owned()),
             coefficient,
             dtypes: source.dtypes().iter().map(|dtype| dtype.safetensors_name().to_owned()).collect(),

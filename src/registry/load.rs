@@ -2,7 +2,7 @@
 
 mod describe;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use jiff::civil::DateTime;
@@ -11,11 +11,11 @@ use describe::{describe, output_names, place, remarks};
 
 use super::generation::Encode;
 use super::{Calibration, GenerationInfo, MemberInfo, TextInfo};
-use crate::checkpoint::remote::{Remotes, is_remote};
-use crate::checkpoint::{Architecture, CheckpointError, Dtype, Layout, Readout, SourceError, reads_steps};
+use crate::checkpoint::remote::Remotes;
+use crate::checkpoint::{Architecture, Dtype, Layout, Readout, SourceError, reads_steps};
 use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, MemberName, Sample, Score, Truncation};
-use crate::merge::{CacheOptions, MergeError, MergePlan, NotServed, Recipe, Reward};
+use crate::merge::{CacheOptions, Downloads, MergeError, MergePlan, NotServed, Recipe, Reward};
 use crate::model::{self, Arithmetic, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel};
 use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
 
@@ -121,26 +121,6 @@ impl LoadSpec {
     pub fn uniform(paths: &[PathBuf]) -> Result<Self, crate::merge::RecipeError> {
         Recipe::uniform(paths).map(Self::new)
     }
-
-    /// The same with every member in a folder: what lies on a hub is fetched. `progress` gets the place, and bytes that are
-    /// there and in all.
-    pub fn localized(&self, progress: &mut dyn FnMut(&str, u64, u64)) -> Result<Self, CheckpointError> {
-        let mut fetch = |path: &Path| {
-            let place = path.display().to_string();
-            let wrong = |problem: String| CheckpointError::new(&place, problem);
-            let remotes = self.remotes.as_ref().ok_or_else(|| wrong("this command fetches nothing; expected a folder".to_owned()))?;
-            let fetched = remotes.fetch(&place, &mut |done, total| progress(&place, done, total))?;
-            Ok::<_, CheckpointError>((fetched.folder, fetched.origin))
-        };
-        let mut local = self.clone();
-        for (path, origin) in local.recipe.places_mut().filter(|(path, _)| is_remote(path)) {
-            let (folder, place) = fetch(path)?;
-            *path = folder;
-            // The resolved recipe goes on to name the place, by its commit.
-            origin.into_iter().for_each(|origin| *origin = Some(place.clone()));
-        }
-        Ok(local)
-    }
 }
 
 /// How far a load has come.
@@ -157,6 +137,11 @@ impl Progress {
     pub fn step(stage: &str, done: u64, total: u64) -> Self {
         Self { stage: stage.to_owned(), done, total }
     }
+
+    /// Of what is fetched from this place.
+    pub fn download(place: &str, done: u64, total: u64) -> Self {
+        Self { stage: format!("download {place}"), done, total }
+    }
 }
 
 /// Why there is no generation.
@@ -164,8 +149,6 @@ impl Progress {
 pub enum LoadError {
     #[error(transparent)]
     Merge(#[from] MergeError),
-    #[error(transparent)]
-    Fetch(#[from] CheckpointError),
     #[error(transparent)]
     Text(#[from] TextError),
     #[error("cannot read the weights: {0}")]
@@ -190,10 +173,10 @@ impl Encode for TextPipeline {
     }
 }
 
-/// The plan of a recipe, its text layer and the reading of its head, without weights: what explains how a sample is read.
-pub fn open_text(spec: &LoadSpec, clock: &Clock) -> Result<(Arc<MergePlan>, TextPipeline, Readout), LoadError> {
-    let spec = &spec.localized(&mut |_, _, _| {})?;
-    let plan = Arc::new(MergePlan::open(&spec.recipe)?);
+/// The plan of a recipe, its text layer and the reading of its head, without weights: what explains how a sample is read. What
+/// lies elsewhere is fetched.
+pub fn open_text(spec: &LoadSpec, clock: &Clock, downloads: Downloads<'_>) -> Result<(Arc<MergePlan>, TextPipeline, Readout), LoadError> {
+    let plan = Arc::new(MergePlan::fetch(&spec.recipe, spec.remotes.as_ref(), downloads)?);
     let reward = plan.reward()?;
     let Reward { architecture, layout, text } = reward;
     let max_tokens = max_tokens(spec, architecture)?;

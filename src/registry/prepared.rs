@@ -60,11 +60,11 @@ struct Names {
 }
 
 impl Prepared {
-    /// Downloads what lies on a hub, and plans.
+    /// Downloads what lies elsewhere, and plans.
     pub fn open(spec: &LoadSpec, clock: &Clock, progress: &mut dyn FnMut(Progress)) -> Result<Self, LoadError> {
-        let spec = &spec.localized(&mut |place, done, total| progress(Progress::step(&format!("download {place}"), done, total)))?;
         progress(Progress::step("plan", 0, 1));
-        let (plan, text, readout) = open_text(spec, clock)?;
+        let (plan, text, readout) = open_text(spec, clock, &mut |place, done, total| progress(Progress::download(place, done, total)))?;
+        let spec = &LoadSpec { recipe: plan.recipe().clone(), ..spec.clone() };
         let architecture = plan.reward()?.architecture;
         let max_tokens = max_tokens(spec, architecture)?;
         members_can_stand_alone(spec.ensemble, &plan)?;
@@ -83,7 +83,7 @@ impl Prepared {
         Ok(Self { spec, clock, plan, text, readout, max_tokens, on, canonical, calibration, merged, names })
     }
 
-    /// What is loaded, with every member in a folder.
+    /// What is loaded, with what was fetched in folders here.
     pub fn spec(&self) -> &LoadSpec {
         &self.spec
     }

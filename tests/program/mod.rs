@@ -1,5 +1,7 @@
 //! The binary, without the settings of whoever runs the tests.
 
+mod remote;
+
 use std::process::Command;
 
 pub fn warm() -> Command {

@@ -2,7 +2,7 @@
 
 mod adapters;
 #[cfg(unix)]
-mod binary;
+pub mod binary;
 mod deadline;
 mod faults;
 #[cfg(unix)]

@@ -1,69 +1,28 @@
 //! Against a server on this machine that speaks the hub's routes, and misbehaves where a test wants it to.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::checkpoint::remote::testing::{Answer, Asked, Server, part_of};
+use crate::checkpoint::remote::testing::{Answer, Asked, COMMIT, Repository, Server, part_of, sha256};
 
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 /// Small, so that a small file has many parts.
 const PART: u64 = 10_000;
 
-fn sha256(bytes: &[u8]) -> String {
-    ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn git_blob(bytes: &[u8]) -> String {
-    let mut content = format!("blob {}\0", bytes.len()).into_bytes();
-    content.extend_from_slice(bytes);
-    ring::digest::digest(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY, &content).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// A repository with one checkpoint in the folder `seed-0`.
-#[derive(Clone)]
-struct Repository(BTreeMap<String, Vec<u8>>);
+fn repository() -> Repository {
+    let weights: Vec<u8> = (0..95_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let files: [(&str, &[u8]); 5] = [
+        ("seed-0/config.json", b"{\"model_type\": \"qwen3\"}"),
+        ("seed-0/tokenizer.json", b"{}"),
+        ("seed-0/model.safetensors", &weights),
+        ("seed-0/pytorch_model.bin", b"a pickle"),
+        ("README.md", b"words"),
+    ];
+    Repository { name: "org/name".to_owned(), files: files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).into() }
+}
 
-impl Repository {
-    fn new() -> Self {
-        let weights: Vec<u8> = (0..95_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-        let files: [(&str, &[u8]); 5] = [
-            ("seed-0/config.json", b"{\"model_type\": \"qwen3\"}"),
-            ("seed-0/tokenizer.json", b"{}"),
-            ("seed-0/model.safetensors", &weights),
-            ("seed-0/pytorch_model.bin", b"a pickle"),
-            ("README.md", b"words"),
-        ];
-        Self(files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).into())
-    }
-
-    fn weights(&self) -> &[u8] {
-        &self.0["seed-0/model.safetensors"]
-    }
-
-    fn listing(&self) -> Answer {
-        let siblings = self.0.iter().map(|(name, bytes)| {
-            let mut file = serde_json::json!({"rfilename": name, "size": bytes.len(), "blobId": git_blob(bytes)});
-            if name.ends_with(".safetensors") {
-                file["lfs"] = serde_json::json!({"sha256": sha256(bytes), "size": bytes.len(), "pointerSize": 134});
-            }
-            file
-        });
-        let json = serde_json::json!({"id": "org/name", "sha": COMMIT, "siblings": siblings.collect::<Vec<_>>()});
-        Answer::new(200, &[("content-type", "application/json")], json.to_string().as_bytes())
-    }
-
-    /// What a hub in good health answers.
-    fn answer(&self, asked: &Asked) -> Answer {
-        if asked.path.starts_with("/api/models/org/name/revision/") {
-            return self.listing();
-        }
-        let name = asked.path.strip_prefix(&format!("/org/name/resolve/{COMMIT}/")).unwrap_or_default();
-        match self.0.get(name) {
-            Some(bytes) => part_of(bytes, asked),
-            None => Answer::new(404, &[], b"no such file"),
-        }
-    }
+fn weights_of(repository: &Repository) -> &[u8] {
+    &repository.files["seed-0/model.safetensors"]
 }
 
 fn hub(server: &Server, home: &Path, clock: &Clock) -> Hub {
@@ -86,7 +45,7 @@ fn home() -> tempfile::TempDir {
 
 /// A server of this repository whose answers may be replaced.
 fn misbehaving(change: impl Fn(&Asked, Answer) -> Answer + Send + Sync + 'static) -> (Repository, Server) {
-    let repository = Repository::new();
+    let repository = repository();
     let own = repository.clone();
     let server = Server::start(Arc::new(move |asked: &Asked| change(asked, own.answer(asked))));
     (repository, server)
@@ -101,7 +60,7 @@ fn a_checkpoint_is_fetched_in_parts_once_and_named_by_its_commit() {
     assert_eq!(fetched.origin.to_string(), format!("hf:org/name@{COMMIT}/seed-0"));
     for name in ["config.json", "tokenizer.json", "model.safetensors"] {
         let bytes = std::fs::read(fetched.folder.join(name)).expect("a file");
-        assert_eq!(bytes, repository.0[&format!("seed-0/{name}")], "{name}");
+        assert_eq!(bytes, repository.files[&format!("seed-0/{name}")], "{name}");
     }
     assert_eq!(std::fs::read_dir(&fetched.folder).expect("a folder").count(), 3, "no pickle, and nothing of other folders");
     let total = told.last().expect("told").1;
@@ -130,9 +89,9 @@ fn a_checkpoint_is_fetched_in_parts_once_and_named_by_its_commit() {
 
 #[test]
 fn the_token_does_not_follow_a_redirect_to_another_host() {
-    let repository = Repository::new();
+    let repository = repository();
     let files = repository.clone();
-    let storage = Server::start(Arc::new(move |asked: &Asked| part_of(files.weights(), asked)));
+    let storage = Server::start(Arc::new(move |asked: &Asked| part_of(weights_of(&files), asked)));
     let elsewhere = storage.address.replace("127.0.0.1", "localhost");
     let (_, server) = misbehaving(move |asked, answer| {
         if asked.path.ends_with("model.safetensors") {
@@ -142,7 +101,7 @@ fn the_token_does_not_follow_a_redirect_to_another_host() {
     });
     let home = home();
     let fetched = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect("fetched");
-    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), repository.weights());
+    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), weights_of(&repository));
     let asked = storage.asked();
     assert!(asked.len() == 10 && asked.iter().all(|asked| asked.token.is_none() && asked.range.is_some()), "{asked:?}");
 }
@@ -182,7 +141,7 @@ fn a_broken_connection_goes_on_where_it_broke() {
     });
     let home = home();
     let fetched = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {}).expect("fetched");
-    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), repository.weights());
+    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), weights_of(&repository));
     let begins: Vec<u64> = server.downloads().iter().filter_map(|asked| Some(asked.range?.0)).collect();
     assert!(begins.contains(&3_000) && begins.contains(&43_000), "{begins:?}");
 }
@@ -203,7 +162,7 @@ fn wrong_lengths_are_not_believed() {
     }
     // A server without ranges may send a small file whole, if it is as long as it was said to be.
     let (_, server) = misbehaving(|asked, _| {
-        let repository = Repository::new();
+        let repository = repository();
         let whole = Asked { range: None, ..asked.clone() };
         if asked.path.ends_with("config.json") { Answer::new(200, &[], b"{}") } else { repository.answer(&whole) }
     });
@@ -250,13 +209,13 @@ fn what_was_fetched_before_a_failure_is_not_fetched_again() {
     let weights = |asked: &&Asked| asked.path.ends_with("model.safetensors");
     let second: Vec<u64> = server.downloads()[before..].iter().filter(weights).filter_map(|asked| Some(asked.range?.0 / PART)).collect();
     assert!(!first.is_empty() && first.iter().all(|part| !second.contains(part)), "{first:?}, then {second:?}");
-    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), repository.weights());
+    assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), weights_of(&repository));
 }
 
 /// Parts of the weights that the cache says are whole.
 fn whole_parts(home: &Path) -> Vec<u64> {
     let blobs = home.join("hub/models--org--name/blobs");
-    let log = std::fs::read_to_string(blobs.join(format!("{}.parts", sha256(Repository::new().weights())))).expect("a log");
+    let log = std::fs::read_to_string(blobs.join(format!("{}.parts", sha256(weights_of(&repository()))))).expect("a log");
     log.lines().skip(1).map(|line| line.parse().expect("a number")).collect()
 }
 
@@ -292,7 +251,7 @@ fn two_processes_at_once_fetch_it_once() {
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
     assert_eq!(fetched[0], fetched[1]);
-    assert_eq!(std::fs::read(fetched[0].folder.join("model.safetensors")).expect("a file"), repository.weights());
+    assert_eq!(std::fs::read(fetched[0].folder.join("model.safetensors")).expect("a file"), weights_of(&repository));
     let weights = server.downloads().iter().filter(|asked| asked.path.ends_with("model.safetensors")).count();
     assert_eq!(weights, 10, "each part once");
 }

@@ -1,8 +1,15 @@
-//! A server on this machine that answers as a test wants it to.
+//! A server on this machine that answers as a test wants it to, and what a hub in good health answers. The tests of the
+//! program read this file, too.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
+
+use ring::digest::{Algorithm, SHA1_FOR_LEGACY_USE_ONLY, SHA256, digest};
+
+/// What every revision of every repository stands for.
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// One request, as the server sees it.
 #[derive(Clone, Debug, PartialEq)]
@@ -115,4 +122,49 @@ pub fn part_of(bytes: &[u8], asked: &Asked) -> Answer {
         }
         None => Answer::new(200, &[], bytes),
     }
+}
+
+/// A repository of a hub: its name, as `org/name`, and its files by their paths.
+#[derive(Clone)]
+pub struct Repository {
+    pub name: String,
+    pub files: BTreeMap<String, Vec<u8>>,
+}
+
+impl Repository {
+    fn listing(&self) -> Answer {
+        let siblings = self.files.iter().map(|(name, bytes)| {
+            let mut file = serde_json::json!({"rfilename": name, "size": bytes.len(), "blobId": git_blob(bytes)});
+            if name.ends_with(".safetensors") {
+                file["lfs"] = serde_json::json!({"sha256": sha256(bytes), "size": bytes.len(), "pointerSize": 134});
+            }
+            file
+        });
+        let json = serde_json::json!({"id": self.name, "sha": COMMIT, "siblings": siblings.collect::<Vec<_>>()});
+        Answer::new(200, &[("content-type", "application/json")], json.to_string().as_bytes())
+    }
+
+    /// What a hub in good health answers.
+    pub fn answer(&self, asked: &Asked) -> Answer {
+        if asked.path.starts_with(&format!("/api/models/{}/revision/", self.name)) {
+            return self.listing();
+        }
+        let name = asked.path.strip_prefix(&format!("/{}/resolve/{COMMIT}/", self.name)).unwrap_or_default();
+        match self.files.get(name) {
+            Some(bytes) => part_of(bytes, asked),
+            None => Answer::new(404, &[], b"no such file"),
+        }
+    }
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&SHA256, bytes)
+}
+
+fn git_blob(bytes: &[u8]) -> String {
+    hex(&SHA1_FOR_LEGACY_USE_ONLY, &[format!("blob {}\0", bytes.len()).as_bytes(), bytes].concat())
+}
+
+fn hex(algorithm: &'static Algorithm, bytes: &[u8]) -> String {
+    digest(algorithm, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }

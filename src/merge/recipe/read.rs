@@ -194,7 +194,7 @@ fn finish(frame: Frame, drafts: Vec<Draft>, rules: Option<&Value>, mut problems:
     };
     let members = drafts.into_iter().zip(shares).map(member).collect::<Result<_, Vec<String>>>()?;
     let Frame { kind, method, normalize, liti, init, dtype, head } = frame;
-    Ok(Recipe { kind, method, normalize, liti, init, members, rules, dtype, head })
+    Ok(Recipe { kind, method, normalize, liti, init, init_origin: None, members, rules, dtype, head })
 }
 
 /// The share of each member in the merge.
