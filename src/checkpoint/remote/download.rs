@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -204,15 +204,33 @@ impl<'a> Job<'a> {
             for left in ["incomplete", "parts"] {
                 let _ = std::fs::remove_file(beside(left));
             }
+            // Without locks, somebody else may have given it its name while these bytes were being written.
+            if !is_whole(&self.target, self.file) {
+                let _ = std::fs::remove_file(&self.target);
+            }
             return Err(format!("expected checksum {}, found {found}; the next attempt begins anew", self.file.digest.hex()));
         }
         let named = self.incomplete.sync_all().and_then(|()| std::fs::rename(beside("incomplete"), &self.target));
-        named.map_err(|error| format!("cannot be put in its place: {error}"))?;
+        match named {
+            // Without locks, somebody else had the same file in hand and has given it its name: that is as good, if it is whole.
+            Err(error) if error.kind() == ErrorKind::NotFound && is_whole(&self.target, self.file) => {}
+            named => named.map_err(|error| format!("cannot be put in its place: {error}"))?,
+        }
         for left in ["parts", "lock"] {
             let _ = std::fs::remove_file(beside(left));
         }
         Ok(())
     }
+}
+
+/// Whether a file is what was promised, as far as something was.
+fn is_whole(path: &Path, file: &RemoteFile) -> bool {
+    let found = || -> std::io::Result<bool> {
+        let mut content = File::open(path)?;
+        let length = content.metadata()?.len() == file.bytes;
+        Ok(length && digest(&mut content, file)?.is_none_or(|found| found == file.digest.hex()))
+    };
+    found().unwrap_or(false)
 }
 
 /// The checksum that the content has; `None` where none was promised.

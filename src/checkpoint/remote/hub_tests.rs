@@ -256,6 +256,30 @@ fn two_processes_at_once_fetch_it_once() {
     assert_eq!(weights, 10, "each part once");
 }
 
+/// On a volume without locks another process may have the same file in hand, and be done first.
+#[test]
+fn a_file_that_another_process_has_finished_meanwhile_is_taken_if_it_is_whole() {
+    let (whole, cut) = (weights_of(&repository()).to_vec(), weights_of(&repository())[..90_000].to_vec());
+    let corrupt: Vec<u8> = whole.iter().enumerate().map(|(i, byte)| byte ^ u8::from(i == 7)).collect();
+    for (left, taken) in [(Some(&whole), true), (Some(&cut), false), (Some(&corrupt), false), (None, false)] {
+        let (home, left) = (home(), left.cloned());
+        let place = home.path().join("hub/models--org--name/blobs").join(sha256(&whole));
+        let (_, server) = misbehaving(move |asked, answer| {
+            if asked.path.ends_with("model.safetensors") && asked.range.is_some_and(|(begin, _)| begin == 90_000) {
+                let beside = |suffix: &str| PathBuf::from(format!("{}.{suffix}", place.display()));
+                ["incomplete", "parts", "lock"].iter().for_each(|suffix| std::fs::remove_file(beside(suffix)).expect("there"));
+                left.iter().for_each(|bytes| std::fs::write(&place, bytes).expect("written"));
+            }
+            answer
+        });
+        let fetched = hub(&server, home.path(), &Clock::manual()).fetch(&path(), &mut |_, _| {});
+        assert_eq!(fetched.is_ok(), taken, "{fetched:?}");
+        if let Ok(fetched) = fetched {
+            assert_eq!(std::fs::read(fetched.folder.join("model.safetensors")).expect("a file"), whole);
+        }
+    }
+}
+
 #[test]
 fn settings_come_from_the_variables_of_other_tools() {
     let hub = |pairs: &[(&str, &str)]| {
