@@ -36,7 +36,7 @@ use crate::shutdown::Stop;
 use device_memory::DeviceMemory;
 pub use loading::{load_spec, loader, remotes, with_causes};
 pub use memory::limit as memory_limit;
-pub use reloading::{SettingsError, SettingsSource, Started};
+pub use reloading::{SettingsError, SettingsSource, Started, missing};
 use watching::FileWatch;
 
 /// Why the program cannot do what it was asked to.

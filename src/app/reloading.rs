@@ -211,6 +211,18 @@ impl SettingsSource {
     }
 }
 
+/// What a recipe names that should lie here and does not: recipes' files, and folders that hold no checkpoint.
+pub fn missing(recipe: Recipe) -> Vec<PathBuf> {
+    let mut named = Watched::default();
+    add_places(&mut named, recipe, 0);
+    let Watched { mut files, folders } = named;
+    files.retain(|path| !path.is_file());
+    files.extend(folders.into_iter().filter(|path| !["config.json", "adapter_config.json"].iter().any(|file| path.join(file).is_file())));
+    files.sort();
+    files.dedup();
+    files
+}
+
 /// Recipes within recipes whose files are watched.
 const MAX_DEPTH: usize = 8;
 

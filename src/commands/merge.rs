@@ -14,7 +14,7 @@ use super::progress::Reports;
 use super::{CommandError, EXIT_INTERRUPTED, Environment, runtime};
 use crate::clock::Clock;
 use crate::config::parse_size;
-use crate::merge::{Merged, WriteError, WriteOptions, Written, write_checkpoint};
+use crate::merge::{Merged, WriteError, WriteOptions, Written, write_checkpoint, written_before};
 use crate::registry::Progress;
 use crate::shutdown::Signals;
 
@@ -28,6 +28,9 @@ pub(super) struct MergeArgs {
     /// Replace a checkpoint that stands there.
     #[arg(long)]
     overwrite: bool,
+    /// Leave a merge of the same recipe that stands there, members at the same commits, and end well; without downloading.
+    #[arg(long, conflicts_with = "overwrite")]
+    if_absent: bool,
     /// The largest file of weights; a larger tensor gets a file of its own.
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = parse_size)]
     max_shard_size: usize,
@@ -56,6 +59,12 @@ pub(super) fn run(arguments: MergeArgs, environment: &Environment) -> Result<Exi
         });
         Ok::<_, CommandError>(())
     })?;
+    if arguments.if_absent
+        && let Some(weights_id) = written_before(&arguments.recipe.resolve()?, &arguments.out, &remotes)?
+    {
+        println!("{}", describe_present(&weights_id, &arguments));
+        return Ok(ExitCode::SUCCESS);
+    }
     let plan = Arc::new(arguments.recipe.plan(&remotes)?);
     if !arguments.json {
         eprintln!("{plan}");
@@ -89,12 +98,21 @@ pub(super) fn run(arguments: MergeArgs, environment: &Environment) -> Result<Exi
     }
 }
 
+fn describe_present(weights_id: &str, arguments: &MergeArgs) -> String {
+    let out = &arguments.out;
+    if arguments.json {
+        return json!({"out": out.to_string_lossy(), "weights_id": weights_id, "written": false}).to_string();
+    }
+    format!("{}: the merge of this recipe stands there already\nweights_id {weights_id}", out.display())
+}
+
 fn describe(written: &Written, arguments: &MergeArgs) -> String {
     let Written { weights_id, files, tensors, bytes } = written;
     if arguments.json {
         return json!({
             "out": arguments.out.to_string_lossy(),
             "weights_id": weights_id.to_string(),
+            "written": true,
             "files": files,
             "tensors": tensors,
             "bytes": bytes,

@@ -16,6 +16,7 @@ mod report;
 mod score;
 mod serve;
 mod verify;
+mod wait;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -57,6 +58,8 @@ enum Command {
     Report(report::ReportArgs),
     /// Merge a recipe into a checkpoint on disk.
     Merge(merge::MergeArgs),
+    /// Wait until the checkpoints that a server would read are there; the exit code is 0 then, and 1 when it has taken too long.
+    Wait(wait::WaitArgs),
     /// Check the configuration and print it with the origin of each value.
     CheckConfig(ModelArgs),
     /// Merge the bundled family, serve it on this machine, and play the part of a trainer.
@@ -133,6 +136,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
         Command::Plan(arguments) => plan::run(&arguments, &environment),
         Command::Report(arguments) => report::run(&arguments, &environment),
         Command::Merge(arguments) => merge::run(arguments, &environment),
+        Command::Wait(arguments) => wait::run(arguments, environment),
         Command::CheckConfig(arguments) => check_config(arguments, environment),
         Command::Demo(arguments) => demo::run(arguments, environment),
         Command::Bench(arguments) => bench::run(arguments),

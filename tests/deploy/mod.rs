@@ -2,6 +2,7 @@
 //! that the code has. Runs without any of the tools; where `kubectl` and `promtool` are at hand, their word is taken too.
 
 mod expressions;
+mod fleet;
 mod image;
 mod manifests;
 mod monitoring;

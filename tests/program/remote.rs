@@ -232,3 +232,83 @@ fn the_fleets_job_writes_what_its_pods_serve() {
     assert!(fleet.dir.path().join("models/hub/hub").is_dir(), "downloads are on the volume");
     serves(fleet.run(deploy::container(&base)).env("HF_ENDPOINT", "http://127.0.0.1:9").args(ALONE));
 }
+
+#[cfg(unix)]
+#[test]
+fn the_fleets_job_may_run_again_and_never_takes_another_merge_for_its_own() {
+    let fleet = Fleet::new();
+    let job = || fleet.run(deploy::container(&fleet.job));
+    success(&mut job());
+    let out = fleet.dir.path().join("models/merged/r1");
+    let written = std::fs::metadata(out.join("warm.json")).expect("a record").modified().expect("a time");
+    // Also when what was downloaded is gone, and by names alone.
+    std::fs::remove_dir_all(fleet.dir.path().join("models/hub")).expect("removed");
+    let downloads = fleet.hub.downloads().len();
+    let again = success(&mut job());
+    assert!(words(&again.stdout).contains("the merge of this recipe stands there already"), "{again:?}");
+    assert_eq!(fleet.hub.downloads().len(), downloads, "nothing is downloaded for it");
+    assert_eq!(std::fs::metadata(out.join("warm.json")).expect("a record").modified().expect("a time"), written);
+    // Another recipe under the same name is a mistake, and what stands there stays.
+    let recipe = fleet.dir.path().join("config/recipe.yaml");
+    let other = std::fs::read_to_string(&recipe).expect("a recipe").replace("bfloat16", "float32");
+    write(&recipe, &other);
+    let refused = job().output().expect("ran");
+    assert!(!refused.status.success() && words(&refused.stderr).contains("holds the merge of another recipe"), "{refused:?}");
+    assert_eq!(std::fs::metadata(out.join("warm.json")).expect("a record").modified().expect("a time"), written);
+}
+
+#[test]
+fn a_merge_that_stands_there_is_another_one_where_a_recipe_within_has_changed() {
+    let (hub, dir) = (members(), tempfile::tempdir().expect("a folder"));
+    let inner = dir.path().join("inner.yaml");
+    // Coefficients of which the last bit may be lost in writing.
+    let text = "members: [{path: 'hf:org/rm@v1/seed-0', coefficient: 3}, {path: 'hf:org/rm@v1/seed-1', coefficient: 4}]";
+    write(&inner, text);
+    let outer = write(&dir.path().join("outer.yaml"), "members: [./inner.yaml, {path: 'hf:org/rm@v1/seed-2', coefficient: 0.7}]");
+    let out = dir.path().join("out");
+    let merge = || {
+        let mut command = warm(dir.path(), &hub.address);
+        command.args(["merge", "--recipe", &outer, "--if-absent", "--json", "--out"]).arg(&out);
+        command
+    };
+    let told = || serde_json::from_slice::<Value>(&success(&mut merge()).stdout).expect("JSON");
+    let (first, second) = (told(), told());
+    assert_eq!((&first["written"], &second["written"]), (&Value::Bool(true), &Value::Bool(false)));
+    assert_eq!(first["weights_id"], second["weights_id"]);
+    write(&inner, &text.replace("coefficient: 4", "coefficient: 5"));
+    assert!(!merge().output().expect("ran").status.success());
+    // What is no merge of this program is not taken for one either.
+    std::fs::remove_file(out.join("warm.json")).expect("removed");
+    let refused = merge().output().expect("ran");
+    assert!(words(&refused.stderr).contains("is no merge of this program"), "{refused:?}");
+}
+
+/// A pod that starts before the Job is done waits in its first container for the folder that the other one serves.
+#[cfg(unix)]
+#[test]
+fn the_fleets_pods_wait_for_the_job() {
+    use std::io::{BufRead, BufReader};
+
+    let fleet = Fleet::new();
+    let patch = deploy::document("kustomize/overlays/fleet/deployment.yaml");
+    let wait = deploy::at(&patch, "spec.template.spec.initContainers.0");
+    let mut waiting = fleet.run(wait).stderr(Stdio::piped()).spawn().expect("started");
+    let mut log = BufReader::new(waiting.stderr.take().expect("piped")).lines();
+    let out = fleet.dir.path().join("models/merged/r1");
+    assert_eq!(log.next().expect("a line").expect("text"), format!("waiting for {}", out.display()));
+    assert!(waiting.try_wait().expect("there").is_none(), "nothing is there yet");
+    success(&mut fleet.run(deploy::container(&fleet.job)));
+    assert!(waiting.wait().expect("ended").success());
+    assert_eq!(log.next().expect("a line").expect("text"), "everything is there");
+}
+
+#[test]
+fn whoever_waits_in_vain_is_told_for_what() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let absent = dir.path().join("absent");
+    let waited = warm(dir.path(), NOWHERE).args(["wait", "--timeout", "0s"]).arg(&absent).output().expect("ran");
+    assert_eq!(waited.status.code(), Some(1));
+    assert!(words(&waited.stderr).contains(&format!("{}: not there after 0 s", absent.display())), "{waited:?}");
+    // What is fetched is not waited for.
+    success(warm(dir.path(), NOWHERE).args(["wait", "--timeout", "0s", "hf:org/rm@v1/seed-0"]).arg(family().join("member-0")));
+}

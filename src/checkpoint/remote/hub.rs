@@ -84,7 +84,7 @@ impl Hub {
     /// Makes sure that the checkpoint is in the cache. Blocks; `progress` gets bytes that are there and bytes in all.
     pub fn fetch(&self, path: &HubPath, progress: &mut dyn FnMut(u64, u64)) -> Result<Fetched, CheckpointError> {
         let fail = |problem: String| CheckpointError::new(path, problem);
-        let repository = self.cache.join(format!("models--{}", path.repository().replace('/', "--")));
+        let repository = self.repository(path);
         if self.offline {
             return self.find(&repository, path).map_err(fail);
         }
@@ -97,6 +97,23 @@ impl Hub {
         let repository = Repository { root: repository, max_bytes: self.max_bytes, part: self.part, clock: self.clock.clone() };
         let folder = repository.fetch(&files, &listing, path.subdir(), path.revision(), progress).map_err(fail)?;
         Ok(Fetched { folder, origin: path.at(commit) })
+    }
+
+    /// The place with the commit that its revision stands for now; offline, what it stood for when it was fetched.
+    pub fn origin(&self, path: &HubPath) -> Result<HubPath, CheckpointError> {
+        let origin = if is_hex(path.revision(), 40) {
+            Ok(path.clone())
+        } else if self.offline {
+            self.find(&self.repository(path), path).map(|found| found.origin)
+        } else {
+            self.list(&agent(), path).map(|listing| path.at(&listing.commit))
+        };
+        origin.map_err(|problem| CheckpointError::new(path, problem))
+    }
+
+    /// Where a repository is kept.
+    fn repository(&self, path: &HubPath) -> PathBuf {
+        self.cache.join(format!("models--{}", path.repository().replace('/', "--")))
     }
 
     fn list(&self, agent: &Agent, path: &HubPath) -> Result<Listing, String> {

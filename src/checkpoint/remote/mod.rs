@@ -70,17 +70,40 @@ impl Remotes {
         Self { buckets: Buckets::beside(&hub, environment), hub }
     }
 
+    /// What the checkpoint at this place is called: [`Fetched::origin`], without fetching it.
+    pub fn origin(&self, place: &str) -> Result<String, CheckpointError> {
+        Ok(match Place::parse(place)? {
+            Place::Bucket(path) => path.to_string(),
+            Place::Hub(path) => self.hub.origin(&path)?.to_string(),
+        })
+    }
+
     /// Makes sure that the checkpoint is in the cache. Blocks; `progress` gets bytes that are there and bytes in all.
     pub fn fetch(&self, place: &str, progress: &mut dyn FnMut(u64, u64)) -> Result<Fetched, CheckpointError> {
+        match Place::parse(place)? {
+            Place::Bucket(path) => Ok(Fetched { folder: self.buckets.fetch(&path, progress)?, origin: path.to_string() }),
+            Place::Hub(path) => {
+                let fetched = self.hub.fetch(&path, progress)?;
+                Ok(Fetched { folder: fetched.folder, origin: fetched.origin.to_string() })
+            }
+        }
+    }
+}
+
+/// A place that was read.
+enum Place {
+    Hub(HubPath),
+    Bucket(BucketPath),
+}
+
+impl Place {
+    fn parse(place: &str) -> Result<Self, CheckpointError> {
         let wrong = |problem: &str| CheckpointError::new(place, problem);
         if is_bucket(place) {
-            let path: BucketPath = place.parse().map_err(|problem: String| wrong(&problem))?;
-            let folder = self.buckets.fetch(&path, progress)?;
-            return Ok(Fetched { folder, origin: path.to_string() });
+            place.parse().map(Self::Bucket).map_err(|problem: String| wrong(&problem))
+        } else {
+            place.parse().map(Self::Hub).map_err(|invalid: InvalidHubPath| wrong(invalid.problem()))
         }
-        let path: HubPath = place.parse().map_err(|invalid: InvalidHubPath| wrong(invalid.problem()))?;
-        let fetched = self.hub.fetch(&path, progress)?;
-        Ok(Fetched { folder: fetched.folder, origin: fetched.origin.to_string() })
     }
 }
 
