@@ -1,5 +1,9 @@
 //! Buckets of object stores, through the crate object_store: listed, read by ranges, and kept as a hub's files are. What a
 //! store says of a file's version names it in the cache; a file that changes while it is read is an error.
+//!
+//! Of a file's content no store says anything that can be relied on (an ETag is an MD5 only of an object that came in one
+//! part and is not encrypted with a customer's key, and does not say whether it is). So whoever writes the folder may put a
+//! `SHA256SUMS` beside the files, as `sha256sum *` prints it; what it names is held to it, and named by it in the cache.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,13 +26,17 @@ use super::cache::Repository;
 use super::download::hex;
 use super::hub::{Hub, PART};
 use super::hub_path::is_segment;
-use super::listing::{Digest, Listing, RemoteFile, check, is_wanted};
+use super::listing::{Digest, Listing, RemoteFile, check, checksums, is_wanted};
 use super::{Source, Trouble};
 use crate::checkpoint::CheckpointError;
 use crate::clock::Clock;
 
 /// A folder of a checkpoint has far fewer files, those of its subfolders included.
 const MAX_FILES: usize = 10_000;
+/// The checksums that a folder brings along.
+const CHECKSUMS: &str = "SHA256SUMS";
+/// It has a line for each file.
+const MAX_CHECKSUMS_BYTES: usize = 1 << 20;
 /// For one range; a range that breaks is gone on with.
 const TIMEOUT: &str = "10 minutes";
 
@@ -147,7 +155,7 @@ async fn list(store: &dyn ObjectStore, path: &BucketPath) -> Result<(Listing, BT
     let prefix = Path::parse(&path.folder).map_err(|error| error.to_string())?;
     let mut objects = BTreeMap::new();
     let mut found = store.list(Some(&prefix));
-    let mut seen = 0;
+    let (mut seen, mut listed) = (0, None);
     while let Some(object) = found.next().await {
         let object = object.map_err(|error| words(path.store, &error))?;
         seen += 1;
@@ -158,18 +166,44 @@ async fn list(store: &dyn ObjectStore, path: &BucketPath) -> Result<(Listing, BT
         // Not what lies in folders within.
         let [name] = &within[..] else { continue };
         let name = name.as_ref().to_owned();
-        if is_segment(&name) && is_wanted(&name) {
+        if name == CHECKSUMS {
+            listed = Some(object);
+        } else if is_segment(&name) && is_wanted(&name) {
             objects.insert(name, object);
         }
     }
+    let mut sums = match listed {
+        None => BTreeMap::new(),
+        Some(object) => read_checksums(store, path.store, &object).await.map_err(|problem| format!("{CHECKSUMS}: {problem}"))?,
+    };
     let file = |(name, object): (&String, &ObjectMeta)| {
-        let version = format!("{}\n{}\n{}", object.location, object.size, version(object));
-        RemoteFile { name: name.clone(), bytes: object.size, digest: Digest::Version(hex(digest(&SHA256, version.as_bytes()).as_ref())) }
+        let stated = || format!("{}\n{}\n{}", object.location, object.size, version(object));
+        let digest = match sums.remove(name) {
+            Some(sum) => Digest::Sha256(sum),
+            None => Digest::Version(hex(digest(&SHA256, stated().as_bytes()).as_ref())),
+        };
+        RemoteFile { name: name.clone(), bytes: object.size, digest }
     };
     let files: Vec<RemoteFile> = objects.iter().map(file).collect();
     check(&files)?;
+    if let Some(missing) = sums.keys().find(|name| is_wanted(name)) {
+        return Err(format!("{CHECKSUMS} names {missing}, which is not there"));
+    }
     let all: String = files.iter().map(|file| format!("{} {}\n", file.name, file.digest.hex())).collect();
     Ok((Listing { commit: hex(&digest(&SHA256, all.as_bytes()).as_ref()[..20]), files }, objects))
+}
+
+async fn read_checksums(store: &dyn ObjectStore, kind: Store, object: &ObjectMeta) -> Result<BTreeMap<String, String>, String> {
+    let refuse = |error: Error| words(kind, &error);
+    let mut body = store.get_opts(&object.location, GetOptions::default()).await.map_err(refuse)?.into_stream();
+    let mut text = Vec::new();
+    while let Some(chunk) = body.next().await {
+        text.extend_from_slice(&chunk.map_err(refuse)?);
+        if text.len() > MAX_CHECKSUMS_BYTES {
+            return Err(format!("has more than {MAX_CHECKSUMS_BYTES} bytes"));
+        }
+    }
+    checksums(std::str::from_utf8(&text).map_err(|error| error.to_string())?)
 }
 
 /// What went wrong, and what can be done.

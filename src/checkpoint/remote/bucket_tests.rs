@@ -26,6 +26,10 @@ fn objects(version: u64) -> Vec<(&'static str, Vec<u8>, String)> {
 
 /// What a store in good health answers, in the dialect of its kind.
 fn answer(store: Store, asked: &Asked, version: u64) -> Answer {
+    answer_of(store, asked, objects(version))
+}
+
+fn answer_of(store: Store, asked: &Asked, objects: Vec<(&'static str, Vec<u8>, String)>) -> Answer {
     let (path, query) = asked.path.split_once('?').unwrap_or((&asked.path, ""));
     if query.contains("prefix=") {
         assert!(query.contains("prefix=rm%2Fseed%200%2F") || query.contains("prefix=rm%2Fseed+0%2F"), "{query}");
@@ -40,7 +44,7 @@ fn answer(store: Store, asked: &Asked, version: u64) -> Answer {
                 bytes.len()
             ),
         };
-        let all: String = objects(version).into_iter().map(each).collect();
+        let all: String = objects.into_iter().map(each).collect();
         let xml = match store {
             Store::Azure => format!("<EnumerationResults><Blobs>{all}</Blobs><NextMarker/></EnumerationResults>"),
             Store::S3 | Store::Gcs => format!("<ListBucketResult>{all}</ListBucketResult>"),
@@ -49,7 +53,7 @@ fn answer(store: Store, asked: &Asked, version: u64) -> Answer {
     }
     let name = decoded(path);
     let name = name.strip_prefix("/models/").unwrap_or_else(|| panic!("{name}"));
-    match objects(version).into_iter().find(|(found, ..)| *found == name) {
+    match objects.into_iter().find(|(found, ..)| *found == name) {
         Some((_, bytes, tag)) => {
             let named = [("etag", format!("\"{tag}\"")), ("last-modified", "Tue, 24 Nov 2026 10:00:00 GMT".to_owned())];
             named.iter().fold(part_of(&bytes, asked), |answer, (name, value)| answer.with(name, value))
@@ -217,4 +221,121 @@ fn more_than_may_be_fetched_is_refused_before_a_byte_is() {
     let error = small.fetch(&path(Store::S3), &mut |_, _| {}).expect_err("too large").to_string();
     assert!(error.contains("45025") && error.contains("download.max_bytes"), "{error}");
     assert!(!asked_for_bytes.load(Ordering::Relaxed));
+}
+
+/// A bucket whose folder brings this list of checksums along.
+fn with_checksums(list: &'static str, change: impl Fn(&Asked, Answer) -> Answer + Send + Sync + 'static) -> Server {
+    Server::start(Arc::new(move |asked: &Asked| {
+        let list = ("rm/seed 0/SHA256SUMS", list.as_bytes().to_vec(), "sums".to_owned());
+        change(asked, answer_of(Store::S3, asked, objects(1).into_iter().chain([list]).collect()))
+    }))
+}
+
+/// As `sha256sum config.json model.safetensors README.md` prints it; the last is not fetched.
+fn sums() -> &'static str {
+    let sum = |bytes: &[u8]| hex(digest(&SHA256, bytes).as_ref());
+    let (config, weights) = (sum(b"{\"model_type\": \"qwen3\"}"), sum(&weights()));
+    Box::leak(format!("{config}  config.json\n{weights}  model.safetensors\n{config}  README.md\n").into_boxed_str())
+}
+
+#[test]
+fn one_wrong_byte_is_found_by_the_checksums_that_a_folder_brings_along() {
+    let wrong = Arc::new(AtomicBool::new(true));
+    let is_wrong = wrong.clone();
+    let server = with_checksums(sums(), move |asked, mut answer| {
+        if is_wrong.load(Ordering::Relaxed) && asked.range.is_some_and(|(begin, _)| begin == 20_000) {
+            answer.body[5] ^= 1;
+        }
+        answer
+    });
+    let home = home();
+    let buckets = buckets(&server, home.path(), &[]);
+    let error = buckets.fetch(&path(Store::S3), &mut |_, _| {}).expect_err("corrupt").to_string();
+    assert!(error.contains("model.safetensors: expected checksum"), "{error}");
+    let cache = std::fs::read_dir(home.path().join("warm-buckets")).expect("a cache").next().expect("one").expect("entry").path();
+    assert!(!cache.join("snapshots").exists(), "no folder looks like a checkpoint");
+    wrong.store(false, Ordering::Relaxed);
+    let folder = buckets.fetch(&path(Store::S3), &mut |_, _| {}).expect("the right bytes");
+    assert_eq!(std::fs::read(folder.join("model.safetensors")).expect("a file"), weights());
+    assert!(!folder.join("SHA256SUMS").exists());
+    assert!(cache.join("blobs").join(hex(digest(&SHA256, &weights()).as_ref())).is_file(), "named by its content");
+}
+
+#[test]
+fn checksums_that_cannot_be_held_are_refused() {
+    let missing = Box::leak(format!("{}{}  model-2.safetensors\n", sums(), "0".repeat(64)).into_boxed_str());
+    for (list, words) in [(&*missing, "model-2.safetensors, which is not there"), ("<html>", "SHA256SUMS: line 1: expected a SHA-256")] {
+        let (server, home) = (with_checksums(list, |_, answer| answer), home());
+        let error = buckets(&server, home.path(), &[]).fetch(&path(Store::S3), &mut |_, _| {}).expect_err("refused").to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn a_redirect_is_followed_without_the_signature() {
+    let storage =
+        Server::start(Arc::new(|asked: &Asked| part_of(&weights(), asked).with("last-modified", "Tue, 24 Nov 2026 10:00:00 GMT")));
+    let elsewhere = storage.address.replace("127.0.0.1", "localhost");
+    let server = misbehaving(move |asked, answer| {
+        let moved = decoded(&asked.path).ends_with("model.safetensors") && asked.range.is_some();
+        if moved { Answer::new(307, &[("location", &format!("http://{elsewhere}/moved"))], b"") } else { answer }
+    });
+    let home = home();
+    let folder = buckets(&server, home.path(), &[]).fetch(&path(Store::S3), &mut |_, _| {}).expect("fetched");
+    assert_eq!(std::fs::read(folder.join("model.safetensors")).expect("a file"), weights());
+    let asked = storage.asked();
+    assert!(asked.len() == 5 && asked.iter().all(|asked| asked.token.is_none() && asked.range.is_some()), "{asked:?}");
+}
+
+#[test]
+fn wrong_lengths_are_not_believed() {
+    for range in ["bytes 0-9999/12345", "bytes 7-10006/45000", "bytes 0-9999", ""] {
+        let server = misbehaving(move |asked, answer| {
+            let first = asked.range.is_some_and(|(begin, _)| begin == 0) && decoded(&asked.path).ends_with("model.safetensors");
+            if !first {
+                return answer;
+            }
+            let named = [("content-range", range), ("etag", "\"w-1\""), ("last-modified", "Tue, 24 Nov 2026 10:00:00 GMT")];
+            Answer::new(206, &named, &answer.body)
+        });
+        let home = home();
+        let error = buckets(&server, home.path(), &[]).fetch(&path(Store::S3), &mut |_, _| {}).expect_err(range).to_string();
+        assert!(error.contains("model.safetensors"), "{range}: {error}");
+    }
+}
+
+/// The parts of the weights that the cache says are whole; none where there is no such log.
+fn whole_parts(home: &std::path::Path) -> Vec<u64> {
+    let entries = |folder: PathBuf| std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let logs = entries(home.join("warm-buckets")).flat_map(|cache| entries(cache.join("blobs")));
+    let logs = logs.filter(|path| path.extension().is_some_and(|ending| ending == "parts"));
+    // Of the three files only this one has more than one part.
+    let parts = logs.map(|log| std::fs::read_to_string(log).unwrap_or_default());
+    parts.map(|text| text.lines().skip(1).filter_map(|part| part.parse().ok()).collect()).max_by_key(Vec::len).unwrap_or_default()
+}
+
+#[test]
+fn a_download_goes_on_where_an_earlier_one_ended() {
+    let (home, refusing) = (home(), Arc::new(AtomicBool::new(true)));
+    let (refuses, place) = (refusing.clone(), home.path().to_owned());
+    let server = misbehaving(move |asked, answer| {
+        let last = asked.range.is_some_and(|(begin, _)| begin == 40_000);
+        if !last || !refuses.load(Ordering::Relaxed) {
+            return answer;
+        }
+        // Refused when all others are there, whichever order they come in.
+        while whole_parts(&place).len() < 4 {
+            std::thread::yield_now();
+        }
+        Answer::new(403, &[], b"")
+    });
+    let buckets = buckets(&server, home.path(), &[]);
+    buckets.fetch(&path(Store::S3), &mut |_, _| {}).expect_err("refused");
+    refusing.store(false, Ordering::Relaxed);
+    let before = server.asked().len();
+    let folder = buckets.fetch(&path(Store::S3), &mut |_, _| {}).expect("the rest");
+    let of_weights = |asked: &&Asked| decoded(&asked.path).ends_with("model.safetensors");
+    let again: Vec<_> = server.asked()[before..].iter().filter(of_weights).filter_map(|asked| asked.range).collect();
+    assert_eq!(again, [(40_000, 44_999)], "what was there is not asked for again");
+    assert_eq!(std::fs::read(folder.join("model.safetensors")).expect("a file"), weights());
 }

@@ -1,5 +1,7 @@
 //! What a hub says of a revision, and which of its files a reward model is made of. Pure.
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 
 use super::hub_path::is_segment;
@@ -20,7 +22,7 @@ pub(super) enum Digest {
     Sha256(String),
     /// SHA-1 over `blob`, the length and the content, as git names small files.
     GitBlob(String),
-    /// A name of the version, from which nothing can be told of the content.
+    /// A name of the version, from which nothing can be told of the content: of a file in a bucket without checksums.
     Version(String),
 }
 
@@ -92,6 +94,23 @@ pub(super) fn parse(json: &[u8], subdir: &str) -> Result<Listing, String> {
     Ok(Listing { commit: raw.sha, files })
 }
 
+/// The checksums of a list as sha256sum writes it, by name. What lies in folders within is passed over.
+pub(super) fn checksums(text: &str) -> Result<BTreeMap<String, String>, String> {
+    let mut sums = BTreeMap::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let read = line.split_once(' ').and_then(|(sum, name)| {
+            let name = name.strip_prefix(['*', ' ']).unwrap_or(name);
+            let sum = sum.to_ascii_lowercase();
+            is_hex(&sum, 64).then_some((name.strip_prefix("./").unwrap_or(name), sum))
+        });
+        let (name, sum) = read.ok_or_else(|| format!("line {}: expected a SHA-256 in hex and a name", number + 1))?;
+        if is_segment(name) && sums.insert(name.to_owned(), sum).is_some() {
+            return Err(format!("line {}: names {name} again", number + 1));
+        }
+    }
+    Ok(sums)
+}
+
 /// Whether these are the files of a checkpoint that can be loaded.
 pub(super) fn check(files: &[RemoteFile]) -> Result<(), String> {
     let has = |name: &str| files.iter().any(|file| file.name == name);
@@ -158,10 +177,26 @@ mod tests {
         assert!(parse(b"{\"sha\": \"../..\"}", "").is_err());
     }
 
+    #[test]
+    fn checksums_are_read_as_sha256sum_writes_them() {
+        let (one, two) = ("a".repeat(64), "B".repeat(64));
+        let sums = checksums(&format!("{one}  config.json\n{two} *./model.safetensors\n\n{one}  step-1/config.json\n")).expect("a list");
+        let expected = [("config.json", one.clone()), ("model.safetensors", "b".repeat(64))];
+        assert_eq!(sums, expected.map(|(name, sum)| (name.to_owned(), sum)).into());
+        for wrong in ["SHA256 (config.json) = aa", "config.json", &format!("{one}"), &format!("{one}  x\n{one}  x"), "<html> <body>"] {
+            assert!(checksums(wrong).is_err(), "{wrong}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_answer_makes_it_panic(json in "[ -~]{0,100}") {
             let _ = parse(json.as_bytes(), "");
+        }
+
+        #[test]
+        fn no_list_of_checksums_makes_it_panic(text in "\\PC{0,100}") {
+            let _ = checksums(&text);
         }
     }
 }
