@@ -22,7 +22,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_stream::{Stream, StreamExt};
 
 use super::bucket_path::{BucketPath, Store};
-use super::cache::Repository;
+use super::cache::{Repository, Room};
 use super::download::hex;
 use super::hub::{Hub, PART};
 use super::hub_path::is_segment;
@@ -49,6 +49,7 @@ pub(super) struct Buckets {
     offline: bool,
     max_bytes: u64,
     part: u64,
+    room: Room,
     clock: Clock,
 }
 
@@ -62,10 +63,10 @@ impl fmt::Debug for Buckets {
 impl Buckets {
     /// Kept beside what comes from the hub, and as offline as it.
     pub fn beside(hub: &Hub, environment: &[(String, String)]) -> Self {
-        let Hub { cache, offline, max_bytes, clock, .. } = hub;
+        let Hub { cache, offline, max_bytes, room, clock, .. } = hub;
         let variables = environment.iter().filter(|(name, _)| name.contains('_')).cloned().collect();
         let (cache, clock) = (cache.with_file_name("warm-buckets"), clock.clone());
-        Self { variables, cache, offline: *offline, max_bytes: *max_bytes, part: PART, clock }
+        Self { variables, cache, offline: *offline, max_bytes: *max_bytes, part: PART, room: *room, clock }
     }
 
     /// The same with ranges of this size; tests have small files.
@@ -79,7 +80,8 @@ impl Buckets {
         let fail = |problem: String| CheckpointError::new(path, problem);
         let folder = hex(&digest(&SHA256, path.folder.as_bytes()).as_ref()[..8]);
         let root = self.cache.join(format!("{}--{}--{folder}", path.store.scheme(), path.bucket));
-        let repository = Repository { root, max_bytes: self.max_bytes, part: self.part, clock: self.clock.clone() };
+        let Self { max_bytes, part, room, ref clock, .. } = *self;
+        let repository = Repository { root, max_bytes, part, room, clock: clock.clone() };
         if self.offline {
             let missing = || fail(format!("is not in the cache {}, and HF_HUB_OFFLINE is set", self.cache.display()));
             let version = std::fs::read_to_string(repository.root.join("refs/latest")).map_err(|_| missing())?;

@@ -1,6 +1,7 @@
 //! What was fetched, on this machine, laid out as huggingface_hub does it, so that both find what the other has fetched:
 //! `REPOSITORY/{blobs/DIGEST, refs/REVISION, snapshots/COMMIT/FILE}`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -22,7 +23,24 @@ pub(super) struct Repository {
     pub max_bytes: u64,
     /// Bytes of one range.
     pub part: u64,
+    /// Bytes that may still be written where a folder is.
+    pub room: Room,
     pub clock: Clock,
+}
+
+/// How much room there is on a folder's volume; `None` where nobody says.
+pub(super) type Room = fn(&Path) -> Option<u64>;
+
+/// As the system says it for whoever has no special rights.
+#[cfg(target_os = "linux")]
+pub(super) fn room(folder: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(folder).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(super) fn room(_: &Path) -> Option<u64> {
+    None
 }
 
 impl Repository {
@@ -42,6 +60,10 @@ impl Repository {
             return Err(format!("has {total} bytes, expected at most {most} (setting download.max_bytes)"));
         }
         std::fs::create_dir_all(&blobs).map_err(|error| format!("{}: {error}", blobs.display()))?;
+        let needed = missing(&blobs, &listing.files);
+        if let Some(room) = (self.room)(&blobs).filter(|room| *room < needed) {
+            return Err(format!("needs {needed} more bytes, and the volume of {} has {room} left", blobs.display()));
+        }
         self.download(source, &listing.files, &blobs, total, progress)?;
         let folder = self.snapshot(&listing.commit, subdir);
         let depth = 2 + subdir.split('/').filter(|segment| !segment.is_empty()).count();
@@ -86,6 +108,28 @@ impl Repository {
         }
         result
     }
+}
+
+/// Bytes of the files that are not on the disk yet. What was begun has its whole length from the start, but blocks only for
+/// what has been written.
+fn missing(blobs: &Path, files: &[RemoteFile]) -> u64 {
+    let each: BTreeMap<&str, u64> = files.iter().map(|file| (file.digest.hex(), file.bytes)).collect();
+    let missing = |(name, bytes): (&str, u64)| {
+        let whole = std::fs::metadata(blobs.join(name)).is_ok_and(|found| found.len() == bytes);
+        let begun = std::fs::metadata(blobs.join(format!("{name}.incomplete"))).map_or(0, |found| written(&found));
+        if whole { 0 } else { bytes.saturating_sub(begun) }
+    };
+    each.into_iter().map(missing).sum()
+}
+
+#[cfg(unix)]
+fn written(found: &std::fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(found).saturating_mul(512)
+}
+
+#[cfg(not(unix))]
+fn written(_: &std::fs::Metadata) -> u64 {
+    0
 }
 
 /// Gives a file of the cache its name in the snapshot.

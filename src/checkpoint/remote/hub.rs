@@ -9,7 +9,7 @@ use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
 
 use super::HubPath;
-use super::cache::Repository;
+use super::cache::{Repository, Room, room};
 use super::listing::{self, Listing, is_hex};
 use super::requests::{HubFiles, get};
 use crate::checkpoint::CheckpointError;
@@ -32,6 +32,7 @@ pub(super) struct Hub {
     /// Bytes of one checkpoint that may be fetched.
     pub max_bytes: u64,
     part: u64,
+    pub room: Room,
     pub clock: Clock,
 }
 
@@ -71,6 +72,7 @@ impl Hub {
             offline: get("HF_HUB_OFFLINE").is_some_and(on),
             max_bytes,
             part: PART,
+            room,
             clock,
         }
     }
@@ -94,7 +96,8 @@ impl Hub {
         let within = if path.subdir().is_empty() { String::new() } else { format!("{}/", path.subdir()) };
         let folder = format!("{}/{}/resolve/{commit}/{within}", self.endpoint, path.repository());
         let files = HubFiles { agent: &agent, token: self.token.as_deref(), folder };
-        let repository = Repository { root: repository, max_bytes: self.max_bytes, part: self.part, clock: self.clock.clone() };
+        let Self { max_bytes, part, room, ref clock, .. } = *self;
+        let repository = Repository { root: repository, max_bytes, part, room, clock: clock.clone() };
         let folder = repository.fetch(&files, &listing, path.subdir(), path.revision(), progress).map_err(fail)?;
         Ok(Fetched { folder, origin: path.at(commit) })
     }

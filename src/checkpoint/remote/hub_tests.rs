@@ -242,6 +242,28 @@ fn more_than_may_be_fetched_is_refused_before_a_byte_is() {
 }
 
 #[test]
+fn more_than_the_volume_has_room_for_is_refused_before_a_byte_is_asked_for() {
+    let late = Arc::new(Mutex::new(true));
+    let is_broken = late.clone();
+    let (_, server) = misbehaving(move |asked, answer| {
+        let last = asked.range.is_some_and(|(begin, _)| begin >= 90_000);
+        if last && *is_broken.lock().expect("no panic") { Answer::new(410, &[], b"") } else { answer }
+    });
+    let home = home();
+    let with = |room| Hub { room, ..hub(&server, home.path(), &Clock::manual()) };
+    let error = with(|_| Some(95_024)).fetch(&path(), &mut |_, _| {}).expect_err("no room").to_string();
+    assert!(error.contains("needs 95025 more bytes") && error.contains("has 95024 left"), "{error}");
+    assert!(server.downloads().is_empty());
+    with(|_| Some(95_025)).fetch(&path(), &mut |_, _| {}).expect_err("the last part is refused");
+    *late.lock().expect("no panic") = false;
+    // What was begun has its room already; where nobody says how much there is, it is tried.
+    with(|_| None).fetch(&path(), &mut |_, _| {}).expect("fetched");
+    with(|_| Some(0)).fetch(&path(), &mut |_, _| {}).expect("nothing is needed");
+    #[cfg(target_os = "linux")]
+    assert!(room(home.path()).is_some_and(|room| room > 0));
+}
+
+#[test]
 fn two_processes_at_once_fetch_it_once() {
     let (repository, server) = misbehaving(|_, answer| answer);
     let home = home();
