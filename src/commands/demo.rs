@@ -46,7 +46,7 @@ pub(super) struct DemoPrompt {
 }
 
 pub(super) fn run(arguments: DemoArgs, environment: Environment) -> Result<ExitCode, CommandError> {
-    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let bundled = bundled(std::env::current_exe().ok().as_deref());
     let family = arguments.family.unwrap_or_else(|| bundled.join("family"));
     let members = members(&family)?;
     let prompts = prompts(&arguments.prompts.unwrap_or_else(|| bundled.join("prompts.jsonl")))?;
@@ -104,10 +104,18 @@ pub(super) fn run(arguments: DemoArgs, environment: Environment) -> Result<ExitC
     result.map(|()| ExitCode::SUCCESS)
 }
 
+/// Where the demo's own folder is: beside the binary, if somebody has put it there, or in the source tree that it was built from.
+fn bundled(binary: Option<&Path>) -> PathBuf {
+    let beside = binary.and_then(Path::parent).map(|folder| folder.join("demo"));
+    let tree = || Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    beside.filter(|folder| folder.join("family").is_dir()).unwrap_or_else(tree)
+}
+
 /// The members' folders, in the order of their names.
 fn members(family: &Path) -> Result<Vec<PathBuf>, CommandError> {
     let explain = |problem: String| {
-        let hint = "the bundled family lies in the source tree; name another one with --family DIR";
+        let hint = "the demo's reward models are not part of the binary: run it in a checkout of the source, put its folder demo \
+                    beside the binary, or name other members with --family DIR";
         CommandError::Other(format!("{}: {problem} ({hint})", family.display()))
     };
     let entries = std::fs::read_dir(family).map_err(|error| explain(error.to_string()))?;
@@ -198,7 +206,16 @@ mod tests {
     #[test]
     fn a_family_that_is_not_there_says_what_to_do() {
         let error = members(Path::new("/nowhere/family")).expect_err("no folder").to_string();
-        assert!(error.contains("--family"), "{error}");
+        assert!(error.contains("not part of the binary") && error.contains("--family"), "{error}");
+    }
+
+    #[test]
+    fn the_family_beside_the_binary_is_nearer_than_that_of_the_source_tree() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let binary = dir.path().join("warm");
+        assert_eq!(bundled(Some(&binary)), Path::new(env!("CARGO_MANIFEST_DIR")).join("demo"));
+        std::fs::create_dir_all(dir.path().join("demo/family")).expect("a folder");
+        assert_eq!(bundled(Some(&binary)), dir.path().join("demo"));
     }
 
     #[test]
