@@ -173,3 +173,26 @@ fn the_release_builds_what_the_image_does() {
     let rust = read("Dockerfile").lines().find_map(|line| line.strip_prefix("ARG RUST_VERSION=").map(str::to_owned)).expect("a version");
     assert_eq!(text(&workflow, "env.RUST_VERSION"), rust);
 }
+
+/// What the release asks of its Linux binaries, asked of binaries of both kinds.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_binary_that_needs_a_library_is_told_from_one_that_needs_nothing() {
+    // The compiler is what Rust links with; readelf comes with it.
+    if !have("cc", "a binary of each kind") || !have("readelf", "a binary of each kind") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let source = folder.path().join("main.c");
+    std::fs::write(&source, "int main(void) { return 0; }\n").expect("written");
+    let is_static = |flags: &[&str]| {
+        let binary = folder.path().join("binary");
+        output(Command::new("cc").args(flags).arg("-o").arg(&binary).arg(&source));
+        Command::new(root().join("deploy/static.sh")).arg(&binary).output().expect("started").status.success()
+    };
+    assert!(is_static(&["-static-pie", "-fPIE"]), "as Rust links for musl");
+    assert!(is_static(&["-static", "-no-pie"]));
+    assert!(!is_static(&[]));
+    let missing = Command::new(root().join("deploy/static.sh")).arg(folder.path().join("missing")).output().expect("started");
+    assert!(!missing.status.success(), "what cannot be read is not static");
+}
