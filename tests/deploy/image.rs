@@ -161,17 +161,65 @@ fn compose_gives_the_server_time_to_drain() {
     assert!(!targets.is_empty());
 }
 
+fn workflow(name: &str) -> serde_norway::Value {
+    let path = root().join(".github/workflows").join(name);
+    serde_norway::from_str(&std::fs::read_to_string(path).expect("a workflow")).expect("YAML")
+}
+
+/// Steps of all jobs of a workflow that use this action; of any where it is empty.
+fn steps(workflow: &serde_norway::Value, action: &str) -> Vec<serde_norway::Value> {
+    let jobs = at(workflow, "jobs").as_mapping().expect("jobs");
+    let all = jobs.iter().flat_map(|(_, job)| list(job, "steps")).filter(|step| at(step, "uses").is_string());
+    all.filter(|step| text(step, "uses").starts_with(action)).cloned().collect()
+}
+
 #[test]
 fn the_release_builds_what_the_image_does() {
-    let workflow: serde_norway::Value =
-        serde_norway::from_str(&std::fs::read_to_string(root().join(".github/workflows/release.yaml")).expect("the release workflow"))
-            .expect("YAML");
-    let jobs = at(&workflow, "jobs").as_mapping().expect("jobs");
-    let uses: Vec<String> =
-        jobs.iter().flat_map(|(_, job)| list(job, "steps")).filter_map(|step| at(step, "uses").as_str().map(str::to_owned)).collect();
+    let release = workflow("release.yaml");
+    let uses: Vec<String> = steps(&release, "").iter().map(|step| text(step, "uses")).collect();
     assert!(uses.iter().all(|action| action.split_once('@').is_some_and(|(_, version)| version.starts_with('v'))), "{uses:?}");
     let rust = read("Dockerfile").lines().find_map(|line| line.strip_prefix("ARG RUST_VERSION=").map(str::to_owned)).expect("a version");
-    assert_eq!(text(&workflow, "env.RUST_VERSION"), rust);
+    assert_eq!(text(&release, "env.RUST_VERSION"), rust);
+}
+
+#[test]
+fn nothing_is_published_that_was_not_tested() {
+    let release = workflow("release.yaml");
+    let runs: Vec<&str> = list(&release, "jobs.check.steps").iter().filter_map(|step| at(step, "run").as_str()).collect();
+    assert!(runs.iter().any(|run| run.contains(".ci/run")), "{runs:?}");
+    assert!(runs.iter().any(|run| run.contains("GITHUB_REF_NAME")), "the tag is compared with the version: {runs:?}");
+    for job in ["binaries", "images"] {
+        assert_eq!(text(&release, &format!("jobs.{job}.needs")), "check");
+    }
+    assert_eq!(list(&release, "jobs.release.needs").len(), 2);
+}
+
+#[test]
+fn a_release_takes_the_artifacts_of_its_jobs_and_no_others() {
+    let release = workflow("release.yaml");
+    let pattern = steps(&release, "actions/download-artifact").iter().map(|step| text(step, "with.pattern")).collect::<Vec<_>>();
+    let [pattern] = &pattern[..] else { panic!("{pattern:?}") };
+    let begin = pattern.strip_suffix('*').expect("a pattern");
+    for step in steps(&release, "actions/upload-artifact") {
+        assert!(text(&step, "with.name").starts_with(begin), "{step:?}");
+    }
+    // The builder's record of a build is none.
+    for step in steps(&release, "docker/build-push-action") {
+        assert_eq!(text(&step, "env.DOCKER_BUILD_RECORD_UPLOAD"), "false");
+    }
+}
+
+#[test]
+fn an_image_for_cards_says_for_which() {
+    let release = workflow("release.yaml");
+    let images = list(&release, "jobs.images.strategy.matrix.include");
+    for image in images {
+        let (name, compute) = (text(image, "image"), text(image, "compute"));
+        assert_eq!(name, if compute.is_empty() { "cpu".to_owned() } else { format!("cuda-sm{compute}") });
+        stage(&text(image, "target"));
+    }
+    let default = read("Dockerfile").lines().find_map(|line| line.strip_prefix("ARG CUDA_COMPUTE_CAP=").map(str::to_owned)).expect("one");
+    assert!(images.iter().any(|image| text(image, "compute") == default), "what is built without a word is released, too");
 }
 
 /// What the release asks of its Linux binaries, asked of binaries of both kinds.
