@@ -29,6 +29,12 @@ def schemas(paths):
     print(f"{checked} objects fit the schemas of Kubernetes {version}; without a schema there: {', '.join(sorted(set(left)))}")
 
 
+def namespace(path):
+    """The one namespace of all objects."""
+    (name,) = {document["metadata"]["namespace"] for document in yaml.safe_load_all(open(path))}
+    print(name)
+
+
 def samples(path):
     """The demo's prompts as groups, some too long, so that failures are seen too."""
     for line in open(path):
@@ -64,7 +70,7 @@ def fill(query):
     return query.replace("$__rate_interval", "30s").replace("$__range", "2m")
 
 
-def queries(server, dashboard, rules, scaler):
+def queries(server, dashboard, rules, fleet):
     failed, panels, records, alerts = [], 0, 0, 0
     for panel in json.load(open(dashboard))["panels"]:
         for target in panel.get("targets", []):
@@ -91,8 +97,9 @@ def queries(server, dashboard, rules, scaler):
                 for name in set(re.findall(r"\b(?:warm_\w+|warm:[\w:]+|process_\w+)", rule["expr"])):
                     if not ask(server, name):
                         failed.append(f"alert {rule['alert']}: {name}")
-    for trigger in yaml.safe_load(open(scaler))["spec"]["triggers"]:
-        query = trigger["metadata"]["query"].replace('namespace="warm"', 'namespace=""')
+    scalers = [document for document in yaml.safe_load_all(open(fleet)) if document["kind"] == "ScaledObject"]
+    for trigger in [trigger for scaler in scalers for trigger in scaler["spec"]["triggers"]]:
+        query = trigger["metadata"]["query"]
         if len(ask(server, query)) != 1:
             failed.append(f"scaler: {query}: expected one number")
     firing = sorted({sample["metric"]["alertname"] for sample in ask(server, 'ALERTS{alertstate="firing"}')})
@@ -115,4 +122,4 @@ if __name__ == "__main__":
     if command == "schemas":
         schemas(arguments)
     else:
-        {"samples": samples, "settled": settled, "queries": queries, "metrics": metrics}[command](*arguments)
+        {"namespace": namespace, "samples": samples, "settled": settled, "queries": queries, "metrics": metrics}[command](*arguments)

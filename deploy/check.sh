@@ -70,6 +70,8 @@ until "$warm" health --addr "$grpc" > /dev/null 2>&1; do
     kill -0 "${pids[0]}" || { cat "$work/server.log"; exit 1; }
     sleep 0.2
 done
+# As a target of the fleet: what the scaler asks is asked as it was rendered.
+namespace="$("$python" deploy/check.py namespace "$work/fleet.yaml")"
 # The same rules at a faster pace, so that a minute is enough.
 sed 's/interval: 30s/interval: 2s/' deploy/monitoring/warm.rules.yaml > "$work/rules.yaml"
 cat > "$work/prometheus.yaml" << CONFIG
@@ -77,7 +79,7 @@ global: {scrape_interval: 2s, evaluation_interval: 2s}
 rule_files: ["$work/rules.yaml"]
 scrape_configs:
   - job_name: warm
-    static_configs: [{targets: ["$admin"]}]
+    static_configs: [{targets: ["$admin"], labels: {namespace: "$namespace"}}]
 CONFIG
 prometheus --config.file="$work/prometheus.yaml" --storage.tsdb.path="$work/data" --web.listen-address="$prometheus" \
     --log.level=warn 2> "$work/prometheus.log" &
@@ -101,6 +103,6 @@ echo "$rounds rounds of two callers"
 pids+=($!)
 sleep 6
 "$python" deploy/check.py queries "http://$prometheus" deploy/monitoring/warm.dashboard.json deploy/monitoring/warm.rules.yaml \
-    deploy/kustomize/overlays/fleet/scaledobject.yaml
+    "$work/fleet.yaml"
 "$python" deploy/check.py metrics "http://$admin/metrics" README.md
 echo "deploy/ holds"

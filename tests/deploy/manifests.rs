@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 
 use serde_norway::Value;
 use warm::app::App;
@@ -9,6 +10,7 @@ use warm::clock::Clock;
 use warm::config::{Resolved, Sources};
 use warm::serve::Admin;
 
+use super::expressions::selectors;
 use super::*;
 use crate::serve::running::Running;
 
@@ -227,7 +229,7 @@ fn pods_have_no_rights_that_they_do_not_need() {
 
 #[test]
 fn only_what_old_kustomize_knows_is_used_and_every_file_is_there() {
-    const KNOWN: [&str; 10] = [
+    const KNOWN: [&str; 12] = [
         "apiVersion",
         "kind",
         "bases",
@@ -238,6 +240,8 @@ fn only_what_old_kustomize_knows_is_used_and_every_file_is_there() {
         "configMapGenerator",
         "generatorOptions",
         "namespace",
+        "vars",
+        "configurations",
     ];
     for folder in [
         "kustomize/base",
@@ -253,7 +257,7 @@ fn only_what_old_kustomize_knows_is_used_and_every_file_is_there() {
             assert!(KNOWN.contains(&key.as_str()), "{folder}: `{key}` is not of kustomize 2.0");
         }
         let mut named: Vec<String> = Vec::new();
-        for key in ["bases", "resources", "patchesStrategicMerge"] {
+        for key in ["bases", "resources", "patchesStrategicMerge", "configurations"] {
             named.extend(list(&kustomization, key).iter().filter_map(Value::as_str).map(str::to_owned));
         }
         named.extend(list(&kustomization, "patchesJson6902").iter().map(|patch| text(patch, "path")));
@@ -287,6 +291,7 @@ fn the_scaler_owns_the_number_of_replicas_and_its_floor_is_what_it_falls_back_to
     let scaled = document("kustomize/overlays/fleet/scaledobject.yaml");
     assert_eq!(text(&scaled, "spec.scaleTargetRef.name"), text(&base("deployment.yaml"), "metadata.name"));
     assert_eq!(number(&scaled, "spec.fallback.replicas"), number(&scaled, "spec.minReplicaCount"));
+    assert_eq!(text(&scaled, "spec.fallback.behavior"), "currentReplicasIfHigher", "a fleet does not shrink with Prometheus");
     assert!(
         number(&scaled, "spec.minReplicaCount") >= 2 && number(&scaled, "spec.maxReplicaCount") > number(&scaled, "spec.minReplicaCount")
     );
@@ -294,6 +299,31 @@ fn the_scaler_owns_the_number_of_replicas_and_its_floor_is_what_it_falls_back_to
         let deployments = of_kind(&rendered, "Deployment");
         assert!(at(deployments[0], "spec.replicas").is_null(), "an apply would reset the number");
     }
+}
+
+/// The namespaces of a rendering, which must be one, and the scaler's query.
+fn scaled_in(all: &[Value]) -> (String, String) {
+    let namespaces: std::collections::BTreeSet<String> = all.iter().map(|object| text(object, "metadata.namespace")).collect();
+    assert_eq!(namespaces.len(), 1, "{namespaces:?}");
+    let trigger = &list(of_kind(all, "ScaledObject")[0], "spec.triggers")[0];
+    assert_eq!(text(trigger, "metadata.ignoreNullValues"), "false", "an empty answer is no queue of 0");
+    (namespaces.into_iter().next().expect("one"), text(trigger, "metadata.query"))
+}
+
+#[test]
+fn the_scaler_asks_for_the_queue_of_the_namespace_that_it_is_rendered_for() {
+    let asks = |namespace: &str| vec![("namespace".to_owned(), "=".to_owned(), namespace.to_owned())];
+    let Some(fleet) = rendered("fleet") else { return };
+    let (namespace, query) = scaled_in(&fleet);
+    assert_eq!(selectors(&query)[0].matchers, asks(&namespace));
+    // A kustomization of one's own, above ours, that names another. kustomize 2.0 takes relative paths only.
+    let own = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let own = own.path().canonicalize().expect("a path");
+    let overlay = root().join("deploy/kustomize/overlays/fleet");
+    let base = format!("{}{}", "../".repeat(own.components().count() - 1), overlay.display().to_string().trim_start_matches('/'));
+    std::fs::write(own.join("kustomization.yaml"), format!("namespace: rewards\nbases: [{base}]\n")).expect("written");
+    let (namespace, query) = scaled_in(&documents(&output(Command::new("kubectl").arg("kustomize").arg(&own))));
+    assert_eq!((namespace.as_str(), &selectors(&query)[0].matchers), ("rewards", &asks("rewards")));
 }
 
 #[test]
