@@ -336,6 +336,18 @@ fn the_fleet_serves_what_its_job_writes() {
     assert_eq!(text(&served, "members.0.path"), out);
 }
 
+/// A drill on what nobody reads shows nothing.
+#[test]
+fn the_checkpoint_that_the_drill_corrupts_is_one_that_is_served() {
+    let runbook = read("RUNBOOK.md");
+    let drill = runbook.lines().find(|line| line.starts_with("| corrupt a checkpoint |")).expect("the drill");
+    for (map, recipe) in [("kustomize/overlays/fleet/configmap.yaml", "served.yaml"), ("kustomize/base/configmap.yaml", "recipe.yaml")] {
+        let recipe = super::settings::file_of(&document(map), recipe);
+        let path = text(&documents(&recipe)[0], "members.0.path");
+        assert!(drill.contains(&path), "{map} serves {path}: {drill}");
+    }
+}
+
 #[test]
 fn overlays_render_and_say_where_they_run() {
     let Some(cpu) = rendered("cpu") else { return };
