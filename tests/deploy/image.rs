@@ -30,6 +30,10 @@ fn what_runs_has_no_rights_no_shell_and_checks_itself() {
         assert!(lines.contains(&"USER 65532:65532".to_owned()), "{name}");
         assert!(lines.contains(&"ENTRYPOINT [\"/usr/local/bin/warm\"]".to_owned()), "{name}");
         assert!(lines.contains(&format!("EXPOSE {} {}", config.listen.port(), config.admin_listen.port())), "{name}");
+        // Whoever it runs as has no home; what is downloaded goes to a volume that is theirs.
+        assert!(lines.contains(&format!("COPY --from={name}-build --chown=65532:65532 /cache /cache")), "{name}");
+        assert!(lines.contains(&"VOLUME /cache".to_owned()), "{name}");
+        assert!(lines.iter().any(|line| line.starts_with("ENV") && line.contains("HF_HOME=/cache/hub")), "{name}");
         let health = lines.iter().find(|line| line.starts_with("HEALTHCHECK")).expect("a health check");
         assert!(
             health.contains("CMD [\"/usr/local/bin/warm\", \"health\"") && health.contains(&config.listen.port().to_string()),
@@ -38,11 +42,28 @@ fn what_runs_has_no_rights_no_shell_and_checks_itself() {
     }
 }
 
+/// A variable of the image would beat the file that somebody mounts.
+#[test]
+fn settings_of_the_image_are_a_file_that_another_can_replace() {
+    let file = PathBuf::from("/etc/warm/warm.yaml");
+    for name in ["cpu", "cuda"] {
+        let lines = stage(name);
+        assert!(lines.contains(&format!("COPY deploy/image.yaml {}", file.display())), "{name}");
+        let variables: Vec<&str> =
+            lines.iter().filter_map(|line| line.strip_prefix("ENV ")).flat_map(str::split_whitespace).filter(|set| set.starts_with("WARM_")).collect();
+        assert_eq!(variables, [format!("WARM_CONFIG={}", file.display())], "{name}");
+    }
+    let config = Resolved::new(Sources { file: Some((file, read("image.yaml"))), ..Sources::default() }).expect("settings").config;
+    assert!(config.listen.ip().is_unspecified() && config.admin_listen.ip().is_unspecified(), "callers come from outside");
+    let defaults = Resolved::new(Sources::default()).expect("defaults").config;
+    assert_eq!((config.listen.port(), config.admin_listen.port()), (defaults.listen.port(), defaults.admin_listen.port()));
+}
+
 #[test]
 fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
     let ignored = read("Dockerfile.dockerignore");
     let allowed: Vec<&str> = ignored.lines().filter_map(|line| line.strip_prefix('!')).collect();
-    for name in ["cpu-build", "cuda-build"] {
+    for name in ["cpu-build", "cuda-build", "cpu", "cuda"] {
         let lines = stage(name);
         let copied: Vec<String> = lines
             .iter()
@@ -56,6 +77,9 @@ fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
         for path in &copied {
             assert!(root().join(path).exists(), "{name}: {path}");
             assert!(allowed.contains(&path.as_str()), "{name}: {path} is ignored");
+        }
+        if !name.ends_with("-build") {
+            continue;
         }
         // The manifest names the benches, the build script the contract.
         for path in ["Cargo.toml", "Cargo.lock", "build.rs", "proto", "benches", "src"] {
@@ -79,7 +103,7 @@ fn instructions() -> Vec<(String, String)> {
 /// No daemon builds it in a test, so what a builder would trip over is looked at here.
 #[test]
 fn a_builder_would_read_the_dockerfile_to_its_end() {
-    const KNOWN: [&str; 14] = [
+    const KNOWN: [&str; 15] = [
         "ARG",
         "FROM",
         "WORKDIR",
@@ -94,6 +118,7 @@ fn a_builder_would_read_the_dockerfile_to_its_end() {
         "ENTRYPOINT",
         "CMD",
         "SHELL",
+        "VOLUME",
     ];
     let (mut stages, mut arguments): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
     let mut global: Vec<String> = Vec::new();
@@ -118,7 +143,8 @@ fn a_builder_would_read_the_dockerfile_to_its_end() {
             "COPY" => {
                 if let Some(from) = words[0].strip_prefix("--from=") {
                     assert!(stages.iter().any(|stage| stage == from), "COPY {rest}: there is no stage {from} before");
-                    assert!(words[1].starts_with('/') && words[2].starts_with('/'), "COPY {rest}");
+                    let paths: Vec<&&str> = words[1..].iter().filter(|word| !word.starts_with("--")).collect();
+                    assert!(paths.len() == 2 && paths.iter().all(|path| path.starts_with('/')), "COPY {rest}");
                 }
             }
             // An argument is known from where its stage names it; PATH is the image's own.
