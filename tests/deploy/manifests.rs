@@ -301,6 +301,17 @@ fn the_scaler_owns_the_number_of_replicas_and_its_floor_is_what_it_falls_back_to
     }
 }
 
+/// What a kustomization of one's own over one of ours renders to.
+fn rendered_under(own: &str, overlay: &str) -> Vec<Value> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().canonicalize().expect("a path");
+    let base = root().join("deploy/kustomize/overlays").join(overlay).display().to_string();
+    // kustomize 2.0 takes relative paths only.
+    let base = format!("{}{}", "../".repeat(path.components().count() - 1), base.trim_start_matches('/'));
+    std::fs::write(path.join("kustomization.yaml"), format!("bases: [{base}]\n{own}")).expect("written");
+    documents(&output(Command::new("kubectl").arg("kustomize").arg(&path)))
+}
+
 /// The namespaces of a rendering, which must be one, and the scaler's query.
 fn scaled_in(all: &[Value]) -> (String, String) {
     let namespaces: std::collections::BTreeSet<String> = all.iter().map(|object| text(object, "metadata.namespace")).collect();
@@ -316,13 +327,7 @@ fn the_scaler_asks_for_the_queue_of_the_namespace_that_it_is_rendered_for() {
     let Some(fleet) = rendered("fleet") else { return };
     let (namespace, query) = scaled_in(&fleet);
     assert_eq!(selectors(&query)[0].matchers, asks(&namespace));
-    // A kustomization of one's own, above ours, that names another. kustomize 2.0 takes relative paths only.
-    let own = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
-    let own = own.path().canonicalize().expect("a path");
-    let overlay = root().join("deploy/kustomize/overlays/fleet");
-    let base = format!("{}{}", "../".repeat(own.components().count() - 1), overlay.display().to_string().trim_start_matches('/'));
-    std::fs::write(own.join("kustomization.yaml"), format!("namespace: rewards\nbases: [{base}]\n")).expect("written");
-    let (namespace, query) = scaled_in(&documents(&output(Command::new("kubectl").arg("kustomize").arg(&own))));
+    let (namespace, query) = scaled_in(&rendered_under("namespace: rewards\n", "fleet"));
     assert_eq!((namespace.as_str(), &selectors(&query)[0].matchers), ("rewards", &asks("rewards")));
 }
 
@@ -349,11 +354,33 @@ fn the_checkpoint_that_the_drill_corrupts_is_one_that_is_served() {
 }
 
 #[test]
+fn what_a_release_says_of_its_images_reaches_servers_and_job() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cpu, cuda) =
+        (format!("ghcr.io/somebody/warm@sha256:{}", "a".repeat(64)), format!("ghcr.io/somebody/warm@sha256:{}", "b".repeat(64)));
+    for (file, image) in [("image-cpu.txt", &cpu), ("image-cuda-sm90.txt", &cuda)] {
+        std::fs::write(folder.path().join(file), format!("{image}\n")).expect("written");
+    }
+    let script = root().join("deploy/images.sh");
+    assert_eq!(output(Command::new(&script).arg(folder.path())), "images-sm90.yaml\n");
+    let images = std::fs::read_to_string(folder.path().join("images-sm90.yaml")).expect("written");
+    let image = |all: &[Value], kind: &str| text(container(of_kind(all, kind)[0]), "image");
+    if have("kubectl", "rendering of images") {
+        let fleet = rendered_under(&images, "fleet");
+        assert_eq!((image(&fleet, "Deployment"), image(&fleet, "Job")), (cuda, cpu.clone()));
+        assert_eq!(image(&rendered_under(&images, "cpu"), "Deployment"), cpu);
+    }
+    // A tag may move.
+    std::fs::write(folder.path().join("image-cpu.txt"), "ghcr.io/somebody/warm:cpu\n").expect("written");
+    assert!(!Command::new(&script).arg(folder.path()).output().expect("started").status.success());
+}
+
+#[test]
 fn overlays_render_and_say_where_they_run() {
     let Some(cpu) = rendered("cpu") else { return };
     let gpu = rendered("gpu").expect("kubectl is here");
     let image = |all: &[Value]| text(container(of_kind(all, "Deployment")[0]), "image");
-    assert_eq!((image(&cpu).as_str(), image(&gpu).as_str()), ("warm:cpu", "warm:cuda"));
+    assert_eq!((image(&cpu).as_str(), image(&gpu).as_str()), ("warm-cpu:name-your-image", "warm-cuda:name-your-image"));
     let limits = at(container(of_kind(&gpu, "Deployment")[0]), "resources.limits");
     assert_eq!(limits.get("nvidia.com/gpu").and_then(Value::as_str), Some("1"));
     let env = list(container(of_kind(&gpu, "Deployment")[0]), "env");
