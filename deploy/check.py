@@ -72,7 +72,21 @@ def fill(query):
 
 def queries(server, dashboard, rules, fleet):
     failed, panels, records, alerts = [], 0, 0, 0
-    for panel in json.load(open(dashboard))["panels"]:
+    board = json.load(open(dashboard))
+    variables = [variable for variable in board["templating"]["list"] if variable["type"] == "query"]
+    for variable in variables:
+        # As Grafana asks: the values of one label. Both places hold the same words; which is read depends on its version.
+        assert variable["definition"] == variable["query"]["query"], variable["name"]
+        selector, label = re.fullmatch(r"label_values\((.+), (\w+)\)", fill(variable["definition"])).groups()
+        if not any(sample["metric"].get(label) for sample in ask(server, f"count by ({label}) ({selector})")):
+            failed.append(f"variable {variable['name']}: {variable['definition']}")
+    marks = [mark for mark in board["annotations"]["list"] if "expr" in mark]
+    for mark in marks:
+        # Nothing is marked where nothing happened; what is counted is there all the same.
+        ask(server, fill(mark["expr"]))
+        if not ask(server, fill(mark["expr"]).removesuffix(" > 0")):
+            failed.append(f"annotation {mark['name']!r}: {mark['expr']}")
+    for panel in board["panels"]:
         for target in panel.get("targets", []):
             panels += 1
             query = fill(target["expr"])
@@ -103,7 +117,7 @@ def queries(server, dashboard, rules, fleet):
         if len(ask(server, query)) != 1:
             failed.append(f"scaler: {query}: expected one number")
     firing = sorted({sample["metric"]["alertname"] for sample in ask(server, 'ALERTS{alertstate="firing"}')})
-    print(f"{panels} queries of the dashboard, {records} records, {alerts} alerts and the scaler against Prometheus; firing: {firing or 'none'}")
+    print(f"{panels} queries of the dashboard, {len(variables)} variables, {len(marks)} annotations, {records} records, {alerts} alerts and the scaler against Prometheus; firing: {firing or 'none'}")
     assert not failed, "no data:\n" + "\n".join(failed)
     assert not firing, "an alert fires on a healthy server"
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Checks deploy/ with other people's tools: kustomize renders it, Kubernetes' own schemas accept it, promtool agrees with the
-# rules, and every query of the dashboard and of the rules gives data from a real Prometheus that scraped a real server under
-# load. All of it on this machine's loopback; takes about three minutes.
+# Checks deploy/ with other people's tools: kustomize renders it, the schemas of Kubernetes, Compose and GitHub accept it, promtool
+# agrees with the rules, and every query of the dashboard and of the rules gives data from a real Prometheus that scraped a real
+# server under load. All of it on this machine's loopback; takes about three minutes.
 #
 #   deploy/check.sh [path of the warm binary]        default: target/release/warm, else target/debug/warm
 #
-# Installs what is missing (Debian packages as root, one Python package in a throw-away environment).
+# Installs what is missing (Debian packages as root, Python packages in a throw-away environment).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,7 +35,7 @@ finish() {
 trap finish EXIT
 
 python3 -m venv "$work/python"
-"$work/python/bin/pip" --quiet --disable-pip-version-check install "kubernetes-validate>=1.32"
+"$work/python/bin/pip" --quiet --disable-pip-version-check install "kubernetes-validate>=1.32" check-jsonschema
 python="$work/python/bin/python"
 
 echo "== kustomize"
@@ -49,10 +49,12 @@ echo "== promtool"
 promtool check config --syntax-only deploy/compose/prometheus.yaml
 promtool check rules deploy/monitoring/warm.rules.yaml
 promtool test rules deploy/monitoring/warm.rules.test.yaml
+
+echo "== compose and workflows"
+"$work/python/bin/check-jsonschema" --builtin-schema vendor.compose-spec deploy/compose.yaml
+"$work/python/bin/check-jsonschema" --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 if docker compose version > /dev/null 2>&1; then
     docker compose -f deploy/compose.yaml config --quiet && echo "compose.yaml: docker compose reads it"
-else
-    echo "skipped: docker compose is not here"
 fi
 
 echo "== a real Prometheus on a real server under load, $seconds s"
