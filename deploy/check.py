@@ -1,5 +1,6 @@
 """The parts of check.sh that are no one-liners: schemas, load, queries."""
 
+import html.parser
 import json
 import re
 import sys
@@ -122,6 +123,45 @@ def queries(server, dashboard, rules, fleet):
     assert not firing, "an alert fires on a healthy server"
 
 
+class Page(html.parser.HTMLParser):
+    """The texts of a page by the ids that they stand below, and the bars of its histogram of rewards."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts, self.bars = [], {}, []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(attributes.get("id"))
+        if tag == "rect" and "rewards" in self.open:
+            self.bars.append(float(attributes["height"]))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_data(self, words):
+        for name in filter(None, self.open):
+            self.texts[name] = self.texts.get(name, "") + words
+
+
+def page(path, width):
+    """What stands in the status page of a server that has been scoring."""
+    seen = Page()
+    seen.feed(open(path).read())
+    text = seen.texts
+    assert text["phase"] == "ready", f"it says {text['phase']!r}"
+    members = re.findall(r"rm-\d", text["model"])
+    assert len(members) >= 2, f"the model's card names no members: {text['model']!r}"
+    assert sum(bar > 0 for bar in seen.bars) >= 2, f"no histogram of rewards: {seen.bars}"
+    for name in ("samples", "tokens", "latency", "busy", "watch", "compared", "tenants", "reloads"):
+        assert re.search(r"\d", text[name]), f"no number in {name}: {text[name]!r}"
+    print(f"status page, {width} wide: ready, {len(members)} members, {len(seen.bars)} bars of rewards")
+
+
 def metrics(address, readme):
     """The README's table is what a live server shows, both ways."""
     with urllib.request.urlopen(address, timeout=30) as answer:
@@ -136,4 +176,4 @@ if __name__ == "__main__":
     if command == "schemas":
         schemas(arguments)
     else:
-        {"namespace": namespace, "samples": samples, "settled": settled, "queries": queries, "metrics": metrics}[command](*arguments)
+        {"namespace": namespace, "samples": samples, "settled": settled, "queries": queries, "page": page, "metrics": metrics}[command](*arguments)

@@ -5,6 +5,8 @@
 #
 #   deploy/check.sh [path of the warm binary]        default: target/release/warm, else target/debug/warm
 #
+# PICTURES names a folder for pictures of the status page.
+#
 # Installs what is missing (Debian packages as root, Python packages in a throw-away environment).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +22,7 @@ need=()
 command -v kubectl > /dev/null || need+=(kubernetes-client)
 command -v promtool > /dev/null || need+=(prometheus)
 command -v prometheus > /dev/null || need+=(prometheus)
+command -v chromium > /dev/null || need+=(chromium fonts-dejavu)
 if [ "${#need[@]}" -gt 0 ]; then
     apt-get update > /dev/null
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${need[@]}" > /dev/null
@@ -107,4 +110,5 @@ sleep 6
 "$python" deploy/check.py queries "http://$prometheus" deploy/monitoring/warm.dashboard.json deploy/monitoring/warm.rules.yaml \
     "$work/fleet.yaml"
 "$python" deploy/check.py metrics "http://$admin/metrics" README.md
+PYTHON="$python" deploy/page.sh "$admin" "${PICTURES:-$work/pictures}"
 echo "deploy/ holds"
