@@ -63,7 +63,7 @@ fn settings_of_the_image_are_a_file_that_another_can_replace() {
 fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
     let ignored = read("Dockerfile.dockerignore");
     let allowed: Vec<&str> = ignored.lines().filter_map(|line| line.strip_prefix('!')).collect();
-    for name in ["cpu-build", "cuda-build", "cpu", "cuda"] {
+    for name in ["manifests", "cpu-build", "cuda-build", "cpu", "cuda"] {
         let lines = stage(name);
         let copied: Vec<String> = lines
             .iter()
@@ -78,17 +78,19 @@ fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
             assert!(root().join(path).exists(), "{name}: {path}");
             assert!(allowed.contains(&path.as_str()), "{name}: {path} is ignored");
         }
+        if name == "manifests" {
+            assert_eq!(copied, ["Cargo.toml", "Cargo.lock"]);
+        }
         if !name.ends_with("-build") {
             continue;
         }
-        // The manifest names the benches, the build script the contract.
-        for path in ["Cargo.toml", "Cargo.lock", "build.rs", "proto", "benches", "src"] {
-            assert!(copied.iter().any(|copy| copy == path), "{name}: {path} is not copied");
-        }
-        // Dependencies are built before our own code is there.
+        // The build script reads the contract. Dependencies are built before any of it is there, from the manifests alone.
         let build = lines.iter().position(|line| line.contains("cargo build")).expect("a build");
-        let source = lines.iter().position(|line| line == "COPY src src").expect("the source");
-        assert!(build < source, "{name}");
+        for line in ["COPY build.rs ./", "COPY proto proto", "COPY src src"] {
+            assert!(lines.iter().position(|copied| copied == line).is_some_and(|copied| build < copied), "{name}: {line}");
+        }
+        assert!(lines[..build].iter().filter(|line| line.starts_with("COPY")).all(|line| line.contains("--from=")), "{name}");
+        assert!(lines.contains(&"COPY --from=manifests /src /src".to_owned()), "{name}");
         assert!(lines.iter().filter(|line| line.contains("cargo build")).all(|line| line.contains("--locked")), "{name}");
     }
 }
