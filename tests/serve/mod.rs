@@ -3,6 +3,7 @@
 mod adapters;
 #[cfg(unix)]
 mod binary;
+mod connections;
 mod deadline;
 mod faults;
 #[cfg(unix)]
