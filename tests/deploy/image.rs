@@ -49,8 +49,12 @@ fn settings_of_the_image_are_a_file_that_another_can_replace() {
     for name in ["cpu", "cuda"] {
         let lines = stage(name);
         assert!(lines.contains(&format!("COPY deploy/image.yaml {}", file.display())), "{name}");
-        let variables: Vec<&str> =
-            lines.iter().filter_map(|line| line.strip_prefix("ENV ")).flat_map(str::split_whitespace).filter(|set| set.starts_with("WARM_")).collect();
+        let variables: Vec<&str> = lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("ENV "))
+            .flat_map(str::split_whitespace)
+            .filter(|set| set.starts_with("WARM_"))
+            .collect();
         assert_eq!(variables, [format!("WARM_CONFIG={}", file.display())], "{name}");
     }
     let config = Resolved::new(Sources { file: Some((file, read("image.yaml"))), ..Sources::default() }).expect("settings").config;
@@ -208,6 +212,7 @@ fn the_release_builds_what_the_image_does() {
     assert!(uses.iter().all(|action| action.split_once('@').is_some_and(|(_, version)| version.starts_with('v'))), "{uses:?}");
     let rust = read("Dockerfile").lines().find_map(|line| line.strip_prefix("ARG RUST_VERSION=").map(str::to_owned)).expect("a version");
     assert_eq!(text(&release, "env.RUST_VERSION"), rust);
+    assert_eq!(text(&workflow("deploy.yaml"), "jobs.check.container"), format!("rust:{rust}-bookworm"));
 }
 
 #[test]
