@@ -1,5 +1,6 @@
 """The parts of check.sh that are no one-liners: schemas, load, queries."""
 
+import html.parser
 import json
 import re
 import sys
@@ -27,6 +28,12 @@ def schemas(paths):
             kubernetes_validate.validate(document, version, strict=True)
             checked += 1
     print(f"{checked} objects fit the schemas of Kubernetes {version}; without a schema there: {', '.join(sorted(set(left)))}")
+
+
+def namespace(path):
+    """The one namespace of all objects."""
+    (name,) = {document["metadata"]["namespace"] for document in yaml.safe_load_all(open(path))}
+    print(name)
 
 
 def samples(path):
@@ -64,9 +71,23 @@ def fill(query):
     return query.replace("$__rate_interval", "30s").replace("$__range", "2m")
 
 
-def queries(server, dashboard, rules, scaler):
+def queries(server, dashboard, rules, fleet):
     failed, panels, records, alerts = [], 0, 0, 0
-    for panel in json.load(open(dashboard))["panels"]:
+    board = json.load(open(dashboard))
+    variables = [variable for variable in board["templating"]["list"] if variable["type"] == "query"]
+    for variable in variables:
+        # As Grafana asks: the values of one label. Both places hold the same words; which is read depends on its version.
+        assert variable["definition"] == variable["query"]["query"], variable["name"]
+        selector, label = re.fullmatch(r"label_values\((.+), (\w+)\)", fill(variable["definition"])).groups()
+        if not any(sample["metric"].get(label) for sample in ask(server, f"count by ({label}) ({selector})")):
+            failed.append(f"variable {variable['name']}: {variable['definition']}")
+    marks = [mark for mark in board["annotations"]["list"] if "expr" in mark]
+    for mark in marks:
+        # Nothing is marked where nothing happened; what is counted is there all the same.
+        ask(server, fill(mark["expr"]))
+        if not ask(server, fill(mark["expr"]).removesuffix(" > 0")):
+            failed.append(f"annotation {mark['name']!r}: {mark['expr']}")
+    for panel in board["panels"]:
         for target in panel.get("targets", []):
             panels += 1
             query = fill(target["expr"])
@@ -91,14 +112,54 @@ def queries(server, dashboard, rules, scaler):
                 for name in set(re.findall(r"\b(?:warm_\w+|warm:[\w:]+|process_\w+)", rule["expr"])):
                     if not ask(server, name):
                         failed.append(f"alert {rule['alert']}: {name}")
-    for trigger in yaml.safe_load(open(scaler))["spec"]["triggers"]:
-        query = trigger["metadata"]["query"].replace('namespace="warm"', 'namespace=""')
+    scalers = [document for document in yaml.safe_load_all(open(fleet)) if document["kind"] == "ScaledObject"]
+    for trigger in [trigger for scaler in scalers for trigger in scaler["spec"]["triggers"]]:
+        query = trigger["metadata"]["query"]
         if len(ask(server, query)) != 1:
             failed.append(f"scaler: {query}: expected one number")
     firing = sorted({sample["metric"]["alertname"] for sample in ask(server, 'ALERTS{alertstate="firing"}')})
-    print(f"{panels} queries of the dashboard, {records} records, {alerts} alerts and the scaler against Prometheus; firing: {firing or 'none'}")
+    print(f"{panels} queries of the dashboard, {len(variables)} variables, {len(marks)} annotations, {records} records, {alerts} alerts and the scaler against Prometheus; firing: {firing or 'none'}")
     assert not failed, "no data:\n" + "\n".join(failed)
     assert not firing, "an alert fires on a healthy server"
+
+
+class Page(html.parser.HTMLParser):
+    """The texts of a page by the ids that they stand below, and the bars of its histogram of rewards."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts, self.bars = [], {}, []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(attributes.get("id"))
+        if tag == "rect" and "rewards" in self.open:
+            self.bars.append(float(attributes["height"]))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_data(self, words):
+        for name in filter(None, self.open):
+            self.texts[name] = self.texts.get(name, "") + words
+
+
+def page(path, width):
+    """What stands in the status page of a server that has been scoring."""
+    seen = Page()
+    seen.feed(open(path).read())
+    text = seen.texts
+    assert text["phase"] == "ready", f"it says {text['phase']!r}"
+    members = re.findall(r"rm-\d", text["model"])
+    assert len(members) >= 2, f"the model's card names no members: {text['model']!r}"
+    assert sum(bar > 0 for bar in seen.bars) >= 2, f"no histogram of rewards: {seen.bars}"
+    for name in ("samples", "tokens", "latency", "busy", "watch", "compared", "tenants", "reloads"):
+        assert re.search(r"\d", text[name]), f"no number in {name}: {text[name]!r}"
+    print(f"status page, {width} wide: ready, {len(members)} members, {len(seen.bars)} bars of rewards")
 
 
 def metrics(address, readme):
@@ -115,4 +176,4 @@ if __name__ == "__main__":
     if command == "schemas":
         schemas(arguments)
     else:
-        {"samples": samples, "settled": settled, "queries": queries, "metrics": metrics}[command](*arguments)
+        {"namespace": namespace, "samples": samples, "settled": settled, "queries": queries, "page": page, "metrics": metrics}[command](*arguments)

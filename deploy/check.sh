@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Checks deploy/ with other people's tools: kustomize renders it, Kubernetes' own schemas accept it, promtool agrees with the
-# rules, and every query of the dashboard and of the rules gives data from a real Prometheus that scraped a real server under
-# load. All of it on this machine's loopback; takes about three minutes.
+# Checks deploy/ with other people's tools: kustomize renders it, the schemas of Kubernetes, Compose and GitHub accept it, promtool
+# agrees with the rules, and every query of the dashboard and of the rules gives data from a real Prometheus that scraped a real
+# server under load. All of it on this machine's loopback; takes about three minutes.
 #
 #   deploy/check.sh [path of the warm binary]        default: target/release/warm, else target/debug/warm
 #
-# Installs what is missing (Debian packages as root, one Python package in a throw-away environment).
+# PICTURES names a folder for pictures of the status page.
+#
+# Installs what is missing (Debian packages as root, Python packages in a throw-away environment).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,6 +22,7 @@ need=()
 command -v kubectl > /dev/null || need+=(kubernetes-client)
 command -v promtool > /dev/null || need+=(prometheus)
 command -v prometheus > /dev/null || need+=(prometheus)
+command -v chromium > /dev/null || need+=(chromium fonts-dejavu)
 if [ "${#need[@]}" -gt 0 ]; then
     apt-get update > /dev/null
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${need[@]}" > /dev/null
@@ -35,7 +38,7 @@ finish() {
 trap finish EXIT
 
 python3 -m venv "$work/python"
-"$work/python/bin/pip" --quiet --disable-pip-version-check install "kubernetes-validate>=1.32"
+"$work/python/bin/pip" --quiet --disable-pip-version-check install "kubernetes-validate>=1.32" check-jsonschema
 python="$work/python/bin/python"
 
 echo "== kustomize"
@@ -49,10 +52,12 @@ echo "== promtool"
 promtool check config --syntax-only deploy/compose/prometheus.yaml
 promtool check rules deploy/monitoring/warm.rules.yaml
 promtool test rules deploy/monitoring/warm.rules.test.yaml
+
+echo "== compose and workflows"
+"$work/python/bin/check-jsonschema" --builtin-schema vendor.compose-spec deploy/compose.yaml
+"$work/python/bin/check-jsonschema" --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 if docker compose version > /dev/null 2>&1; then
     docker compose -f deploy/compose.yaml config --quiet && echo "compose.yaml: docker compose reads it"
-else
-    echo "skipped: docker compose is not here"
 fi
 
 echo "== a real Prometheus on a real server under load, $seconds s"
@@ -70,6 +75,8 @@ until "$warm" health --addr "$grpc" > /dev/null 2>&1; do
     kill -0 "${pids[0]}" || { cat "$work/server.log"; exit 1; }
     sleep 0.2
 done
+# As a target of the fleet: what the scaler asks is asked as it was rendered.
+namespace="$("$python" deploy/check.py namespace "$work/fleet.yaml")"
 # The same rules at a faster pace, so that a minute is enough.
 sed 's/interval: 30s/interval: 2s/' deploy/monitoring/warm.rules.yaml > "$work/rules.yaml"
 cat > "$work/prometheus.yaml" << CONFIG
@@ -77,7 +84,7 @@ global: {scrape_interval: 2s, evaluation_interval: 2s}
 rule_files: ["$work/rules.yaml"]
 scrape_configs:
   - job_name: warm
-    static_configs: [{targets: ["$admin"]}]
+    static_configs: [{targets: ["$admin"], labels: {namespace: "$namespace"}}]
 CONFIG
 prometheus --config.file="$work/prometheus.yaml" --storage.tsdb.path="$work/data" --web.listen-address="$prometheus" \
     --log.level=warn 2> "$work/prometheus.log" &
@@ -101,6 +108,7 @@ echo "$rounds rounds of two callers"
 pids+=($!)
 sleep 6
 "$python" deploy/check.py queries "http://$prometheus" deploy/monitoring/warm.dashboard.json deploy/monitoring/warm.rules.yaml \
-    deploy/kustomize/overlays/fleet/scaledobject.yaml
+    "$work/fleet.yaml"
 "$python" deploy/check.py metrics "http://$admin/metrics" README.md
+PYTHON="$python" deploy/page.sh "$admin" "${PICTURES:-$work/pictures}"
 echo "deploy/ holds"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The runbook's failure drills on one machine: a checkpoint that is corrupted under a running server, a volume that is full when
-# a merge is written, and a process that is killed. Each says what was done and what was seen, and the script fails where that
-# is not what the runbook promises. Takes half a minute.
+# The runbook's failure drills on one machine: a flood of callers, a checkpoint that is corrupted under a running server, a volume
+# that is full when a merge is written, and a process that is killed. Each says what was done and what was seen, and the script
+# fails where that is not what the runbook promises. Takes half a minute.
 #
 #   deploy/drills.sh [path of the warm binary]        default: target/release/warm, else target/debug/warm
 #
@@ -49,6 +49,30 @@ score() { printf '{"text": "Is the sky blue?"}\n' | "$warm" score --connect "$gr
 
 start
 before="$(score)"
+
+echo "== twice as many callers as are let in ask without a pause"
+memory() { awk '/^VmRSS/ {print int($2 / 1024)}' "/proc/$server/status"; }
+flood() { "$warm" bench --addr "$grpc" --prompt-tokens 16 --completion-tokens 4..16 --group 2 --warmup 0s --duration 60s --json "$@" 2> /dev/null; }
+# What it holds when it is full of work but nobody is refused.
+flood --concurrency 512 --requests 4000 > "$work/busy.json"
+base="$(memory)"
+flood --concurrency 2048 --requests 20000 > "$work/flood.json" &
+load=$!
+most="$base"
+while kill -0 "$load" 2> /dev/null; do
+    now="$(memory)"
+    if [ "$now" -gt "$most" ]; then most="$now"; fi
+    sleep 0.1
+done
+wait "$load" || failed "nobody was scored: $(cat "$work/flood.json")"
+refused="$(grep -o '"RESOURCE_EXHAUSTED":[0-9]*' "$work/flood.json" | cut -d : -f 2)"
+[ "${refused:-0}" -gt 0 ] || failed "nobody was refused: $(cat "$work/flood.json")"
+codes="$(grep -o '"refused":{[^}]*}' "$work/flood.json" | head -1)"
+[ "$codes" = "\"refused\":{\"RESOURCE_EXHAUSTED\":$refused}" ] || failed "refused otherwise, too: $codes"
+# Twice the connections have buffers of their own; what waits behind them has none.
+[ "$most" -le $((base + 96)) ] || failed "memory rose from $base to $most MiB"
+[ "$(score)" = "$before" ] || failed "the live model answers differently"
+echo "$refused of 20000 calls were refused with RESOURCE_EXHAUSTED; memory rose from $base to $most MiB"
 
 echo "== a checkpoint is corrupted, and somebody asks for a reload"
 cp "$work/models/rm-2/model.safetensors" "$work/good"

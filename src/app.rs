@@ -149,6 +149,7 @@ impl App {
             stream_window: config.stream_window,
             keepalive_interval: config.keepalive_interval,
             keepalive_timeout: config.keepalive_timeout,
+            max_connection_age: config.max_connection_age,
         };
         let readiness = Readiness::default();
         let (drain_delay, drain_deadline) = (config.drain_delay, config.drain_deadline);

@@ -2,6 +2,7 @@
 
 mod fleet;
 mod from_domain;
+mod names;
 mod stream;
 
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::wire::reward_service_client::RewardServiceClient;
 
 pub use fleet::Fleet;
 pub use from_domain::{group_to_wire, sample_to_wire};
+pub use names::addresses_of;
 pub use stream::{StreamAnswers, StreamRequests};
 
 /// The largest message either side takes by default: 64 MiB.

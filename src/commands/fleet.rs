@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::task::JoinSet;
 
 use super::{CommandError, runtime};
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, addresses_of};
 use crate::wire::{self, generation::State};
 
 /// Which servers.
@@ -142,14 +142,10 @@ pub(super) fn status(arguments: StatusArgs) -> Result<ExitCode, CommandError> {
 
 impl Targets {
     async fn resolve(&self) -> Result<Vec<String>, CommandError> {
-        let Some(all) = &self.all else { return Ok(vec![self.addr.clone()]) };
-        let mut addresses = BTreeSet::new();
-        for name in all.split(',').map(str::trim).filter(|name| !name.is_empty()) {
-            let host = name.strip_prefix("dns:///").unwrap_or(name);
-            let found = tokio::net::lookup_host(host).await.map_err(|error| CommandError::Other(format!("{name}: {error}")))?;
-            addresses.extend(found.map(|address| address.to_string()));
+        match &self.all {
+            None => Ok(vec![self.addr.clone()]),
+            Some(all) => Ok(addresses_of(all).await?),
         }
-        if addresses.is_empty() { Err(CommandError::Other(format!("{all}: no address"))) } else { Ok(addresses.into_iter().collect()) }
     }
 }
 

@@ -61,6 +61,8 @@ pub struct Config {
     /// Absent: never.
     pub keepalive_interval: Option<Duration>,
     pub keepalive_timeout: Duration,
+    /// Absent: any age.
+    pub max_connection_age: Option<Duration>,
     pub drain_delay: Duration,
     pub drain_deadline: Duration,
     pub text: TextConfig,
@@ -335,6 +337,7 @@ impl Reader<'_> {
             stream_window: self.get("stream.window", parse::count),
             keepalive_interval: Some(self.get("http2.keepalive_interval", parse::duration)).filter(|interval| !interval.is_zero()),
             keepalive_timeout: self.get("http2.keepalive_timeout", parse::duration),
+            max_connection_age: Some(self.get("http2.max_connection_age", parse::duration)).filter(|age| !age.is_zero()),
             drain_delay: self.get("drain.delay", parse::duration),
             drain_deadline: self.get("drain.deadline", parse::duration),
             text: self.text(base),

@@ -97,6 +97,12 @@ pub const SETTINGS: &[Setting] = &[
     setting("stream.window", "64", "N", "requests of one stream that are scored at once"),
     setting("http2.keepalive_interval", "60s", "TIME", "how often an open connection is checked; 0s: never"),
     setting("http2.keepalive_timeout", "20s", "TIME", "how long a connection may take to answer such a check"),
+    setting(
+        "http2.max_connection_age",
+        "0s",
+        "TIME",
+        "how old a connection may get (give or take a tenth) before its client is asked to make another, which is when it learns of new servers; calls on it end in peace; 0s: any age",
+    ),
     setting("drain.delay", "5s", "TIME", "after SIGTERM: how long to keep serving while the news spreads"),
     setting("drain.deadline", "30s", "TIME", "after that: how long requests in flight may take"),
     setting(

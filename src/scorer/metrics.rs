@@ -9,6 +9,7 @@ pub const SECONDS_BUCKETS: [f64; 19] =
 /// The metrics of admission, queue and worker.
 #[derive(Clone, Debug)]
 pub struct ScorerMetrics {
+    pub(super) devices: IntGauge,
     pub(super) queue_samples: IntGauge,
     pub(super) queue_tokens: IntGauge,
     pub(super) queue_seconds: Histogram,
@@ -60,6 +61,7 @@ impl ScorerMetrics {
         registry.register(Box::new(samples.clone()))?;
         let reasons: Vec<&str> = super::ShedReason::ALL.iter().map(|reason| reason.name()).collect();
         Ok(Self {
+            devices: gauge("warm_scorer_devices", "Devices that take packs from the queue, each with forward passes of its own.")?,
             queue_samples: gauge("warm_scorer_queue_samples", "Samples that wait for the device.")?,
             queue_tokens: gauge("warm_scorer_queue_tokens", "Tokens that wait for the device.")?,
             queue_seconds: histogram("warm_scorer_queue_seconds", "Wait for the device, of a request, by pack.", seconds.clone())?,

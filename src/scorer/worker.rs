@@ -51,6 +51,7 @@ pub fn crew(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (Sc
 
 fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (ScorerHandle, Arc<Shared>) {
     metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
+    metrics.devices.set(i64::try_from(options.devices).unwrap_or(i64::MAX));
     let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
     let queue = Queue::new(bounds, options.ageing);
     let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };

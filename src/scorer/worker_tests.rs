@@ -265,7 +265,9 @@ fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
 #[test]
 fn several_devices_take_packs_from_one_queue() {
     let clock = Clock::manual();
-    let (handle, mut workers) = crew(ScorerOptions { devices: 2, ..small() }, clock.clone(), ScorerMetrics::unregistered());
+    let metrics = ScorerMetrics::unregistered();
+    let (handle, mut workers) = crew(ScorerOptions { devices: 2, ..small() }, clock.clone(), metrics.clone());
+    assert_eq!(metrics.devices.get(), 2);
     let model = Arc::new(Sum { clock: clock.clone(), ..Sum::default() });
     let (other, worker) = pair(small(), clock.clone(), ScorerMetrics::unregistered());
     let bench = Bench { clock, handle: other, worker, model };

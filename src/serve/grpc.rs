@@ -1,6 +1,7 @@
 //! The two gRPC services, and the server that carries them with health and reflection.
 
 use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ pub struct GrpcOptions {
     /// `None`: open connections are never checked.
     pub keepalive_interval: Option<Duration>,
     pub keepalive_timeout: Duration,
+    /// A connection of about this age is closed once its calls have ended. `None`: none is.
+    pub max_connection_age: Option<Duration>,
     /// Requests of one stream that are scored at once.
     pub stream_window: usize,
 }
@@ -84,7 +87,12 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
         .accept_compressed(Gzip)
         .accept_compressed(Zstd);
     let models = ModelServiceServer::from_arc(handlers).max_encoding_message_size(options.max_encode);
-    Server::builder()
+    let mut server = Server::builder();
+    if let Some(age) = options.max_connection_age {
+        // Without tonic's grace: with one it says nothing at this age, and cuts calls off when the grace is over.
+        server = server.max_connection_age(about(age, RandomState::new().hash_one(0)));
+    }
+    server
         .http2_keepalive_interval(options.keepalive_interval)
         .http2_keepalive_timeout(Some(options.keepalive_timeout))
         .http2_adaptive_window(Some(true))
@@ -97,6 +105,12 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop)
         .await
         .map_err(|error| failed(&error))
+}
+
+/// Up to a tenth more or less: servers that started together do not lose all connections of a client together.
+fn about(age: Duration, random: u64) -> Duration {
+    let tenth = age / 10;
+    age.saturating_sub(tenth).saturating_add(tenth.mul_f64(2.0 * (random as f64 / u64::MAX as f64)))
 }
 
 pub(super) struct Handlers {
@@ -237,5 +251,21 @@ impl RewardService for Handlers {
             uwo_lambda: reply.uwo_lambda as f32,
             timing: Some(convert::timing(reply.timing)),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_age_is_moved_by_a_tenth_at_most(nanos: u64, random: u64) {
+            let age = Duration::from_nanos(nanos);
+            let moved = about(age, random);
+            prop_assert!(moved.abs_diff(age) <= age / 10 + Duration::from_micros(1), "{moved:?}");
+            prop_assert!(about(Duration::MAX, random) >= Duration::MAX / 10 * 9);
+        }
     }
 }

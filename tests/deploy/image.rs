@@ -30,6 +30,10 @@ fn what_runs_has_no_rights_no_shell_and_checks_itself() {
         assert!(lines.contains(&"USER 65532:65532".to_owned()), "{name}");
         assert!(lines.contains(&"ENTRYPOINT [\"/usr/local/bin/warm\"]".to_owned()), "{name}");
         assert!(lines.contains(&format!("EXPOSE {} {}", config.listen.port(), config.admin_listen.port())), "{name}");
+        // Whoever it runs as has no home; what is downloaded goes to a volume that is theirs.
+        assert!(lines.contains(&format!("COPY --from={name}-build --chown=65532:65532 /cache /cache")), "{name}");
+        assert!(lines.contains(&"VOLUME /cache".to_owned()), "{name}");
+        assert!(lines.iter().any(|line| line.starts_with("ENV") && line.contains("HF_HOME=/cache/hub")), "{name}");
         let health = lines.iter().find(|line| line.starts_with("HEALTHCHECK")).expect("a health check");
         assert!(
             health.contains("CMD [\"/usr/local/bin/warm\", \"health\"") && health.contains(&config.listen.port().to_string()),
@@ -38,11 +42,32 @@ fn what_runs_has_no_rights_no_shell_and_checks_itself() {
     }
 }
 
+/// A variable of the image would beat the file that somebody mounts.
+#[test]
+fn settings_of_the_image_are_a_file_that_another_can_replace() {
+    let file = PathBuf::from("/etc/warm/warm.yaml");
+    for name in ["cpu", "cuda"] {
+        let lines = stage(name);
+        assert!(lines.contains(&format!("COPY deploy/image.yaml {}", file.display())), "{name}");
+        let variables: Vec<&str> = lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("ENV "))
+            .flat_map(str::split_whitespace)
+            .filter(|set| set.starts_with("WARM_"))
+            .collect();
+        assert_eq!(variables, [format!("WARM_CONFIG={}", file.display())], "{name}");
+    }
+    let config = Resolved::new(Sources { file: Some((file, read("image.yaml"))), ..Sources::default() }).expect("settings").config;
+    assert!(config.listen.ip().is_unspecified() && config.admin_listen.ip().is_unspecified(), "callers come from outside");
+    let defaults = Resolved::new(Sources::default()).expect("defaults").config;
+    assert_eq!((config.listen.port(), config.admin_listen.port()), (defaults.listen.port(), defaults.admin_listen.port()));
+}
+
 #[test]
 fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
     let ignored = read("Dockerfile.dockerignore");
     let allowed: Vec<&str> = ignored.lines().filter_map(|line| line.strip_prefix('!')).collect();
-    for name in ["cpu-build", "cuda-build"] {
+    for name in ["manifests", "cpu-build", "cuda-build", "cpu", "cuda"] {
         let lines = stage(name);
         let copied: Vec<String> = lines
             .iter()
@@ -57,14 +82,19 @@ fn the_build_copies_all_that_it_reads_and_nothing_of_it_is_ignored() {
             assert!(root().join(path).exists(), "{name}: {path}");
             assert!(allowed.contains(&path.as_str()), "{name}: {path} is ignored");
         }
-        // The manifest names the benches, the build script the contract.
-        for path in ["Cargo.toml", "Cargo.lock", "build.rs", "proto", "benches", "src"] {
-            assert!(copied.iter().any(|copy| copy == path), "{name}: {path} is not copied");
+        if name == "manifests" {
+            assert_eq!(copied, ["Cargo.toml", "Cargo.lock"]);
         }
-        // Dependencies are built before our own code is there.
+        if !name.ends_with("-build") {
+            continue;
+        }
+        // The build script reads the contract. Dependencies are built before any of it is there, from the manifests alone.
         let build = lines.iter().position(|line| line.contains("cargo build")).expect("a build");
-        let source = lines.iter().position(|line| line == "COPY src src").expect("the source");
-        assert!(build < source, "{name}");
+        for line in ["COPY build.rs ./", "COPY proto proto", "COPY src src"] {
+            assert!(lines.iter().position(|copied| copied == line).is_some_and(|copied| build < copied), "{name}: {line}");
+        }
+        assert!(lines[..build].iter().filter(|line| line.starts_with("COPY")).all(|line| line.contains("--from=")), "{name}");
+        assert!(lines.contains(&"COPY --from=manifests /src /src".to_owned()), "{name}");
         assert!(lines.iter().filter(|line| line.contains("cargo build")).all(|line| line.contains("--locked")), "{name}");
     }
 }
@@ -79,7 +109,7 @@ fn instructions() -> Vec<(String, String)> {
 /// No daemon builds it in a test, so what a builder would trip over is looked at here.
 #[test]
 fn a_builder_would_read_the_dockerfile_to_its_end() {
-    const KNOWN: [&str; 14] = [
+    const KNOWN: [&str; 15] = [
         "ARG",
         "FROM",
         "WORKDIR",
@@ -94,6 +124,7 @@ fn a_builder_would_read_the_dockerfile_to_its_end() {
         "ENTRYPOINT",
         "CMD",
         "SHELL",
+        "VOLUME",
     ];
     let (mut stages, mut arguments): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
     let mut global: Vec<String> = Vec::new();
@@ -118,7 +149,8 @@ fn a_builder_would_read_the_dockerfile_to_its_end() {
             "COPY" => {
                 if let Some(from) = words[0].strip_prefix("--from=") {
                     assert!(stages.iter().any(|stage| stage == from), "COPY {rest}: there is no stage {from} before");
-                    assert!(words[1].starts_with('/') && words[2].starts_with('/'), "COPY {rest}");
+                    let paths: Vec<&&str> = words[1..].iter().filter(|word| !word.starts_with("--")).collect();
+                    assert!(paths.len() == 2 && paths.iter().all(|path| path.starts_with('/')), "COPY {rest}");
                 }
             }
             // An argument is known from where its stage names it; PATH is the image's own.
@@ -161,15 +193,87 @@ fn compose_gives_the_server_time_to_drain() {
     assert!(!targets.is_empty());
 }
 
+fn workflow(name: &str) -> serde_norway::Value {
+    let path = root().join(".github/workflows").join(name);
+    serde_norway::from_str(&std::fs::read_to_string(path).expect("a workflow")).expect("YAML")
+}
+
+/// Steps of all jobs of a workflow that use this action; of any where it is empty.
+fn steps(workflow: &serde_norway::Value, action: &str) -> Vec<serde_norway::Value> {
+    let jobs = at(workflow, "jobs").as_mapping().expect("jobs");
+    let all = jobs.iter().flat_map(|(_, job)| list(job, "steps")).filter(|step| at(step, "uses").is_string());
+    all.filter(|step| text(step, "uses").starts_with(action)).cloned().collect()
+}
+
 #[test]
 fn the_release_builds_what_the_image_does() {
-    let workflow: serde_norway::Value =
-        serde_norway::from_str(&std::fs::read_to_string(root().join(".github/workflows/release.yaml")).expect("the release workflow"))
-            .expect("YAML");
-    let jobs = at(&workflow, "jobs").as_mapping().expect("jobs");
-    let uses: Vec<String> =
-        jobs.iter().flat_map(|(_, job)| list(job, "steps")).filter_map(|step| at(step, "uses").as_str().map(str::to_owned)).collect();
+    let release = workflow("release.yaml");
+    let uses: Vec<String> = steps(&release, "").iter().map(|step| text(step, "uses")).collect();
     assert!(uses.iter().all(|action| action.split_once('@').is_some_and(|(_, version)| version.starts_with('v'))), "{uses:?}");
     let rust = read("Dockerfile").lines().find_map(|line| line.strip_prefix("ARG RUST_VERSION=").map(str::to_owned)).expect("a version");
-    assert_eq!(text(&workflow, "env.RUST_VERSION"), rust);
+    assert_eq!(text(&release, "env.RUST_VERSION"), rust);
+    assert_eq!(text(&workflow("deploy.yaml"), "jobs.check.container"), format!("rust:{rust}-bookworm"));
+}
+
+#[test]
+fn nothing_is_published_that_was_not_tested() {
+    let release = workflow("release.yaml");
+    let runs: Vec<&str> = list(&release, "jobs.check.steps").iter().filter_map(|step| at(step, "run").as_str()).collect();
+    assert!(runs.iter().any(|run| run.contains(".ci/run")), "{runs:?}");
+    assert!(runs.iter().any(|run| run.contains("GITHUB_REF_NAME")), "the tag is compared with the version: {runs:?}");
+    for job in ["binaries", "images"] {
+        assert_eq!(text(&release, &format!("jobs.{job}.needs")), "check");
+    }
+    assert_eq!(list(&release, "jobs.release.needs").len(), 2);
+}
+
+#[test]
+fn a_release_takes_the_artifacts_of_its_jobs_and_no_others() {
+    let release = workflow("release.yaml");
+    let pattern = steps(&release, "actions/download-artifact").iter().map(|step| text(step, "with.pattern")).collect::<Vec<_>>();
+    let [pattern] = &pattern[..] else { panic!("{pattern:?}") };
+    let begin = pattern.strip_suffix('*').expect("a pattern");
+    for step in steps(&release, "actions/upload-artifact") {
+        assert!(text(&step, "with.name").starts_with(begin), "{step:?}");
+    }
+    // The builder's record of a build is none.
+    for step in steps(&release, "docker/build-push-action") {
+        assert_eq!(text(&step, "env.DOCKER_BUILD_RECORD_UPLOAD"), "false");
+    }
+}
+
+#[test]
+fn an_image_for_cards_says_for_which() {
+    let release = workflow("release.yaml");
+    let images = list(&release, "jobs.images.strategy.matrix.include");
+    for image in images {
+        let (name, compute) = (text(image, "image"), text(image, "compute"));
+        assert_eq!(name, if compute.is_empty() { "cpu".to_owned() } else { format!("cuda-sm{compute}") });
+        stage(&text(image, "target"));
+    }
+    let default = read("Dockerfile").lines().find_map(|line| line.strip_prefix("ARG CUDA_COMPUTE_CAP=").map(str::to_owned)).expect("one");
+    assert!(images.iter().any(|image| text(image, "compute") == default), "what is built without a word is released, too");
+}
+
+/// What the release asks of its Linux binaries, asked of binaries of both kinds.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_binary_that_needs_a_library_is_told_from_one_that_needs_nothing() {
+    // The compiler is what Rust links with; readelf comes with it.
+    if !have("cc", "a binary of each kind") || !have("readelf", "a binary of each kind") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let source = folder.path().join("main.c");
+    std::fs::write(&source, "int main(void) { return 0; }\n").expect("written");
+    let is_static = |flags: &[&str]| {
+        let binary = folder.path().join("binary");
+        output(Command::new("cc").args(flags).arg("-o").arg(&binary).arg(&source));
+        Command::new(root().join("deploy/static.sh")).arg(&binary).output().expect("started").status.success()
+    };
+    assert!(is_static(&["-static-pie", "-fPIE"]), "as Rust links for musl");
+    assert!(is_static(&["-static", "-no-pie"]));
+    assert!(!is_static(&[]));
+    let missing = Command::new(root().join("deploy/static.sh")).arg(folder.path().join("missing")).output().expect("started");
+    assert!(!missing.status.success(), "what cannot be read is not static");
 }

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 
 use serde_norway::Value;
 use warm::app::App;
@@ -9,6 +10,7 @@ use warm::clock::Clock;
 use warm::config::{Resolved, Sources};
 use warm::serve::Admin;
 
+use super::expressions::selectors;
 use super::*;
 use crate::serve::running::Running;
 
@@ -227,7 +229,7 @@ fn pods_have_no_rights_that_they_do_not_need() {
 
 #[test]
 fn only_what_old_kustomize_knows_is_used_and_every_file_is_there() {
-    const KNOWN: [&str; 10] = [
+    const KNOWN: [&str; 12] = [
         "apiVersion",
         "kind",
         "bases",
@@ -238,6 +240,8 @@ fn only_what_old_kustomize_knows_is_used_and_every_file_is_there() {
         "configMapGenerator",
         "generatorOptions",
         "namespace",
+        "vars",
+        "configurations",
     ];
     for folder in [
         "kustomize/base",
@@ -253,7 +257,7 @@ fn only_what_old_kustomize_knows_is_used_and_every_file_is_there() {
             assert!(KNOWN.contains(&key.as_str()), "{folder}: `{key}` is not of kustomize 2.0");
         }
         let mut named: Vec<String> = Vec::new();
-        for key in ["bases", "resources", "patchesStrategicMerge"] {
+        for key in ["bases", "resources", "patchesStrategicMerge", "configurations"] {
             named.extend(list(&kustomization, key).iter().filter_map(Value::as_str).map(str::to_owned));
         }
         named.extend(list(&kustomization, "patchesJson6902").iter().map(|patch| text(patch, "path")));
@@ -287,6 +291,7 @@ fn the_scaler_owns_the_number_of_replicas_and_its_floor_is_what_it_falls_back_to
     let scaled = document("kustomize/overlays/fleet/scaledobject.yaml");
     assert_eq!(text(&scaled, "spec.scaleTargetRef.name"), text(&base("deployment.yaml"), "metadata.name"));
     assert_eq!(number(&scaled, "spec.fallback.replicas"), number(&scaled, "spec.minReplicaCount"));
+    assert_eq!(text(&scaled, "spec.fallback.behavior"), "currentReplicasIfHigher", "a fleet does not shrink with Prometheus");
     assert!(
         number(&scaled, "spec.minReplicaCount") >= 2 && number(&scaled, "spec.maxReplicaCount") > number(&scaled, "spec.minReplicaCount")
     );
@@ -294,6 +299,36 @@ fn the_scaler_owns_the_number_of_replicas_and_its_floor_is_what_it_falls_back_to
         let deployments = of_kind(&rendered, "Deployment");
         assert!(at(deployments[0], "spec.replicas").is_null(), "an apply would reset the number");
     }
+}
+
+/// What a kustomization of one's own over one of ours renders to.
+fn rendered_under(own: &str, overlay: &str) -> Vec<Value> {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let path = folder.path().canonicalize().expect("a path");
+    let base = root().join("deploy/kustomize/overlays").join(overlay).display().to_string();
+    // kustomize 2.0 takes relative paths only.
+    let base = format!("{}{}", "../".repeat(path.components().count() - 1), base.trim_start_matches('/'));
+    std::fs::write(path.join("kustomization.yaml"), format!("bases: [{base}]\n{own}")).expect("written");
+    documents(&output(Command::new("kubectl").arg("kustomize").arg(&path)))
+}
+
+/// The namespaces of a rendering, which must be one, and the scaler's query.
+fn scaled_in(all: &[Value]) -> (String, String) {
+    let namespaces: std::collections::BTreeSet<String> = all.iter().map(|object| text(object, "metadata.namespace")).collect();
+    assert_eq!(namespaces.len(), 1, "{namespaces:?}");
+    let trigger = &list(of_kind(all, "ScaledObject")[0], "spec.triggers")[0];
+    assert_eq!(text(trigger, "metadata.ignoreNullValues"), "false", "an empty answer is no queue of 0");
+    (namespaces.into_iter().next().expect("one"), text(trigger, "metadata.query"))
+}
+
+#[test]
+fn the_scaler_asks_for_the_queue_of_the_namespace_that_it_is_rendered_for() {
+    let asks = |namespace: &str| vec![("namespace".to_owned(), "=".to_owned(), namespace.to_owned())];
+    let Some(fleet) = rendered("fleet") else { return };
+    let (namespace, query) = scaled_in(&fleet);
+    assert_eq!(selectors(&query)[0].matchers, asks(&namespace));
+    let (namespace, query) = scaled_in(&rendered_under("namespace: rewards\n", "fleet"));
+    assert_eq!((namespace.as_str(), &selectors(&query)[0].matchers), ("rewards", &asks("rewards")));
 }
 
 #[test]
@@ -306,12 +341,46 @@ fn the_fleet_serves_what_its_job_writes() {
     assert_eq!(text(&served, "members.0.path"), out);
 }
 
+/// A drill on what nobody reads shows nothing.
+#[test]
+fn the_checkpoint_that_the_drill_corrupts_is_one_that_is_served() {
+    let runbook = read("RUNBOOK.md");
+    let drill = runbook.lines().find(|line| line.starts_with("| corrupt a checkpoint |")).expect("the drill");
+    for (map, recipe) in [("kustomize/overlays/fleet/configmap.yaml", "served.yaml"), ("kustomize/base/configmap.yaml", "recipe.yaml")] {
+        let recipe = super::settings::file_of(&document(map), recipe);
+        let path = text(&documents(&recipe)[0], "members.0.path");
+        assert!(drill.contains(&path), "{map} serves {path}: {drill}");
+    }
+}
+
+#[test]
+fn what_a_release_says_of_its_images_reaches_servers_and_job() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (cpu, cuda) =
+        (format!("ghcr.io/somebody/warm@sha256:{}", "a".repeat(64)), format!("ghcr.io/somebody/warm@sha256:{}", "b".repeat(64)));
+    for (file, image) in [("image-cpu.txt", &cpu), ("image-cuda-sm90.txt", &cuda)] {
+        std::fs::write(folder.path().join(file), format!("{image}\n")).expect("written");
+    }
+    let script = root().join("deploy/images.sh");
+    assert_eq!(output(Command::new(&script).arg(folder.path())), "images-sm90.yaml\n");
+    let images = std::fs::read_to_string(folder.path().join("images-sm90.yaml")).expect("written");
+    let image = |all: &[Value], kind: &str| text(container(of_kind(all, kind)[0]), "image");
+    if have("kubectl", "rendering of images") {
+        let fleet = rendered_under(&images, "fleet");
+        assert_eq!((image(&fleet, "Deployment"), image(&fleet, "Job")), (cuda, cpu.clone()));
+        assert_eq!(image(&rendered_under(&images, "cpu"), "Deployment"), cpu);
+    }
+    // A tag may move.
+    std::fs::write(folder.path().join("image-cpu.txt"), "ghcr.io/somebody/warm:cpu\n").expect("written");
+    assert!(!Command::new(&script).arg(folder.path()).output().expect("started").status.success());
+}
+
 #[test]
 fn overlays_render_and_say_where_they_run() {
     let Some(cpu) = rendered("cpu") else { return };
     let gpu = rendered("gpu").expect("kubectl is here");
     let image = |all: &[Value]| text(container(of_kind(all, "Deployment")[0]), "image");
-    assert_eq!((image(&cpu).as_str(), image(&gpu).as_str()), ("warm:cpu", "warm:cuda"));
+    assert_eq!((image(&cpu).as_str(), image(&gpu).as_str()), ("warm-cpu:name-your-image", "warm-cuda:name-your-image"));
     let limits = at(container(of_kind(&gpu, "Deployment")[0]), "resources.limits");
     assert_eq!(limits.get("nvidia.com/gpu").and_then(Value::as_str), Some("1"));
     let env = list(container(of_kind(&gpu, "Deployment")[0]), "env");

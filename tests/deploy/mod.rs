@@ -1,5 +1,6 @@
 //! What stands in `deploy/` is held to the program: ports, probes, settings, flags, drain times and metric names are those
-//! that the code has. Runs without any of the tools; where `kubectl` and `promtool` are at hand, their word is taken too.
+//! that the code has. Runs without any of the tools; where `kubectl` and `promtool` are at hand, their word is taken too;
+//! with `WARM_REQUIRE_TOOLS=1` they have to be.
 
 mod expressions;
 mod fleet;
@@ -64,10 +65,14 @@ pub fn container(workload: &Value) -> &Value {
     at(workload, "spec.template.spec.containers.0")
 }
 
+/// With this variable a tool that is missing fails its tests, which would pass without having looked otherwise.
+const REQUIRE: &str = "WARM_REQUIRE_TOOLS";
+
 /// Whether a tool is on this machine; says what is left out where it is not.
 pub fn have(tool: &str, without: &str) -> bool {
     let found = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(tool).is_file()));
     if !found {
+        assert!(std::env::var_os(REQUIRE).is_none_or(|value| value != "1"), "{tool} is required and not here: {without}");
         println!("skipped, because there is no {tool} here: {without} (deploy/check.sh installs it)");
     }
     found

@@ -95,7 +95,10 @@ fn expressions_of_dashboard() -> Vec<(String, String)> {
         list(panel, "targets").iter().map(|target| (title.clone(), text(target, "expr"))).collect::<Vec<_>>()
     };
     let annotations = list(&dashboard, "annotations.list").iter().filter(|annotation| at(annotation, "expr").is_string());
-    panels.flat_map(of_panel).chain(annotations.map(|annotation| (text(annotation, "name"), text(annotation, "expr")))).collect()
+    let annotations = annotations.map(|annotation| (text(annotation, "name"), text(annotation, "expr")));
+    let variables = list(&dashboard, "templating.list").iter().filter(|variable| text(variable, "type") == "query");
+    let variables = variables.map(|variable| (text(variable, "name"), text(variable, "definition")));
+    panels.flat_map(of_panel).chain(annotations).chain(variables).collect()
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn every_variable_is_a_setting() {
     let words = dockerfile.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
     named.extend(words.map(|word| ("Dockerfile".to_owned(), word.to_owned())));
     let ours: Vec<_> = named.into_iter().filter(|(_, name)| name.starts_with("WARM_")).collect();
-    assert!(ours.len() >= 8, "{ours:?}");
+    assert!(ours.len() >= 4, "{ours:?}");
     for (place, name) in ours {
         assert!(name == FILE_VARIABLE || SETTINGS.iter().any(|setting| setting.variable() == name), "{place}: {name}");
     }

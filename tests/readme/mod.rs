@@ -38,6 +38,39 @@ fn every_setting_stands_in_its_table_and_no_other() {
     assert_eq!(listed, rows.len(), "a row of the table names no setting");
 }
 
+/// What a series counts or measures, by how its name ends (before `_total`).
+const UNITS: [(&str, &str); 23] = [
+    ("_seconds", "seconds"),
+    ("_bytes", "bytes"),
+    ("tokens", "tokens"),
+    ("samples", "samples"),
+    ("requests", "calls"),
+    ("reward", "reward"),
+    ("_devices", "devices"),
+    ("_members", "members"),
+    ("_generations", "generations"),
+    ("_packs", "packs"),
+    ("_cache", "loads"),
+    ("_reloads", "loads"),
+    ("_doubled_bos", "texts"),
+    ("_failures", "samples"),
+    ("_skipped", "samples, calls"),
+    ("_shed", "calls"),
+    ("_restart_needed", "settings"),
+    ("_canary", "by figure"),
+    ("_now", "by figure"),
+    ("_first_hour", "by figure"),
+    ("_info", "1"),
+    ("_ready", "0 or 1"),
+    ("_reloading", "0 or 1"),
+];
+
+fn unit(name: &str) -> &'static str {
+    let stem = name.strip_suffix("_total").unwrap_or(name);
+    let found = UNITS.iter().find(|(end, _)| stem.ends_with(end));
+    found.unwrap_or_else(|| panic!("{name}: say its unit, in its name or in UNITS")).1
+}
+
 #[test]
 fn every_series_stands_in_its_table_and_no_other() {
     let config = Resolved::new(Sources::default()).expect("defaults").config;
@@ -54,7 +87,7 @@ fn every_series_stands_in_its_table_and_no_other() {
             };
             let labels = family.get_metric().first().map(|metric| metric.get_label()).unwrap_or_default();
             let labels: Vec<String> = labels.iter().map(|label| format!("`{}`", label.name())).collect();
-            format!("| `{}` | {kind} | {} | {} |", family.name(), labels.join(", "), cell(family.help()))
+            format!("| `{}` | {kind} | {} | {} | {} |", family.name(), labels.join(", "), unit(family.name()), cell(family.help()))
         })
         .collect();
     assert_table("metrics", &rows);

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
@@ -28,6 +28,8 @@ const GROUP: u64 = 4;
 /// Samples that differ.
 const SAMPLES: u64 = 200;
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// How often the client asks which servers there are.
+const SEARCH: Duration = Duration::from_millis(250);
 /// Settings of every server: a reload stages, and `warm activate` swaps.
 const STAGED: &str = "activate: on_call\n";
 
@@ -249,15 +251,20 @@ fn a_fleet_is_joined_restarted_and_swapped_under_load_and_loses_no_score() {
     let (old, of_old) = undisturbed(&runtime, &addresses[1]);
     assert_ne!(of_old, of_new, "two models that can be told apart");
 
-    let fleet = runtime.block_on(async { Fleet::new(&addresses, clock.clone()).expect("addresses") });
+    // As a headless Service: it names the servers that are ready.
+    let ready = Arc::new(Mutex::new(addresses[1..].to_vec()));
+    let named = ready.clone();
+    let find = move || std::future::ready(Ok(named.lock().expect("no panic").clone()));
+    let fleet = runtime.block_on(Fleet::found_by(find, SEARCH, clock.clone())).expect("addresses");
     let load = Load::start(&runtime, fleet, BTreeMap::from([(old.clone(), of_old), (new.clone(), of_new)]));
     load.after_more(&runtime, 100);
 
     let early = load.instances.borrow().clone();
     let late = start(&addresses[0], &config);
-    let ready = clock.now();
+    let since = clock.now();
+    ready.lock().expect("no panic").push(addresses[0].clone());
     load.until_answered_by(&runtime, SERVERS);
-    let joined = clock.now() - ready;
+    let joined = clock.now() - since;
     servers.insert(0, late);
     load.next_phase();
     load.after_more(&runtime, 400);

@@ -3,6 +3,7 @@
 mod adapters;
 #[cfg(unix)]
 pub mod binary;
+mod connections;
 mod deadline;
 mod faults;
 #[cfg(unix)]

@@ -77,11 +77,25 @@ fn field_of_line(log: &mut impl BufRead, message: &str, field: &str) -> String {
     panic!("the log ended before `{message}`");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_is_a_line_and_a_trace_under_its_callers_own_with_numbers_and_no_text() {
+/// What a server shows of the calls that it answered, to others than the caller.
+struct Shown {
+    /// Every line after `ready`.
+    log: String,
+    /// All pages of the admin port.
+    pages: String,
+}
+
+/// Starts a server with these settings, has it asked, and stops it; the answers, what it showed, and what a collector received.
+async fn shown_by<T, F>(settings: &[&str], ask: impl FnOnce(Client) -> F + Send + 'static) -> (T, Shown, Collector)
+where
+    T: Send + 'static,
+    F: Future<Output = T>,
+{
     let (collector, endpoint, receiving) = Collector::start().await;
+    let mut settings: Vec<String> = settings.iter().map(|&setting| setting.to_owned()).collect();
+    settings.extend(["--traces-endpoint", &endpoint, "--log-format", "json", "--log-successes", "1"].map(str::to_owned));
     let asked = tokio::task::spawn_blocking(move || {
-        let settings = ["--traces-endpoint", &endpoint, "--traces-share", "0", "--log-format", "json", "--log-successes", "1"];
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         let mut server = serve_with(&settings, super::members());
         let mut log = BufReader::new(server.stderr.take().expect("piped"));
         let mut listening = String::new();
@@ -90,27 +104,48 @@ async fn a_call_is_a_line_and_a_trace_under_its_callers_own_with_numbers_and_no_
         let [address, probes] = ["grpc", "admin"].map(|name| listening[name].as_str().expect("an address").to_owned());
         field_of_line(&mut log, "ready", "");
         let runtime = tokio::runtime::Runtime::new().expect("runtime");
-        let response = runtime.block_on(async {
-            let client = Client::connect(&address).await.expect("connected");
-            let sample = wire::Sample { input: Some(Input::Text("secret words of a caller".into())) };
-            let request = |id: &str| wire::ScoreRequest { request_id: id.into(), samples: vec![sample.clone()], ..Default::default() };
-            let mut traced = tonic::Request::new(request("traced"));
-            let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-            traced.metadata_mut().insert("traceparent", parent.parse().expect("metadata"));
-            traced.metadata_mut().insert(TENANT_HEADER, "team-a".parse().expect("metadata"));
-            // Of traces that begin here none is kept.
-            client.score(request("untraced")).await.expect("scored");
-            client.rewards().score(traced).await.expect("scored").into_inner()
-        });
-        let shown = ["/metrics", "/watch", "/status.json"].map(|path| admin(&probes, path)).concat();
+        let answers = runtime.block_on(async { ask(Client::connect(&address).await.expect("connected")).await });
+        let pages = ["/metrics", "/watch", "/status.json", "/"].map(|path| admin(&probes, path)).concat();
         terminate(&server);
         let mut rest = String::new();
         log.read_to_string(&mut rest).expect("log");
         assert_eq!(server.wait().expect("ended").code(), Some(0), "{rest}");
-        (response, rest, shown)
+        (answers, Shown { log: rest, pages })
     });
-    let (response, log, shown) = asked.await.expect("no panic");
+    let (answers, shown) = asked.await.expect("no panic");
     receiving.abort();
+    (answers, shown, collector)
+}
+
+impl Shown {
+    /// Panics where any of these words stand in what others see.
+    fn assert_without(&self, words: &str, collector: &Collector) {
+        let traces = format!("{:?}", collector.0.lock().expect("no panic"));
+        for (place, text) in [("a trace", &traces), ("a line", &self.log), ("a metric or a page", &self.pages)] {
+            assert!(!text.contains(words), "what a caller says is in {place}: {text}");
+        }
+    }
+
+    fn lines(&self) -> Vec<serde_json::Value> {
+        self.log.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_is_a_line_and_a_trace_under_its_callers_own_with_numbers_and_no_text() {
+    let (response, shown, collector) = shown_by(&["--traces-share", "0"], |client: Client| async move {
+        let sample = wire::Sample { input: Some(Input::Text("secret words of a caller".into())) };
+        let request = |id: &str| wire::ScoreRequest { request_id: id.into(), samples: vec![sample.clone()], ..Default::default() };
+        let mut traced = tonic::Request::new(request("traced"));
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        traced.metadata_mut().insert("traceparent", parent.parse().expect("metadata"));
+        traced.metadata_mut().insert(TENANT_HEADER, "team-a".parse().expect("metadata"));
+        // Of traces that begin here none is kept.
+        client.score(request("untraced")).await.expect("scored");
+        client.rewards().score(traced).await.expect("scored").into_inner()
+    })
+    .await;
+    shown.assert_without("secret", &collector);
 
     let requests = collector.0.lock().expect("no panic").clone();
     let resource = requests[0].resource_spans[0].resource.as_ref().expect("a resource");
@@ -141,8 +176,7 @@ async fn a_call_is_a_line_and_a_trace_under_its_callers_own_with_numbers_and_no_
     assert_eq!((device.get("tokens"), attributes(pack).get("tokens")), (Some(&tokens), Some(&tokens)));
     assert!(device.contains_key("queue_us") && device.contains_key("forward_us"), "{device:?}");
 
-    let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a line of JSON"));
-    let line = lines.into_iter().find(|line| line["request_id"] == "traced").expect("every success has a line");
+    let line = shown.lines().into_iter().find(|line| line["request_id"] == "traced").expect("every success has a line");
     for (field, value) in [("tenant", "team-a"), ("fingerprint", &fingerprint), ("code", "OK"), ("rpc", "Score"), ("level", "INFO")] {
         assert_eq!(line[field], value, "{field} of {line}");
     }
@@ -151,9 +185,44 @@ async fn a_call_is_a_line_and_a_trace_under_its_callers_own_with_numbers_and_no_
     for stage in ["tokenize_ms", "queue_ms", "forward_ms", "ms"] {
         assert!(line[stage].as_f64().is_some_and(|time| time >= 0.0), "{stage} of {line}");
     }
-    for (place, text) in [("a trace", format!("{requests:?}")), ("a line", log), ("a metric or a page", shown)] {
-        assert!(!text.contains("secret"), "what a caller says is in {place}: {text}");
+}
+
+/// What fails is always logged, and the words of a failure may quote the sample.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sample_that_fails_tells_its_caller_why_and_nobody_else_what_it_said() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let template = folder.path().join("refusing.jinja");
+    std::fs::write(&template, "{{ raise_exception('no such words: ' + messages[0]['content']) }}").expect("written");
+    let settings = ["--traces-share", "1", "--text-template", template.to_str().expect("a plain path")];
+    let ((mild, strict), shown, collector) = shown_by(&settings, |client: Client| async move {
+        let message = wire::Message { role: "user".into(), content: "secret words".into(), ..Default::default() };
+        let conversation = wire::Conversation { messages: vec![message], ..Default::default() };
+        let inputs = [Input::Text("secret ".repeat(100_000)), Input::Conversation(conversation)];
+        let samples: Vec<_> = inputs.map(|input| wire::Sample { input: Some(input) }).into();
+        let mild = wire::ScoreRequest { request_id: "mild".into(), samples: samples.clone(), ..Default::default() };
+        let mild = client.score(mild).await.expect("failures in the places of their samples");
+        let mut strict = Vec::new();
+        for sample in samples {
+            let options = Some(wire::ScoreOptions { strict: true, ..Default::default() });
+            let request = wire::ScoreRequest { request_id: "strict".into(), samples: vec![sample], options, ..Default::default() };
+            strict.push(client.score(request).await.expect_err("the call fails with its sample").to_string());
+        }
+        (mild, strict)
+    })
+    .await;
+    let failures: Vec<String> = mild.scores.into_iter().map(|score| score.failure.expect("a failure").message).collect();
+    assert!(failures[1].contains("secret words"), "the caller may read it: {failures:?}");
+    assert!(strict[1].contains("secret words"), "{strict:?}");
+    let lines = shown.lines();
+    for (id, count) in [("mild", 1), ("strict", 2)] {
+        assert_eq!(lines.iter().filter(|line| line["request_id"] == id).count(), count, "{lines:?}");
     }
+    for kind in ["too_long", "template_refused"] {
+        let none = format!("warm_registry_failures_total{{kind=\"{kind}\"}} 0\n");
+        assert!(shown.pages.contains(none.trim_end_matches("0\n")) && !shown.pages.contains(&none), "{kind}: {}", shown.pages);
+    }
+    assert!(collector.spans().iter().any(|span| attributes(span).get("request_id").is_some_and(|id| id == "strict")));
+    shown.assert_without("secret", &collector);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -23,6 +23,8 @@ pub(super) struct Totals {
     pub tokens: f64,
     pub shared: f64,
     pub forward_seconds: f64,
+    /// Each of which passes its own seconds.
+    pub devices: f64,
     pub queue_samples: f64,
     pub queue_tokens: f64,
     pub in_flight: f64,
@@ -54,6 +56,7 @@ impl Totals {
             tokens: value("warm_scorer_tokens_total", &[]),
             shared: value("warm_scorer_tokens_total", &[("kind", &["shared", "cached"])]),
             forward_seconds: buckets(&families, "warm_scorer_forward_seconds", &[]).sum,
+            devices: value("warm_scorer_devices", &[]),
             queue_samples: value("warm_scorer_queue_samples", &[]),
             queue_tokens: value("warm_scorer_queue_tokens", &[]),
             in_flight: value("warm_scorer_in_flight_requests", &[]),
@@ -159,7 +162,7 @@ pub(super) struct Flow {
     pub tokens: f64,
     /// Of all tokens.
     pub shared: Option<f64>,
-    /// The share of its time that the device worked.
+    /// The share of their time that the devices worked.
     pub busy: f64,
     /// Of all calls.
     pub faults: Option<f64>,
@@ -208,7 +211,7 @@ fn flow(earlier: &Totals, later: &Totals, took: Duration) -> Flow {
         samples: rate(|totals| totals.samples),
         tokens: rate(|totals| totals.tokens),
         shared: share(|totals| totals.shared, |totals| totals.tokens),
-        busy: rate(|totals| totals.forward_seconds).clamp(0.0, 1.0),
+        busy: (rate(|totals| totals.forward_seconds) / later.devices.max(1.0)).clamp(0.0, 1.0),
         faults: share(|totals| totals.faults, |totals| totals.calls),
         p50: latency.quantile(0.5),
         p90: latency.quantile(0.9),
@@ -253,6 +256,14 @@ mod tests {
         let steps = history.steps();
         assert_eq!(steps.len(), 39);
         assert!(steps.iter().all(|step| step.samples == 10.0 && step.p99.is_some_and(|p99| p99 <= 0.1) && step.faults == Some(0.0)));
+    }
+
+    #[test]
+    fn two_devices_are_half_busy_while_one_of_them_works() {
+        let (start, mut history) = (Instant::now(), History::default());
+        history.push(start, Totals { devices: 2.0, ..Totals::default() });
+        let flow = history.now(start + STEP, &Totals { forward_seconds: 5.0, devices: 2.0, ..Totals::default() });
+        assert_eq!(flow.busy, 0.5);
     }
 
     #[test]
