@@ -145,7 +145,7 @@ impl App {
         let grpc = GrpcOptions {
             max_decode: config.message.max_decode,
             max_encode: config.message.max_encode,
-            limits: ConvertLimits { max_samples: config.message.max_samples, max_expanded_bytes: config.message.max_expanded },
+            limits: ConvertLimits::new(config.message.max_samples, config.message.max_expanded, config.admission.max_tokens),
             stream_window: config.stream_window,
             keepalive_interval: config.keepalive_interval,
             keepalive_timeout: config.keepalive_timeout,

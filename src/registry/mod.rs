@@ -12,6 +12,7 @@ mod load_thread;
 mod members;
 mod metrics;
 mod outcomes;
+mod pool;
 mod prepared;
 mod probing;
 mod recent;

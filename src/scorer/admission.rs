@@ -105,7 +105,7 @@ impl Admission {
             Some((ShedReason::Requests, format!("{} requests are in flight, which is the bound", state.requests)))
         } else if state.requests > 0 && state.bytes.saturating_add(bytes) > options.max_bytes {
             // A request that is alone always fits: its size is bounded by the message limit.
-            Some((ShedReason::Bytes, format!("requests of {} bytes are in flight, of at most {}", state.bytes, options.max_bytes)))
+            Some((ShedReason::Bytes, self.0.bytes_taken(state.bytes)))
         } else {
             None
         };
@@ -144,6 +144,10 @@ impl Inner {
     fn shed(&self, reason: ShedReason, message: String) -> Shed {
         self.metrics.shed.with_label_values(&[reason.name()]).inc();
         Shed { reason, retry_after: self.options.retry_after, message }
+    }
+
+    fn bytes_taken(&self, bytes: u64) -> String {
+        format!("requests of {bytes} bytes are in flight, of at most {}", self.options.max_bytes)
     }
 
     /// Called under the lock, so that what is shown never goes back in time.
@@ -214,6 +218,23 @@ impl Permit {
     /// bound may be exceeded by what the estimate was too low.
     pub fn correct(&self, tokens: u64) {
         self.adjust(|charge| charge.tokens = tokens);
+    }
+
+    /// Room for `bytes` instead of what was charged before: what a message takes once it is read. A request that is alone
+    /// always fits.
+    pub fn charge_bytes(&self, bytes: u64) -> Result<(), Shed> {
+        let Some(held) = &self.0 else { return Ok(()) };
+        let (admission, mut charge) = (&held.admission, lock(&held.charge));
+        let mut state = lock(&admission.state);
+        let others = state.bytes - charge.bytes;
+        if bytes > charge.bytes && state.requests > 1 && others.saturating_add(bytes) > admission.options.max_bytes {
+            drop(state);
+            return Err(admission.shed(ShedReason::Bytes, admission.bytes_taken(others)));
+        }
+        state.bytes = others + bytes;
+        charge.bytes = bytes;
+        admission.show(&state);
+        Ok(())
     }
 
     /// Puts the true size of the message in the place of the largest it could have.

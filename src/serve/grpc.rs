@@ -11,7 +11,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::calls::{Answered, CallBook, CallFacts};
-use super::convert::{self, Asked, ConvertLimits};
+use super::convert::{self, Asked, ConvertLimits, Violations};
 use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
 use super::tenants::TENANT_HEADER;
@@ -57,6 +57,9 @@ pub struct Edge {
 
 /// What an unread message is taken for, where its headers do not announce its size.
 const ASSUMED_BYTES: u64 = 1 << 20;
+
+/// A message of less than this is checked where it is read; a larger one in the pool that encodes.
+const CHECKED_AT_ONCE: u64 = 256 << 10;
 
 /// Serves on `listener` until `stop` completes, then lets open calls end. How long that may take is the caller's decision.
 pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
@@ -137,12 +140,6 @@ impl Admitted {
         Ok(Self { permit, tenant, deadline, facts })
     }
 
-    /// The same, with the charge corrected to the true size of the message.
-    fn take_message<T: prost::Message>(request: &mut Request<T>) -> Result<Self, Status> {
-        let admitted = Self::take(request)?;
-        admitted.permit.correct_bytes(request.get_ref().encoded_len() as u64);
-        Ok(admitted)
-    }
 }
 
 fn answered<T>(outcomes: &[Result<T, Failure>], tokens: impl Fn(&T) -> usize, stamp: ModelStamp, timing: Timing) -> Answered {
@@ -165,10 +162,24 @@ fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::ti
     }
 }
 
+/// A message as the domain has it. What it takes in memory is charged before any of it is copied, and a large one holds up
+/// no thread of the runtime.
+async fn checked<T: Send + 'static>(
+    edge: &Edge,
+    permit: &Permit,
+    bytes: u64,
+    parse: impl FnOnce() -> Result<T, Violations> + Send + 'static,
+) -> Result<T, Status> {
+    permit.charge_bytes(bytes).map_err(status::shed)?;
+    let parsed = if bytes < CHECKED_AT_ONCE { parse() } else { edge.engine.in_pool(parse).await.map_err(status::status)? };
+    parsed.map_err(|violations| status::invalid(&violations))
+}
+
 /// Scores one request, whether it has a call of its own or comes on a stream.
 pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Admitted) -> Result<wire::ScoreResponse, Status> {
     let Admitted { permit, tenant, deadline, facts } = admitted;
-    let parsed = convert::parse_score(request, edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+    let (bytes, limits) = (convert::score_bytes(&request), edge.options.limits);
+    let parsed = checked(edge, &permit, bytes, move || convert::parse_score(request, limits)).await?;
     let (request_id, batch) = (parsed.request_id, parsed.batch);
     facts.asked(&request_id, batch.samples.len());
     if edge.calls.logs_content() {
@@ -195,7 +206,7 @@ pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Ad
 #[tonic::async_trait]
 impl RewardService for Handlers {
     async fn score(&self, mut request: Request<wire::ScoreRequest>) -> Result<Response<wire::ScoreResponse>, Status> {
-        let admitted = Admitted::take_message(&mut request)?;
+        let admitted = Admitted::take(&mut request)?;
         score(&self.edge, request.into_inner(), admitted).await.map(Response::new)
     }
 
@@ -207,9 +218,10 @@ impl RewardService for Handlers {
     }
 
     async fn compare(&self, mut request: Request<wire::CompareRequest>) -> Result<Response<wire::CompareResponse>, Status> {
-        let Admitted { permit, tenant, deadline, facts } = Admitted::take_message(&mut request)?;
-        let parsed =
-            convert::parse_compare(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+        let Admitted { permit, tenant, deadline, facts } = Admitted::take(&mut request)?;
+        let (request, limits) = (request.into_inner(), self.edge.options.limits);
+        let bytes = convert::compare_bytes(&request);
+        let parsed = checked(&self.edge, &permit, bytes, move || convert::parse_compare(request, limits)).await?;
         let (request_id, batch) = (parsed.request_id, parsed.batch);
         facts.asked(&request_id, batch.samples.len());
         if self.edge.calls.logs_content() {

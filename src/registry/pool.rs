@@ -1,0 +1,57 @@
+//! The threads that read text, apart from those of the runtime.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use tokio::sync::oneshot;
+
+use super::EngineError;
+use super::generation::Encode;
+use crate::domain::{Failure, Sample, Truncation};
+use crate::scorer::panic_message;
+use crate::text::Encoding;
+
+/// What a call's samples become, in order.
+pub(super) type Encoded = Vec<Result<Arc<Encoding>, Failure>>;
+
+/// A pool of threads that read text.
+pub(super) struct Pool(rayon::ThreadPool);
+
+impl Pool {
+    /// Starts so many threads; 0 is one per core.
+    pub fn new(threads: usize) -> std::io::Result<Self> {
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("warm-tokenizer-{i}"));
+        builder.build().map(Self).map_err(std::io::Error::other)
+    }
+
+    /// What `work` comes to on one of the threads. It can ask whether its caller is still there; where nobody is when its
+    /// turn comes, it is not begun.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce(&(dyn Fn() -> bool + Sync)) -> T + Send + 'static) -> Result<T, EngineError> {
+        let (done, result) = oneshot::channel();
+        self.0.spawn(move || {
+            if !done.is_closed() {
+                let wanted = || !done.is_closed();
+                let result = caught(|| work(&wanted));
+                let _ = done.send(result);
+            }
+        });
+        result.await.unwrap_or_else(|_| Err(EngineError::Forward("the pool has ended".to_owned())))
+    }
+
+    /// All samples, side by side.
+    pub async fn encode(&self, text: Arc<dyn Encode>, samples: Vec<Sample>, truncation: Truncation) -> Result<Encoded, EngineError> {
+        let encoded = self.run(move |wanted| {
+            // A caller that has gone stops this between two samples.
+            let one = |sample| wanted().then(|| text.encode(sample, truncation).map(Arc::new));
+            samples.par_iter().map(one).collect::<Option<Encoded>>()
+        });
+        encoded.await?.ok_or_else(|| EngineError::Forward("encoding was given up".to_owned()))
+    }
+}
+
+/// What `work` comes to, a panic being an error of its call alone.
+pub(super) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, EngineError> {
+    catch_unwind(AssertUnwindSafe(work))
+        .map_err(|panic| EngineError::Forward(format!("encoding panicked: {}", panic_message(panic.as_ref()))))
+}
