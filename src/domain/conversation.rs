@@ -7,6 +7,9 @@ use serde_json::{Map, Value};
 /// The longest role name that is taken; templates know a handful of short ones.
 const MAX_ROLE_BYTES: usize = 64;
 
+/// Of few texts does a token have less: English has 4 to 5, code and most other scripts about 3.
+const BYTES_PER_TOKEN: usize = 3;
+
 /// An input that cannot be a [`Conversation`], [`Sample`] or [`PromptGroup`]: the field, and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
@@ -190,14 +193,21 @@ pub enum Sample {
 }
 
 impl Sample {
-    /// Bytes of text or ids: what admission charges before the tokens are known.
+    /// Bytes of text or ids.
     pub fn size_bytes(&self) -> usize {
         match self {
             Self::Conversation(conversation) => conversation.size_bytes(),
             Self::Text(text) => text.len(),
             Self::Pair { first, second } => first.len() + second.len(),
-            // An id is one token, and a token is charged as two bytes of text.
-            Self::Tokens(ids) => ids.len() * 2,
+            Self::Tokens(ids) => ids.len() * 4,
+        }
+    }
+
+    /// How many tokens it is taken for before they are counted: more than most texts have.
+    pub fn estimated_tokens(&self) -> usize {
+        match self {
+            Self::Tokens(ids) => ids.len(),
+            _ => self.size_bytes() / BYTES_PER_TOKEN,
         }
     }
 }

@@ -213,14 +213,15 @@ impl Engine {
         let clock = self.clock();
         let started = clock.now();
         let bytes: usize = samples.iter().map(Sample::size_bytes).sum();
-        // Half the bytes: more than any usual text has tokens, and the samples' own special tokens.
-        permit.charge((bytes / 2).max(samples.len()) as u64)?;
+        // No sample is scored that has more tokens than the model takes.
+        let most = generation.limits().max_tokens;
+        permit.charge(samples.iter().map(|sample| sample.estimated_tokens().clamp(1, most) as u64).sum())?;
         let tokenizing = tracing::debug_span!("tokenize", samples = samples.len(), bytes);
         let encoded = self.encode(&generation.text, samples, bytes, options.truncation).instrument(tokenizing).await?;
         let tokenize = clock.now().saturating_duration_since(started);
         self.registry().metrics().tokenized(tokenize);
         self.registry().metrics().dropped_bos(encoded.iter().flatten().filter(|encoding| encoding.doubled_bos()).count() as u64);
-        permit.correct(encoded.iter().flatten().map(|encoding| encoding.tokens() as u64).sum());
+        permit.correct(encoded.iter().flatten().map(|encoding| encoding.tokens() as u64).sum())?;
         if options.strict {
             first_failure(&encoded)?;
         }

@@ -2,8 +2,8 @@
 //!
 //! The first gate ([`Admission::admit`]) stands where a request's headers arrive: a slot and room for the bytes its
 //! message may have, so that a refusal costs no reading. The second ([`Permit::charge`]) stands before encoding, where
-//! tokens are still an estimate (half the bytes); [`Permit::correct`] puts the true number in its place afterwards. The
-//! permit travels inside the job and gives everything back when the last of its clones is dropped.
+//! tokens are still an estimate by the bytes; [`Permit::correct`] puts the true number in its place afterwards. What is alone
+//! always passes a gate, so that nothing is refused for ever by an estimate. The permit travels inside the job and gives everything back when the last of its clones is dropped.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -37,7 +37,7 @@ pub enum ShedReason {
     Bytes,
     /// The tokens in flight are at their bound.
     Tokens,
-    /// More tokens (by estimate) than may ever be in flight: trying again does not help.
+    /// More tokens than may ever be in flight: trying again does not help.
     TooLarge,
     /// The device's queue is full.
     Queue,
@@ -197,27 +197,30 @@ impl Permit {
         let Some(held) = &self.0 else { return Ok(()) };
         let (admission, mut charge) = (&held.admission, lock(&held.charge));
         let most = admission.options.max_tokens;
-        if tokens > most {
-            let message = format!("about {tokens} tokens in one request, expected at most {most}: send fewer samples at a time");
-            return Err(admission.shed(ShedReason::TooLarge, message));
-        }
         let mut state = lock(&admission.state);
-        let after = state.tokens - charge.tokens + tokens;
-        if tokens > charge.tokens && after > most {
-            let message = format!("{} tokens are in flight, and {tokens} more would exceed {most}", state.tokens - charge.tokens);
+        let others = state.tokens - charge.tokens;
+        if tokens > charge.tokens && others > 0 && others.saturating_add(tokens) > most {
+            let message = format!("{others} tokens are in flight, and {tokens} more would exceed {most}");
             drop(state);
             return Err(admission.shed(ShedReason::Tokens, message));
         }
-        state.tokens = after;
+        state.tokens = others + tokens;
         charge.tokens = tokens;
         admission.show(&state);
         Ok(())
     }
 
     /// Puts the true number of tokens in the place of the estimate. What was let in is not refused any more, so the
-    /// bound may be exceeded by what the estimate was too low.
-    pub fn correct(&self, tokens: u64) {
+    /// bound may be exceeded by what the estimate was too low; only what alone exceeds it is too large.
+    pub fn correct(&self, tokens: u64) -> Result<(), Shed> {
+        let Some(held) = &self.0 else { return Ok(()) };
+        let most = held.admission.options.max_tokens;
+        if tokens > most {
+            let message = format!("{tokens} tokens in one request, expected at most {most}: send fewer samples at a time");
+            return Err(held.admission.shed(ShedReason::TooLarge, message));
+        }
         self.adjust(|charge| charge.tokens = tokens);
+        Ok(())
     }
 
     /// Room for `bytes` instead of what was charged before: what a message takes once it is read. A request that is alone
@@ -281,8 +284,8 @@ mod tests {
         assert_eq!((shed.reason, shed.retry_after), (ShedReason::Requests, Duration::from_millis(7)));
         first.charge(8).expect("room");
         assert_eq!(reason(second.charge(3)), ShedReason::Tokens);
-        assert_eq!(reason(second.charge(11)), ShedReason::TooLarge);
-        first.correct(4);
+        assert_eq!(reason(second.correct(11)), ShedReason::TooLarge);
+        first.correct(4).expect("below the bound");
         second.charge(6).expect("room after the correction");
         drop(first);
         assert!(admission.admit(1).is_ok());
@@ -293,6 +296,16 @@ mod tests {
     #[test]
     fn a_request_alone_may_have_any_number_of_bytes() {
         assert!(admission(2, 100, 10).admit(1000).is_ok());
+    }
+
+    #[test]
+    fn a_request_alone_may_be_taken_for_any_number_of_tokens_and_is_too_large_only_by_their_count() {
+        let admission = admission(2, 100, 10);
+        let (permit, other) = (admission.admit(1).expect("room"), admission.admit(1).expect("room"));
+        permit.charge(1000).expect("nothing else has tokens in flight");
+        assert_eq!(reason(other.charge(1)), ShedReason::Tokens);
+        permit.correct(10).expect("as many as may be in flight");
+        assert_eq!(reason(permit.correct(11)), ShedReason::TooLarge);
     }
 
     #[test]
@@ -332,7 +345,7 @@ mod tests {
                 match (action, permit) {
                     (0 | 1, _) => permits.extend(admission.admit(amount)),
                     (2, Some(permit)) => { let _ = permit.charge(amount); }
-                    (3, Some(permit)) => { permit.correct(amount); permit.correct_bytes(amount); }
+                    (3, Some(permit)) => { let _ = permit.correct(amount); permit.correct_bytes(amount); }
                     (4, Some(_)) => { let place = which % permits.len(); permits.swap_remove(place); }
                     _ => {}
                 }
