@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use tracing::Instrument;
 
 use super::canary::Answers;
-use super::generation::{Encode, Generation, Lane};
+use super::generation::{Generation, Lane};
 use super::outcomes::{answer, first, first_failure, member, non_finite, outcome, resident, scored};
-use super::pool::{Encoded, Pool, caught};
+use super::pool::{Encoded, Pool, Reading, caught};
 use super::streamed::Place;
 use super::watch::Judged;
 use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing, Watch};
@@ -217,7 +217,8 @@ impl Engine {
         let most = generation.limits().max_tokens;
         permit.charge(samples.iter().map(|sample| sample.estimated_tokens().clamp(1, most) as u64).sum())?;
         let tokenizing = tracing::debug_span!("tokenize", samples = samples.len(), bytes);
-        let encoded = self.encode(&generation.text, samples, bytes, options.truncation).instrument(tokenizing).await?;
+        let reading = Reading { text: generation.text.clone(), truncation: options.truncation, rendered: options.details };
+        let encoded = self.encode(reading, samples, bytes, &permit).instrument(tokenizing).await?;
         let tokenize = clock.now().saturating_duration_since(started);
         self.registry().metrics().tokenized(tokenize);
         self.registry().metrics().dropped_bos(encoded.iter().flatten().filter(|encoding| encoding.doubled_bos()).count() as u64);
@@ -331,17 +332,11 @@ impl Engine {
     }
 
     /// Small requests are encoded here, others in the pool, so that no thread of the runtime is held up.
-    async fn encode(
-        &self,
-        text: &Arc<dyn Encode>,
-        samples: Vec<Sample>,
-        bytes: usize,
-        truncation: Truncation,
-    ) -> Result<Encoded, EngineError> {
+    async fn encode(&self, reading: Reading, samples: Vec<Sample>, bytes: usize, permit: &Permit) -> Result<Encoded, EngineError> {
         if bytes < self.0.options.inline_bytes {
-            return caught(|| samples.iter().map(|sample| text.encode(sample, truncation).map(Arc::new)).collect());
+            return caught(|| samples.iter().map(|sample| reading.encode(sample)).collect());
         }
-        self.0.pool.encode(text.clone(), samples, truncation).await
+        self.0.pool.encode(reading, samples, permit.clone()).await
     }
 
     /// Counts failures, and lets the first one fail a strict call.

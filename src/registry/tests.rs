@@ -514,6 +514,39 @@ async fn as_many_texts_as_have_room_by_their_tokens_are_let_in_whatever_their_by
     assert!(reply.outcomes.iter().all(Result::is_ok));
 }
 
+/// Tells that it has begun with a text and waits to be let on.
+struct Gated {
+    begun: std::sync::mpsc::Sender<()>,
+    go: Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Encode for Gated {
+    fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<crate::text::Encoding, crate::domain::Failure> {
+        let _ = self.begun.send(());
+        let _ = self.go.lock().expect("whole").recv();
+        FakeText.encode(sample, truncation)
+    }
+}
+
+#[tokio::test]
+async fn what_waits_for_the_pool_holds_its_permit_though_its_caller_has_gone() {
+    let bench = Bench::new();
+    let ((begun, first_begun), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let text = Arc::new(Gated { begun, go: Mutex::new(gate) });
+    bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
+    let admission = Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered());
+    let large = |permit| score(&bench.engine, vec![Sample::Text("x".repeat(5000))], CallOptions::default(), permit);
+    let (mut first, mut second) = (large(admission.admit(0).expect("room")), large(admission.admit(0).expect("room")));
+    assert!(now(&mut first).is_none());
+    first_begun.recv().expect("the pool's one thread is busy");
+    assert!(now(&mut second).is_none());
+    drop((first, second));
+    assert_eq!(*admission.in_flight().borrow(), 2, "both texts are still in memory");
+    drop(go);
+    admission.idle().await;
+    assert_eq!(first_begun.try_iter().count(), 0, "nobody wants the second any more");
+}
+
 #[tokio::test]
 async fn draining_finishes_what_is_in_flight_and_refuses_the_rest() {
     let mut bench = Bench::new();

@@ -240,9 +240,15 @@ impl Permit {
         Ok(())
     }
 
-    /// Puts the true size of the message in the place of the largest it could have.
-    pub fn correct_bytes(&self, bytes: u64) {
-        self.adjust(|charge| charge.bytes = bytes);
+    /// Room for at least `bytes`: as much has come of its message, and is kept.
+    pub fn grow_bytes(&self, bytes: u64) -> Result<(), Shed> {
+        let charged = self.0.as_ref().map_or(bytes, |held| lock(&held.charge).bytes);
+        if bytes > charged { self.charge_bytes(bytes) } else { Ok(()) }
+    }
+
+    /// Nothing is left of the request but its reply, of so many bytes.
+    pub fn scored(&self, bytes: u64) {
+        self.adjust(|charge| *charge = Charge { bytes, tokens: 0 });
     }
 
     fn adjust(&self, change: impl FnOnce(&mut Charge)) {
@@ -278,7 +284,7 @@ mod tests {
         let admission = admission(2, 100, 10);
         let first = admission.admit(60).expect("room");
         assert_eq!(reason(admission.admit(60)), ShedReason::Bytes);
-        first.correct_bytes(30);
+        first.charge_bytes(30).expect("less than before");
         let second = admission.admit(60).expect("room after the correction");
         let shed = admission.admit(1).expect_err("two are in flight");
         assert_eq!((shed.reason, shed.retry_after), (ShedReason::Requests, Duration::from_millis(7)));
@@ -345,8 +351,9 @@ mod tests {
                 match (action, permit) {
                     (0 | 1, _) => permits.extend(admission.admit(amount)),
                     (2, Some(permit)) => { let _ = permit.charge(amount); }
-                    (3, Some(permit)) => { let _ = permit.correct(amount); permit.correct_bytes(amount); }
-                    (4, Some(_)) => { let place = which % permits.len(); permits.swap_remove(place); }
+                    (3, Some(permit)) => { let _ = permit.correct(amount); let _ = permit.charge_bytes(amount); }
+                    (4, Some(permit)) if which > 3 => permit.scored(amount),
+                (4, Some(_)) => { let place = which % permits.len(); permits.swap_remove(place); }
                     _ => {}
                 }
                 prop_assert_eq!(*admission.in_flight().borrow(), permits.len());

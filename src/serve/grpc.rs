@@ -4,6 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use tokio::net::TcpListener;
 use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
@@ -58,6 +59,9 @@ pub struct Edge {
 /// What an unread message is taken for, where its headers do not announce its size.
 const ASSUMED_BYTES: u64 = 1 << 20;
 
+/// Calls on one connection at once, of whatever kind: what the gate refuses takes memory for its headers, too.
+const MAX_STREAMS: u32 = 1024;
+
 /// A message of less than this is checked where it is read; a larger one in the pool that encodes.
 const CHECKED_AT_ONCE: u64 = 256 << 10;
 
@@ -91,6 +95,7 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
         .http2_keepalive_interval(options.keepalive_interval)
         .http2_keepalive_timeout(Some(options.keepalive_timeout))
         .http2_adaptive_window(Some(true))
+        .max_concurrent_streams(Some(MAX_STREAMS))
         .layer(gate)
         .add_service(health::service(edge.readiness))
         .add_service(reflection_v1)
@@ -171,7 +176,14 @@ async fn checked<T: Send + 'static>(
     parse: impl FnOnce() -> Result<T, Violations> + Send + 'static,
 ) -> Result<T, Status> {
     permit.charge_bytes(bytes).map_err(status::shed)?;
-    let parsed = if bytes < CHECKED_AT_ONCE { parse() } else { edge.engine.in_pool(parse).await.map_err(status::status)? };
+    let held = permit.clone();
+    let parsed = if bytes < CHECKED_AT_ONCE {
+        parse()
+    } else {
+        // Held also where the caller goes while the message waits for its turn.
+        let parse = move || (parse(), held).0;
+        edge.engine.in_pool(parse).await.map_err(status::status)?
+    };
     parsed.map_err(|violations| status::invalid(&violations))
 }
 
@@ -188,19 +200,21 @@ pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Ad
     let prompts = std::iter::repeat_n(1, batch.shape.singles).chain(batch.shape.groups.iter().copied()).collect();
     let watched = Some(Watched { tenant: facts.tenant().into(), prompts });
     let options = CallOptions { watched, ..call_options(parsed.asked, tenant, deadline) };
-    let reply = edge.engine.score(batch.samples, options, permit).await.map_err(status::status)?;
+    let reply = edge.engine.score(batch.samples, options, permit.clone()).await.map_err(status::status)?;
     let failed = facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
     let _reply = tracing::debug_span!("reply", failed).entered();
     let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
     let folded = batch.shape.fold(scores);
-    Ok(wire::ScoreResponse {
+    let response = wire::ScoreResponse {
         request_id,
         scores: folded.singles,
         groups: folded.groups.into_iter().map(|scores| wire::GroupScores { scores }).collect(),
         model: Some(convert::stamp(reply.stamp)),
         timing: Some(convert::timing(reply.timing)),
         error: None,
-    })
+    };
+    permit.scored(response.encoded_len() as u64);
+    Ok(response)
 }
 
 #[tonic::async_trait]
@@ -233,11 +247,11 @@ impl RewardService for Handlers {
             scale: parsed.member_scale,
         };
         let options = call_options(parsed.asked, tenant, deadline);
-        let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
+        let reply = self.edge.engine.compare(batch.samples, options, compare, permit.clone()).await.map_err(status::status)?;
         let failed = facts.answered(answered(&reply.outcomes, |compared| compared.merged.tokens, reply.stamp.clone(), reply.timing));
         let _reply = tracing::debug_span!("reply", failed).entered();
         let folded = batch.shape.fold(reply.outcomes);
-        Ok(Response::new(wire::CompareResponse {
+        let response = wire::CompareResponse {
             request_id,
             samples: folded.singles.into_iter().map(convert::comparison).collect(),
             groups: folded.groups.into_iter().map(convert::compare_group).collect(),
@@ -248,6 +262,8 @@ impl RewardService for Handlers {
             scale_source: reply.scale_source.name().to_owned(),
             uwo_lambda: reply.uwo_lambda as f32,
             timing: Some(convert::timing(reply.timing)),
-        }))
+        };
+        permit.scored(response.encoded_len() as u64);
+        Ok(Response::new(response))
     }
 }

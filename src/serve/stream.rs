@@ -4,12 +4,14 @@
 //! read, and HTTP/2's flow control holds the caller back. So a stream costs bounded memory whatever is sent.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Status, Streaming};
 use tracing::Instrument;
 
@@ -17,10 +19,14 @@ use super::grpc::{Admitted, Edge, score};
 use super::metrics::STREAMED;
 use super::readiness::Phase;
 use super::status;
+use crate::scorer::Permit;
 use crate::wire::{self, stream_request::Kind};
 
 /// What a stream gives back.
-pub(super) type Answers = ReceiverStream<Result<wire::ScoreResponse, Status>>;
+pub(super) type Answers = Pin<Box<dyn Stream<Item = Result<wire::ScoreResponse, Status>> + Send>>;
+
+/// An answer, with what is held until it is taken.
+type Answer = Result<(wire::ScoreResponse, Option<Permit>), Status>;
 
 /// Starts to answer a stream; it goes on until the caller has said all and got all, leaves, or the server stops.
 pub(super) fn start(edge: Edge, incoming: Streaming<wire::StreamRequest>, admitted: Admitted) -> Answers {
@@ -28,14 +34,14 @@ pub(super) fn start(edge: Edge, incoming: Streaming<wire::StreamRequest>, admitt
     let (answers, reader) = mpsc::channel(1);
     let session = Session { edge, admitted, answers, under_way: JoinSet::new(), cancels: HashMap::new() };
     tokio::spawn(session.run(incoming).in_current_span());
-    ReceiverStream::new(reader)
+    Box::pin(ReceiverStream::new(reader).map(|answer| answer.map(|(answer, _permit)| answer)))
 }
 
 struct Session {
     edge: Edge,
     /// Held for the length of the stream: its slot bounds the number of streams, each of which may be reading a message.
     admitted: Admitted,
-    answers: mpsc::Sender<Result<wire::ScoreResponse, Status>>,
+    answers: mpsc::Sender<Answer>,
     under_way: JoinSet<Done>,
     /// By request id, where there is one.
     cancels: HashMap<String, oneshot::Sender<()>>,
@@ -45,6 +51,8 @@ struct Done {
     /// The id that may be used again; none for a request that was refused because its id was in use.
     id: Option<String>,
     answer: wire::ScoreResponse,
+    /// Held until the answer is taken.
+    permit: Option<Permit>,
 }
 
 impl Session {
@@ -82,7 +90,7 @@ impl Session {
                     if let Ok(Done { id: Some(id), .. }) = &answer {
                         self.cancels.remove(id);
                     }
-                    if self.answers.send(answer.map(|done| done.answer)).await.is_err() {
+                    if self.answers.send(answer.map(|done| (done.answer, done.permit))).await.is_err() {
                         return;
                     }
                 }
@@ -113,11 +121,14 @@ impl Session {
     /// An answer without a score, that takes its turn among the others.
     fn refuse(&mut self, request_id: String, status: &Status) {
         let answer = failed(request_id, status);
-        self.under_way.spawn(async move { Done { id: None, answer } });
+        self.under_way.spawn(async move { Done { id: None, answer, permit: None } });
     }
 
     fn begin(&mut self, request: wire::ScoreRequest) {
         let (edge, bytes) = (self.edge.clone(), request.encoded_len() as u64);
+        // What unpacks messages keeps the room of the largest for as long as the stream lives. Whether there is room for this
+        // one is decided by its own permit.
+        let _ = self.admitted.permit.grow_bytes(bytes);
         let mut call = edge.calls.begin_on_stream(STREAMED, &self.admitted.facts);
         let id = request.request_id.clone();
         if self.cancels.contains_key(&id) {
@@ -136,6 +147,7 @@ impl Session {
         let timeout = request.options.as_ref().map_or(0, |options| options.timeout_ms);
         let own = (timeout > 0).then(|| call.started + Duration::from_millis(timeout.into()));
         let deadline = own.into_iter().chain(self.admitted.deadline).min();
+        let held = permit.clone();
         let admitted = Admitted { permit, tenant: self.admitted.tenant.clone(), deadline, facts: call.facts.clone() };
         let (cancel, cancelled) = oneshot::channel();
         if !id.is_empty() {
@@ -149,7 +161,7 @@ impl Session {
             };
             call.finish(&result);
             let answer = result.unwrap_or_else(|status| failed(id.clone(), &status));
-            Done { id: Some(id), answer }
+            Done { id: Some(id), answer, permit: Some(held) }
         };
         self.under_way.spawn(work.instrument(span));
     }
