@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::shares::{Caller, Held, Refusal, Resource, Shares};
 use super::{ScorerMetrics, lock};
 
 /// Bounds on what is in flight.
@@ -39,6 +40,8 @@ pub enum ShedReason {
     Tokens,
     /// More tokens than may ever be in flight: trying again does not help.
     TooLarge,
+    /// A tenant holds more than its share of what is more than half taken.
+    Share,
     /// The device's queue is full.
     Queue,
     /// The server is about to stop.
@@ -46,7 +49,7 @@ pub enum ShedReason {
 }
 
 impl ShedReason {
-    pub const ALL: [Self; 6] = [Self::Requests, Self::Bytes, Self::Tokens, Self::TooLarge, Self::Queue, Self::Draining];
+    pub const ALL: [Self; 7] = [Self::Requests, Self::Bytes, Self::Tokens, Self::TooLarge, Self::Share, Self::Queue, Self::Draining];
 
     /// The name used in metric labels and logs.
     pub fn name(self) -> &'static str {
@@ -55,6 +58,7 @@ impl ShedReason {
             Self::Bytes => "bytes",
             Self::Tokens => "tokens",
             Self::TooLarge => "too_large",
+            Self::Share => "share",
             Self::Queue => "queue",
             Self::Draining => "draining",
         }
@@ -84,9 +88,7 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct State {
-    requests: usize,
-    bytes: u64,
-    tokens: u64,
+    shares: Shares,
     draining: bool,
 }
 
@@ -95,28 +97,30 @@ impl Admission {
         Self(Arc::new(Inner { options, state: Mutex::default(), requests: watch::Sender::new(0), metrics }))
     }
 
-    /// The first gate: a slot, and room for a message of up to `bytes`.
+    /// [`Admission::admit_of`] for a request that belongs to nobody.
     pub fn admit(&self, bytes: u64) -> Result<Permit, Shed> {
+        self.admit_of(&Caller::default(), bytes)
+    }
+
+    /// The first gate: a slot, and room for a message of up to `bytes`.
+    pub fn admit_of(&self, caller: &Caller, bytes: u64) -> Result<Permit, Shed> {
+        let new = Held { requests: 1, bytes, tokens: 0 };
         let mut state = lock(&self.0.state);
-        let options = &self.0.options;
-        let refusal = if state.draining {
+        let tenant = state.shares.tenant(caller);
+        let refused = if state.draining {
             Some((ShedReason::Draining, "the server is about to stop".to_owned()))
-        } else if state.requests >= options.max_requests {
-            Some((ShedReason::Requests, format!("{} requests are in flight, which is the bound", state.requests)))
-        } else if state.requests > 0 && state.bytes.saturating_add(bytes) > options.max_bytes {
-            // A request that is alone always fits: its size is bounded by the message limit.
-            Some((ShedReason::Bytes, self.0.bytes_taken(state.bytes)))
         } else {
-            None
+            let room = [Resource::Requests, Resource::Bytes].map(|resource| self.0.room(&state, tenant.as_ref(), resource, 0, new.of(resource)));
+            room.into_iter().find_map(Result::err)
         };
-        if let Some((reason, message)) = refusal {
+        if let Some((reason, message)) = refused {
             drop(state);
             return Err(self.0.shed(reason, message));
         }
-        state.requests += 1;
-        state.bytes += bytes;
+        let peer = caller.peer.clone();
+        state.shares.replace(tenant.as_ref(), peer.as_ref(), Held::default(), new);
         self.0.show(&state);
-        Ok(Permit(Some(Arc::new(Held { admission: self.0.clone(), charge: Mutex::new(Charge { bytes, tokens: 0 }) }))))
+        Ok(Permit(Some(Arc::new(Grant { admission: self.0.clone(), tenant, charge: Mutex::new(new) }))))
     }
 
     /// Refuses every request from now on. What has a permit is finished.
@@ -146,45 +150,68 @@ impl Inner {
         Shed { reason, retry_after: self.options.retry_after, message }
     }
 
-    fn bytes_taken(&self, bytes: u64) -> String {
-        format!("requests of {bytes} bytes are in flight, of at most {}", self.options.max_bytes)
+    /// Whether there is room for `new` of a resource in the place of `old`; the reason and words of the refusal otherwise.
+    fn room(&self, state: &State, tenant: Option<&Arc<str>>, resource: Resource, old: u64, new: u64) -> Result<(), (ShedReason, String)> {
+        let (bound, reason, things) = match resource {
+            Resource::Requests => (self.options.max_requests as u64, ShedReason::Requests, "requests"),
+            Resource::Bytes => (self.options.max_bytes, ShedReason::Bytes, "bytes of requests"),
+            Resource::Tokens => (self.options.max_tokens, ShedReason::Tokens, "tokens"),
+        };
+        state.shares.room(tenant.map(|tenant| &**tenant), resource, bound, old, new).map_err(|refusal| match refusal {
+            Refusal::Full { held } => (reason, format!("{held} {things} are in flight, and {new} more would exceed {bound}")),
+            Refusal::Share { held, share } => {
+                (ShedReason::Share, format!("{held} {things} of this tenant are in flight, and its share while others may come is {share} of {bound}"))
+            }
+        })
     }
 
     /// Called under the lock, so that what is shown never goes back in time.
     fn show(&self, state: &State) {
-        self.metrics.in_flight_requests.set(state.requests as i64);
-        self.metrics.in_flight_bytes.set(state.bytes as i64);
-        self.metrics.in_flight_tokens.set(state.tokens as i64);
-        self.requests.send_if_modified(|requests| std::mem::replace(requests, state.requests) != state.requests);
+        let Held { requests, bytes, tokens } = state.shares.all();
+        self.metrics.in_flight_requests.set(requests as i64);
+        self.metrics.in_flight_bytes.set(bytes as i64);
+        self.metrics.in_flight_tokens.set(tokens as i64);
+        let requests = usize::try_from(requests).unwrap_or(usize::MAX);
+        self.requests.send_if_modified(|shown| std::mem::replace(shown, requests) != requests);
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Charge {
-    bytes: u64,
-    tokens: u64,
-}
-
 #[derive(Debug)]
-struct Held {
+struct Grant {
     admission: Arc<Inner>,
-    charge: Mutex<Charge>,
+    tenant: Option<Arc<str>>,
+    charge: Mutex<Held>,
 }
 
-impl Drop for Held {
+impl Grant {
+    /// Changes what is charged, where there is room for it.
+    fn change(&self, resource: Option<Resource>, change: impl FnOnce(Held) -> Held) -> Result<(), Shed> {
+        let admission = &self.admission;
+        let mut charge = lock(&self.charge);
+        let mut state = lock(&admission.state);
+        let (old, new) = (*charge, change(*charge));
+        let room = resource.map_or(Ok(()), |what| admission.room(&state, self.tenant.as_ref(), what, old.of(what), new.of(what)));
+        if let Err((reason, message)) = room {
+            drop(state);
+            return Err(admission.shed(reason, message));
+        }
+        state.shares.replace(self.tenant.as_ref(), None, old, new);
+        *charge = new;
+        admission.show(&state);
+        Ok(())
+    }
+}
+
+impl Drop for Grant {
     fn drop(&mut self) {
-        let charge = *lock(&self.charge);
-        let mut state = lock(&self.admission.state);
-        state.requests -= 1;
-        state.bytes -= charge.bytes;
-        state.tokens -= charge.tokens;
-        self.admission.show(&state);
+        // Nothing has to have room for this.
+        let _ = self.change(None, |_| Held::default());
     }
 }
 
 /// The right to be in flight. Clones share it; it ends with the last of them.
 #[derive(Clone, Debug)]
-pub struct Permit(Option<Arc<Held>>);
+pub struct Permit(Option<Arc<Grant>>);
 
 impl Permit {
     /// A permit under no bound: for work that is not a remote request.
@@ -192,75 +219,47 @@ impl Permit {
         Self(None)
     }
 
+    /// Whose share it is of; nobody's where nobody says.
+    pub fn tenant(&self) -> Option<Arc<str>> {
+        self.0.as_ref()?.tenant.clone()
+    }
+
+    fn change(&self, resource: Option<Resource>, change: impl FnOnce(Held) -> Held) -> Result<(), Shed> {
+        self.0.as_ref().map_or(Ok(()), |grant| grant.change(resource, change))
+    }
+
     /// The second gate: room for `tokens`, an estimate, instead of what was charged before.
     pub fn charge(&self, tokens: u64) -> Result<(), Shed> {
-        let Some(held) = &self.0 else { return Ok(()) };
-        let (admission, mut charge) = (&held.admission, lock(&held.charge));
-        let most = admission.options.max_tokens;
-        let mut state = lock(&admission.state);
-        let others = state.tokens - charge.tokens;
-        if tokens > charge.tokens && others > 0 && others.saturating_add(tokens) > most {
-            let message = format!("{others} tokens are in flight, and {tokens} more would exceed {most}");
-            drop(state);
-            return Err(admission.shed(ShedReason::Tokens, message));
-        }
-        state.tokens = others + tokens;
-        charge.tokens = tokens;
-        admission.show(&state);
-        Ok(())
+        self.change(Some(Resource::Tokens), |old| Held { tokens, ..old })
     }
 
     /// Puts the true number of tokens in the place of the estimate. What was let in is not refused any more, so the
     /// bound may be exceeded by what the estimate was too low; only what alone exceeds it is too large.
     pub fn correct(&self, tokens: u64) -> Result<(), Shed> {
-        let Some(held) = &self.0 else { return Ok(()) };
-        let most = held.admission.options.max_tokens;
+        let Some(grant) = &self.0 else { return Ok(()) };
+        let most = grant.admission.options.max_tokens;
         if tokens > most {
             let message = format!("{tokens} tokens in one request, expected at most {most}: send fewer samples at a time");
-            return Err(held.admission.shed(ShedReason::TooLarge, message));
+            return Err(grant.admission.shed(ShedReason::TooLarge, message));
         }
-        self.adjust(|charge| charge.tokens = tokens);
-        Ok(())
+        self.change(None, |old| Held { tokens, ..old })
     }
 
     /// Room for `bytes` instead of what was charged before: what a message takes once it is read. A request that is alone
     /// always fits.
     pub fn charge_bytes(&self, bytes: u64) -> Result<(), Shed> {
-        let Some(held) = &self.0 else { return Ok(()) };
-        let (admission, mut charge) = (&held.admission, lock(&held.charge));
-        let mut state = lock(&admission.state);
-        let others = state.bytes - charge.bytes;
-        if bytes > charge.bytes && state.requests > 1 && others.saturating_add(bytes) > admission.options.max_bytes {
-            drop(state);
-            return Err(admission.shed(ShedReason::Bytes, admission.bytes_taken(others)));
-        }
-        state.bytes = others + bytes;
-        charge.bytes = bytes;
-        admission.show(&state);
-        Ok(())
+        self.change(Some(Resource::Bytes), |old| Held { bytes, ..old })
     }
 
     /// Room for at least `bytes`: as much has come of its message, and is kept.
     pub fn grow_bytes(&self, bytes: u64) -> Result<(), Shed> {
-        let charged = self.0.as_ref().map_or(bytes, |held| lock(&held.charge).bytes);
-        if bytes > charged { self.charge_bytes(bytes) } else { Ok(()) }
+        self.change(Some(Resource::Bytes), |old| Held { bytes: bytes.max(old.bytes), ..old })
     }
 
     /// Nothing is left of the request but its reply, of so many bytes.
     pub fn scored(&self, bytes: u64) {
-        self.adjust(|charge| *charge = Charge { bytes, tokens: 0 });
-    }
-
-    fn adjust(&self, change: impl FnOnce(&mut Charge)) {
-        let Some(held) = &self.0 else { return };
-        let mut charge = lock(&held.charge);
-        let mut state = lock(&held.admission.state);
-        state.bytes -= charge.bytes;
-        state.tokens -= charge.tokens;
-        change(&mut charge);
-        state.bytes += charge.bytes;
-        state.tokens += charge.tokens;
-        held.admission.show(&state);
+        // Nothing has to have room for this.
+        let _ = self.change(None, |old| Held { bytes, tokens: 0, ..old });
     }
 }
 
@@ -360,8 +359,7 @@ mod tests {
                 prop_assert!(permits.len() <= 5);
             }
             permits.clear();
-            let state = lock(&admission.0.state);
-            prop_assert_eq!((state.requests, state.bytes, state.tokens), (0, 0, 0));
+            prop_assert_eq!(lock(&admission.0.state).shares.all(), Held::default());
         }
     }
 }

@@ -17,7 +17,7 @@ use tracing::Instrument;
 use super::body::{Charged, Unread};
 use super::calls::CallBook;
 use super::metrics::RPCS;
-use super::status;
+use super::{status, tenants};
 use crate::clock::Clock;
 use crate::scorer::Admission;
 
@@ -95,10 +95,12 @@ where
         if rpc.scores {
             let bytes = announced_bytes(&request).unwrap_or(options.assumed_bytes).min(options.max_bytes);
             let admission = call.span.in_scope(|| tracing::debug_span!("admission", bytes));
-            match admission.in_scope(|| options.admission.admit(bytes)) {
+            let caller = tenants::caller(&request);
+            match admission.in_scope(|| options.admission.admit_of(&caller, bytes)) {
                 Ok(permit) => {
                     held = Some(permit.clone());
                     request.extensions_mut().insert(permit.clone());
+                    request.extensions_mut().insert(caller);
                     request = request.map(|body| Body::new(Charged::new(body, permit)));
                 }
                 Err(refused) => {

@@ -15,11 +15,10 @@ use super::calls::{Answered, CallBook, CallFacts};
 use super::convert::{self, Asked, ConvertLimits, Violations};
 use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
-use super::tenants::TENANT_HEADER;
 use super::{health, status, stream};
 use crate::domain::Failure;
 use crate::registry::{CallOptions, CompareOptions, Engine, ModelStamp, Reloader, Timing, Watched};
-use crate::scorer::{Admission, Permit};
+use crate::scorer::{Admission, Caller, Permit};
 use crate::wire::model_service_server::ModelServiceServer;
 use crate::wire::reward_service_server::{RewardService, RewardServiceServer};
 use crate::wire::{self};
@@ -111,22 +110,10 @@ pub(super) struct Handlers {
     pub edge: Edge,
 }
 
-/// More of a tenant's name is cut off.
-const MAX_TENANT_CHARS: usize = 128;
-
-/// Whose share of the device a call belongs to: by its metadata, else by where it comes from.
-fn tenant<T>(request: &Request<T>) -> Option<Arc<str>> {
-    let named = request.metadata().get(TENANT_HEADER).and_then(|value| value.to_str().ok()).filter(|name| !name.is_empty());
-    match named {
-        Some(name) => Some(name.chars().take(MAX_TENANT_CHARS).collect::<String>().into()),
-        None => Some(request.remote_addr()?.ip().to_string().into()),
-    }
-}
-
 /// What the gate knows of a call.
 pub(super) struct Admitted {
     pub permit: Permit,
-    pub tenant: Option<Arc<str>>,
+    pub caller: Caller,
     pub deadline: Option<std::time::Instant>,
     pub facts: CallFacts,
 }
@@ -134,7 +121,6 @@ pub(super) struct Admitted {
 impl Admitted {
     /// Takes it out of the request.
     fn take<T>(request: &mut Request<T>) -> Result<Self, Status> {
-        let tenant = tenant(request);
         let extensions = request.extensions_mut();
         let Some(permit) = extensions.remove::<Permit>() else {
             tracing::error!("a call came past the gate without a permit");
@@ -142,7 +128,8 @@ impl Admitted {
         };
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
         let facts = extensions.remove::<CallFacts>().unwrap_or_default();
-        Ok(Self { permit, tenant, deadline, facts })
+        let caller = extensions.remove::<Caller>().unwrap_or_default();
+        Ok(Self { permit, caller, deadline, facts })
     }
 
 }
@@ -152,14 +139,14 @@ fn answered<T>(outcomes: &[Result<T, Failure>], tokens: impl Fn(&T) -> usize, st
     Answered { stamp, timing, tokens, failed: outcomes.iter().filter(|outcome| outcome.is_err()).count() }
 }
 
-fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::time::Instant>) -> CallOptions {
+fn call_options(asked: Asked, permit: &Permit, deadline: Option<std::time::Instant>) -> CallOptions {
     CallOptions {
         truncation: asked.truncation,
         calibrated: asked.calibrated,
         fingerprint: asked.fingerprint,
         details: asked.details,
         priority: asked.priority,
-        tenant,
+        tenant: permit.tenant(),
         strict: asked.strict,
         deadline,
         scorer: asked.scorer.map(|name| name.to_string()),
@@ -189,7 +176,7 @@ async fn checked<T: Send + 'static>(
 
 /// Scores one request, whether it has a call of its own or comes on a stream.
 pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Admitted) -> Result<wire::ScoreResponse, Status> {
-    let Admitted { permit, tenant, deadline, facts } = admitted;
+    let Admitted { permit, deadline, facts, .. } = admitted;
     let (bytes, limits) = (convert::score_bytes(&request), edge.options.limits);
     let parsed = checked(edge, &permit, bytes, move || convert::parse_score(request, limits)).await?;
     let (request_id, batch) = (parsed.request_id, parsed.batch);
@@ -199,7 +186,7 @@ pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Ad
     }
     let prompts = std::iter::repeat_n(1, batch.shape.singles).chain(batch.shape.groups.iter().copied()).collect();
     let watched = Some(Watched { tenant: facts.tenant().into(), prompts });
-    let options = CallOptions { watched, ..call_options(parsed.asked, tenant, deadline) };
+    let options = CallOptions { watched, ..call_options(parsed.asked, &permit, deadline) };
     let reply = edge.engine.score(batch.samples, options, permit.clone()).await.map_err(status::status)?;
     let failed = facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
     let _reply = tracing::debug_span!("reply", failed).entered();
@@ -232,7 +219,7 @@ impl RewardService for Handlers {
     }
 
     async fn compare(&self, mut request: Request<wire::CompareRequest>) -> Result<Response<wire::CompareResponse>, Status> {
-        let Admitted { permit, tenant, deadline, facts } = Admitted::take(&mut request)?;
+        let Admitted { permit, deadline, facts, .. } = Admitted::take(&mut request)?;
         let (request, limits) = (request.into_inner(), self.edge.options.limits);
         let bytes = convert::compare_bytes(&request);
         let parsed = checked(&self.edge, &permit, bytes, move || convert::parse_compare(request, limits)).await?;
@@ -246,7 +233,7 @@ impl RewardService for Handlers {
             uwo_lambda: parsed.uwo_lambda.map(f64::from),
             scale: parsed.member_scale,
         };
-        let options = call_options(parsed.asked, tenant, deadline);
+        let options = call_options(parsed.asked, &permit, deadline);
         let reply = self.edge.engine.compare(batch.samples, options, compare, permit.clone()).await.map_err(status::status)?;
         let failed = facts.answered(answered(&reply.outcomes, |compared| compared.merged.tokens, reply.stamp.clone(), reply.timing));
         let _reply = tracing::debug_span!("reply", failed).entered();

@@ -136,7 +136,7 @@ impl Session {
             call.finish(&Err::<(), _>(status.clone()));
             return self.refuse(id, &status);
         }
-        let permit = match edge.admission.admit(bytes) {
+        let permit = match edge.admission.admit_of(&self.admitted.caller, bytes) {
             Ok(permit) => permit,
             Err(shed) => {
                 let status = status::shed(shed);
@@ -148,7 +148,7 @@ impl Session {
         let own = (timeout > 0).then(|| call.started + Duration::from_millis(timeout.into()));
         let deadline = own.into_iter().chain(self.admitted.deadline).min();
         let held = permit.clone();
-        let admitted = Admitted { permit, tenant: self.admitted.tenant.clone(), deadline, facts: call.facts.clone() };
+        let admitted = Admitted { permit, caller: self.admitted.caller.clone(), deadline, facts: call.facts.clone() };
         let (cancel, cancelled) = oneshot::channel();
         if !id.is_empty() {
             self.cancels.insert(id.clone(), cancel);
