@@ -217,7 +217,8 @@ async fn beyond_the_bound_requests_are_shed_with_a_time_to_come_back() {
     entered.recv().await.expect("inside the forward");
     match server.client.score(score_of(&["more"])).await {
         Err(ClientError::Status { code: "RESOURCE_EXHAUSTED", retry_after, .. }) => {
-            assert_eq!(retry_after, Some(Duration::from_millis(250)));
+            let around = Duration::from_millis(187)..Duration::from_millis(313);
+            assert!(retry_after.is_some_and(|after| around.contains(&after)), "{retry_after:?}");
         }
         other => panic!("{other:?}"),
     }
@@ -380,7 +381,8 @@ async fn a_full_server_refuses_on_the_stream_and_one_that_stops_ends_it() {
     assert!(requests.score(ask("more", &["more"])).await);
     let refused = answers.next().await.expect("an open stream").expect("an answer");
     let error = refused.error.expect("no room");
-    assert_eq!((refused.request_id.as_str(), error.code, error.retry_after_ms), ("more", 8, 250));
+    assert_eq!((refused.request_id.as_str(), error.code), ("more", 8));
+    assert!((187..=313).contains(&error.retry_after_ms), "{error:?}");
     server.signal(Stop::Interrupt);
     server.readiness.watch().wait_for(|&phase| phase == Phase::Stopping).await.expect("stopping");
     drop(release);

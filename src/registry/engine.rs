@@ -213,9 +213,10 @@ impl Engine {
         let clock = self.clock();
         let started = clock.now();
         let bytes: usize = samples.iter().map(Sample::size_bytes).sum();
+        permit.in_time(options.deadline.map(|deadline| deadline.saturating_duration_since(started)))?;
         // No sample is scored that has more tokens than the model takes.
         let most = generation.limits().max_tokens;
-        permit.charge(samples.iter().map(|sample| sample.estimated_tokens().clamp(1, most) as u64).sum())?;
+        permit.charge(samples.iter().map(|sample| sample.estimated_tokens().min(most).max(1) as u64).sum())?;
         let tokenizing = tracing::debug_span!("tokenize", samples = samples.len(), bytes);
         let reading = Reading { text: generation.text.clone(), truncation: options.truncation, rendered: options.details };
         let encoded = self.encode(reading, samples, bytes, &permit).instrument(tokenizing).await?;

@@ -5,11 +5,12 @@
 //! tokens are still an estimate by the bytes; [`Permit::correct`] puts the true number in its place afterwards. What is alone
 //! always passes a gate, so that nothing is refused for ever by an estimate. The permit travels inside the job and gives everything back when the last of its clones is dropped.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::pace::{self, Pace, spread};
 use super::shares::{Caller, Held, Refusal, Resource, Shares};
 use super::{ScorerMetrics, lock};
 
@@ -19,13 +20,15 @@ pub struct AdmissionOptions {
     pub max_requests: usize,
     pub max_bytes: u64,
     pub max_tokens: u64,
-    /// When a caller that was shed should try again.
+    /// About when a caller that was shed should try again, where nothing better is known.
     pub retry_after: Duration,
+    /// That score what is let in.
+    pub devices: usize,
 }
 
 impl Default for AdmissionOptions {
     fn default() -> Self {
-        Self { max_requests: 1024, max_bytes: 1 << 30, max_tokens: 4 << 20, retry_after: Duration::from_secs(1) }
+        Self { max_requests: 1024, max_bytes: 1 << 30, max_tokens: 4 << 20, retry_after: Duration::from_secs(1), devices: 1 }
     }
 }
 
@@ -42,6 +45,8 @@ pub enum ShedReason {
     TooLarge,
     /// A tenant holds more than its share of what is more than half taken.
     Share,
+    /// The caller would not wait as long as what is ahead of it takes.
+    Deadline,
     /// The device's queue is full.
     Queue,
     /// The server is about to stop.
@@ -49,7 +54,8 @@ pub enum ShedReason {
 }
 
 impl ShedReason {
-    pub const ALL: [Self; 7] = [Self::Requests, Self::Bytes, Self::Tokens, Self::TooLarge, Self::Share, Self::Queue, Self::Draining];
+    pub const ALL: [Self; 8] =
+        [Self::Requests, Self::Bytes, Self::Tokens, Self::TooLarge, Self::Share, Self::Deadline, Self::Queue, Self::Draining];
 
     /// The name used in metric labels and logs.
     pub fn name(self) -> &'static str {
@@ -59,6 +65,7 @@ impl ShedReason {
             Self::Tokens => "tokens",
             Self::TooLarge => "too_large",
             Self::Share => "share",
+            Self::Deadline => "deadline",
             Self::Queue => "queue",
             Self::Draining => "draining",
         }
@@ -89,7 +96,10 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     shares: Shares,
+    pace: Pace,
     draining: bool,
+    /// Requests that were refused.
+    refused: u64,
 }
 
 impl Admission {
@@ -99,11 +109,12 @@ impl Admission {
 
     /// [`Admission::admit_of`] for a request that belongs to nobody.
     pub fn admit(&self, bytes: u64) -> Result<Permit, Shed> {
-        self.admit_of(&Caller::default(), bytes)
+        self.admit_of(&Caller::default(), bytes, None)
     }
 
-    /// The first gate: a slot, and room for a message of up to `bytes`.
-    pub fn admit_of(&self, caller: &Caller, bytes: u64) -> Result<Permit, Shed> {
+    /// The first gate: a slot, and room for a message of up to `bytes`; not for one whose caller will have gone before its
+    /// turn comes. `patience` is how long it waits.
+    pub fn admit_of(&self, caller: &Caller, bytes: u64, patience: Option<Duration>) -> Result<Permit, Shed> {
         let new = Held { requests: 1, bytes, tokens: 0 };
         let mut state = lock(&self.0.state);
         let tenant = state.shares.tenant(caller);
@@ -114,9 +125,9 @@ impl Admission {
             room.into_iter().find_map(Result::err)
         };
         if let Some((reason, message)) = refused {
-            drop(state);
-            return Err(self.0.shed(reason, message));
+            return Err(self.0.shed(state, reason, message));
         }
+        let mut state = self.0.in_time(state, tenant.as_ref(), patience)?;
         let peer = caller.peer.clone();
         state.shares.replace(tenant.as_ref(), peer.as_ref(), Held::default(), new);
         self.0.show(&state);
@@ -145,9 +156,39 @@ impl Admission {
 }
 
 impl Inner {
-    fn shed(&self, reason: ShedReason, message: String) -> Shed {
+    fn shed(&self, state: MutexGuard<'_, State>, reason: ShedReason, message: String) -> Shed {
+        self.shed_for(state, reason, message, self.options.retry_after)
+    }
+
+    fn shed_for(&self, mut state: MutexGuard<'_, State>, reason: ShedReason, message: String, wait: Duration) -> Shed {
+        state.refused += 1;
+        let retry_after = spread(wait, state.refused);
+        drop(state);
         self.metrics.shed.with_label_values(&[reason.name()]).inc();
-        Shed { reason, retry_after: self.options.retry_after, message }
+        Shed { reason, retry_after, message }
+    }
+
+    /// Refuses whoever would wait in vain.
+    fn in_time<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        tenant: Option<&Arc<str>>,
+        patience: Option<Duration>,
+    ) -> Result<MutexGuard<'a, State>, Shed> {
+        let Some(patience) = patience else { return Ok(state) };
+        let (tokens, seconds) = self.metrics.scored();
+        let pack = u64::try_from(self.metrics.max_pack_tokens.get()).unwrap_or(0).saturating_mul(self.options.devices as u64);
+        let full = state.shares.all().tokens >= pack;
+        state.pace.observe(tokens, seconds, full);
+        let ahead = state.shares.ahead(tenant.map(|tenant| &**tenant));
+        match state.pace.wait(ahead, self.options.devices) {
+            Some(wait) if !pace::in_time(wait, patience) => {
+                let [wait_ms, left] = [wait, patience].map(|time| time.as_millis());
+                let message = format!("{ahead} tokens are ahead, which takes about {wait_ms} ms, and the deadline is in {left} ms");
+                Err(self.shed_for(state, ShedReason::Deadline, message, wait))
+            }
+            _ => Ok(state),
+        }
     }
 
     /// Whether there is room for `new` of a resource in the place of `old`; the reason and words of the refusal otherwise.
@@ -192,8 +233,7 @@ impl Grant {
         let (old, new) = (*charge, change(*charge));
         let room = resource.map_or(Ok(()), |what| admission.room(&state, self.tenant.as_ref(), what, old.of(what), new.of(what)));
         if let Err((reason, message)) = room {
-            drop(state);
-            return Err(admission.shed(reason, message));
+            return Err(admission.shed(state, reason, message));
         }
         state.shares.replace(self.tenant.as_ref(), None, old, new);
         *charge = new;
@@ -228,6 +268,12 @@ impl Permit {
         self.0.as_ref().map_or(Ok(()), |grant| grant.change(resource, change))
     }
 
+    /// Refuses a caller that would wait in vain, by what is ahead of it now.
+    pub fn in_time(&self, patience: Option<Duration>) -> Result<(), Shed> {
+        let Some(grant) = &self.0 else { return Ok(()) };
+        grant.admission.in_time(lock(&grant.admission.state), grant.tenant.as_ref(), patience).map(drop)
+    }
+
     /// The second gate: room for `tokens`, an estimate, instead of what was charged before.
     pub fn charge(&self, tokens: u64) -> Result<(), Shed> {
         self.change(Some(Resource::Tokens), |old| Held { tokens, ..old })
@@ -240,7 +286,7 @@ impl Permit {
         let most = grant.admission.options.max_tokens;
         if tokens > most {
             let message = format!("{tokens} tokens in one request, expected at most {most}: send fewer samples at a time");
-            return Err(grant.admission.shed(ShedReason::TooLarge, message));
+            return Err(grant.admission.shed(lock(&grant.admission.state), ShedReason::TooLarge, message));
         }
         self.change(None, |old| Held { tokens, ..old })
     }
@@ -270,7 +316,7 @@ mod tests {
     use super::*;
 
     fn admission(max_requests: usize, max_bytes: u64, max_tokens: u64) -> Admission {
-        let options = AdmissionOptions { max_requests, max_bytes, max_tokens, retry_after: Duration::from_millis(7) };
+        let options = AdmissionOptions { max_requests, max_bytes, max_tokens, retry_after: Duration::from_millis(8), devices: 1 };
         Admission::new(options, ScorerMetrics::unregistered())
     }
 
@@ -286,7 +332,8 @@ mod tests {
         first.charge_bytes(30).expect("less than before");
         let second = admission.admit(60).expect("room after the correction");
         let shed = admission.admit(1).expect_err("two are in flight");
-        assert_eq!((shed.reason, shed.retry_after), (ShedReason::Requests, Duration::from_millis(7)));
+        assert_eq!(shed.reason, ShedReason::Requests);
+        assert!((Duration::from_millis(6)..=Duration::from_millis(10)).contains(&shed.retry_after), "{:?}", shed.retry_after);
         first.charge(8).expect("room");
         assert_eq!(reason(second.charge(3)), ShedReason::Tokens);
         assert_eq!(reason(second.correct(11)), ShedReason::TooLarge);
@@ -323,6 +370,33 @@ mod tests {
         drop(clone);
         assert_eq!(*admission.in_flight().borrow(), 0);
         Permit::unlimited().charge(u64::MAX).expect("no bound");
+    }
+
+    #[test]
+    fn whoever_would_wait_in_vain_is_told_when_to_come_back() {
+        let admission = admission(100, 1000, 100_000);
+        let caller = |peer: &str| Caller { named: None, peer: Some(peer.into()) };
+        let ask = |peer: &str, patience: u64| admission.admit_of(&caller(peer), 0, Some(Duration::from_secs(patience)));
+        let flood = ask("flood", 1).expect("nothing is ahead");
+        flood.charge(10_000).expect("room");
+        ask("flood", 1).expect("nobody knows how fast the device is");
+        // It scores a thousand tokens a second.
+        for seconds in [1, 5] {
+            ask("flood", 1).expect("nobody knows how fast the device is");
+            admission.0.metrics.tokens_computed.inc_by(1000 * seconds);
+            admission.0.metrics.forward_seconds.observe(seconds as f64);
+        }
+        let shed = ask("flood", 12).expect_err("ten seconds are ahead, and the caller's own");
+        assert_eq!(shed.reason, ShedReason::Deadline);
+        assert!((7500..=12_500).contains(&shed.retry_after.as_millis()), "{:?}", shed.retry_after);
+        assert!(ask("flood", 14).is_ok());
+        assert!(admission.admit_of(&caller("flood"), 0, None).is_ok(), "who waits for ever is in time");
+        let other = ask("other", 1).expect("tenants take turns");
+        other.charge(100).expect("room");
+        other.in_time(Some(Duration::from_secs(1))).expect("a hundred tokens of each are ahead");
+        assert_eq!(reason(flood.in_time(Some(Duration::from_secs(1)))), ShedReason::Deadline);
+        flood.scored(0);
+        assert!(ask("flood", 1).is_ok(), "what is done is not ahead any more");
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@ mod forward;
 mod job;
 mod line;
 mod metrics;
+mod pace;
 mod priority;
 mod queue;
 mod shares;

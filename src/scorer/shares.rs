@@ -92,6 +92,14 @@ impl Shares {
         Some(if full && !self.tenants.contains_key(name) { peer.clone() } else { name.clone() })
     }
 
+    /// Tokens that stand before what a tenant asks for now: tenants take turns, so it waits for the others as long as for
+    /// itself, and never for more than all.
+    pub fn ahead(&self, tenant: Option<&str>) -> u64 {
+        let own = tenant.map(|tenant| self.tenants.get(tenant).map_or(0, |tenant| tenant.held.tokens));
+        let waiting = || self.tenants.values().filter(|tenant| tenant.held.tokens > 0).count() as u64;
+        own.map_or(self.all.tokens, |own| own.saturating_mul(waiting()).min(self.all.tokens))
+    }
+
     /// Whether a tenant finds room for `new` of a resource in the place of `old`, which it holds. What belongs to nobody has
     /// no share and is under the bound alone. A tenant that stays below its share is let in over a full bound where another
     /// is above its own; not so with bytes, which are memory.
@@ -107,13 +115,13 @@ impl Shares {
         let own = here.map_or(0, |here| here.held.of(resource)) - old;
         let count = self.tenants.len() as u64 + u64::from(here.is_none());
         let share = bound / (count + 1);
-        if others.saturating_add(new) > bound / 2 && own > share {
-            return Err(Refusal::Share { held: own, share });
-        }
         let displaces = || resource != Resource::Bytes && own.saturating_add(new) <= share;
         let above = || self.tenants.values().any(|tenant| tenant.held.of(resource) > share);
         if full && !(displaces() && above()) {
             return Err(Refusal::Full { held: others });
+        }
+        if others.saturating_add(new) > bound / 2 && own > share {
+            return Err(Refusal::Share { held: own, share });
         }
         Ok(())
     }

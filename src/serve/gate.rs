@@ -95,8 +95,9 @@ where
         if rpc.scores {
             let bytes = announced_bytes(&request).unwrap_or(options.assumed_bytes).min(options.max_bytes);
             let admission = call.span.in_scope(|| tracing::debug_span!("admission", bytes));
+            let patience = deadline.map(|deadline| deadline.saturating_duration_since(call.started));
             let caller = tenants::caller(&request);
-            match admission.in_scope(|| options.admission.admit_of(&caller, bytes)) {
+            match admission.in_scope(|| options.admission.admit_of(&caller, bytes, patience)) {
                 Ok(permit) => {
                     held = Some(permit.clone());
                     request.extensions_mut().insert(permit.clone());

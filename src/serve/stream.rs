@@ -136,7 +136,11 @@ impl Session {
             call.finish(&Err::<(), _>(status.clone()));
             return self.refuse(id, &status);
         }
-        let permit = match edge.admission.admit_of(&self.admitted.caller, bytes) {
+        let timeout = request.options.as_ref().map_or(0, |options| options.timeout_ms);
+        let own = (timeout > 0).then(|| call.started + Duration::from_millis(timeout.into()));
+        let deadline = own.into_iter().chain(self.admitted.deadline).min();
+        let patience = deadline.map(|deadline| deadline.saturating_duration_since(call.started));
+        let permit = match edge.admission.admit_of(&self.admitted.caller, bytes, patience) {
             Ok(permit) => permit,
             Err(shed) => {
                 let status = status::shed(shed);
@@ -144,9 +148,6 @@ impl Session {
                 return self.refuse(id, &status);
             }
         };
-        let timeout = request.options.as_ref().map_or(0, |options| options.timeout_ms);
-        let own = (timeout > 0).then(|| call.started + Duration::from_millis(timeout.into()));
-        let deadline = own.into_iter().chain(self.admitted.deadline).min();
         let held = permit.clone();
         let admitted = Admitted { permit, caller: self.admitted.caller.clone(), deadline, facts: call.facts.clone() };
         let (cancel, cancelled) = oneshot::channel();
