@@ -116,7 +116,7 @@ impl Admission {
     /// turn comes. `patience` is how long it waits.
     pub fn admit_of(&self, caller: &Caller, bytes: u64, patience: Option<Duration>) -> Result<Permit, Shed> {
         let new = Held { requests: 1, bytes, tokens: 0 };
-        let mut state = lock(&self.0.state);
+        let state = lock(&self.0.state);
         let tenant = state.shares.tenant(caller);
         let refused = if state.draining {
             Some((ShedReason::Draining, "the server is about to stop".to_owned()))

@@ -69,20 +69,32 @@ impl Session {
         let mut reading = true;
         // Why the stream cannot be read to its end, if it cannot.
         let mut broken = None;
-        // A request that was read and finds no room yet.
-        let mut held = None;
+        // What was read and finds no room yet: a request, or a message without any.
+        let mut held: Option<Option<wire::ScoreRequest>> = None;
+        // An answer that waits for its reader; meanwhile the stream goes on listening.
+        let mut unread: Option<Answer> = None;
         loop {
             if self.under_way.len() < self.edge.options.stream_window.max(1)
                 && let Some(request) = held.take()
             {
-                self.begin(request);
+                match request {
+                    Some(request) => self.begin(request),
+                    None => {
+                        let nothing = Status::invalid_argument("kind: expected score or cancel_request_id, found none");
+                        self.refuse(String::new(), &nothing);
+                    }
+                }
             }
-            if !reading && held.is_none() && self.under_way.is_empty() {
+            if !reading && held.is_none() && unread.is_none() && self.under_way.is_empty() {
                 break;
             }
             tokio::select! {
                 () = self.answers.closed() => return,
-                Some(done) = self.under_way.join_next(), if !self.under_way.is_empty() => {
+                room = self.answers.reserve(), if unread.is_some() => match (room, unread.take()) {
+                    (Ok(room), Some(answer)) => room.send(answer),
+                    _ => return,
+                },
+                Some(done) = self.under_way.join_next(), if unread.is_none() && !self.under_way.is_empty() => {
                     let answer = done.map_err(|panic| {
                         tracing::error!(%panic, "a request of a stream failed inside");
                         Status::internal("scoring failed inside the server; its log has the details")
@@ -90,22 +102,17 @@ impl Session {
                     if let Ok(Done { id: Some(id), .. }) = &answer {
                         self.cancels.remove(id);
                     }
-                    if self.answers.send(answer.map(|done| (done.answer, done.permit))).await.is_err() {
-                        return;
-                    }
+                    unread = Some(answer.map(|done| (done.answer, done.permit)));
                 }
                 message = incoming.message(), if reading && held.is_none() => match message {
-                    Ok(Some(wire::StreamRequest { kind: Some(Kind::Score(request)) })) => held = Some(request),
+                    Ok(Some(wire::StreamRequest { kind: Some(Kind::Score(request)) })) => held = Some(Some(request)),
                     // What is finished, or was never asked for, cannot be cancelled any more.
                     Ok(Some(wire::StreamRequest { kind: Some(Kind::CancelRequestId(id)) })) => {
                         if let Some(cancel) = self.cancels.remove(&id) {
                             let _ = cancel.send(());
                         }
                     }
-                    Ok(Some(wire::StreamRequest { kind: None })) => {
-                        let nothing = Status::invalid_argument("kind: expected score or cancel_request_id, found none");
-                        self.refuse(String::new(), &nothing);
-                    }
+                    Ok(Some(wire::StreamRequest { kind: None })) => held = Some(None),
                     Ok(None) => reading = false,
                     Err(status) => (reading, broken) = (false, Some(status)),
                 },
