@@ -328,8 +328,8 @@ impl Engine {
     }
 
     /// What `work` comes to in the pool that encodes: for what would hold up a thread of the runtime.
-    pub async fn in_pool<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, EngineError> {
-        self.0.pool.run(|_| work()).await
+    pub async fn in_pool<T: Send + 'static>(&self, permit: Permit, work: impl FnOnce() -> T + Send + 'static) -> Result<T, EngineError> {
+        self.0.pool.run(permit, work).await
     }
 
     /// Small requests are encoded here, others in the pool, so that no thread of the runtime is held up.

@@ -20,6 +20,7 @@ mod reload;
 mod room;
 mod streamed;
 mod table;
+mod turns;
 mod watch;
 mod weights;
 

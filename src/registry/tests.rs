@@ -516,13 +516,14 @@ async fn as_many_texts_as_have_room_by_their_tokens_are_let_in_whatever_their_by
 
 /// Tells that it has begun with a text and waits to be let on.
 struct Gated {
-    begun: std::sync::mpsc::Sender<()>,
+    begun: std::sync::mpsc::Sender<char>,
     go: Mutex<std::sync::mpsc::Receiver<()>>,
 }
 
 impl Encode for Gated {
     fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<crate::text::Encoding, crate::domain::Failure> {
-        let _ = self.begun.send(());
+        let first = if let Sample::Text(text) = sample { text.chars().next() } else { None };
+        let _ = self.begun.send(first.unwrap_or(' '));
         let _ = self.go.lock().expect("whole").recv();
         FakeText.encode(sample, truncation)
     }
@@ -545,6 +546,29 @@ async fn what_waits_for_the_pool_holds_its_permit_though_its_caller_has_gone() {
     drop(go);
     admission.idle().await;
     assert_eq!(first_begun.try_iter().count(), 0, "nobody wants the second any more");
+}
+
+#[tokio::test]
+async fn a_tenant_with_much_text_keeps_nobody_elses_from_being_read() {
+    let bench = Bench::new();
+    let ((begun, first_letters), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let text = Arc::new(Gated { begun, go: Mutex::new(gate) });
+    bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
+    let admission = Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered());
+    let ask = |who: &str, texts: usize, bytes: usize| {
+        let caller = crate::scorer::Caller { named: None, peer: Some(who.into()) };
+        let permit = admission.admit_of(&caller, 0, None).expect("room");
+        let options = CallOptions { truncation: Truncation::Left, ..CallOptions::default() };
+        score(&bench.engine, vec![Sample::Text(who.repeat(bytes)); texts], options, permit)
+    };
+    let (mut flood, mut other) = (ask("f", 20, 70_000), ask("o", 1, 5000));
+    assert!(now(&mut flood).is_none());
+    let mut order = vec![first_letters.recv().expect("the pool's one thread is busy")];
+    assert!(now(&mut other).is_none());
+    drop(go);
+    order.extend((0..20).map(|_| first_letters.recv().expect("all are read")));
+    let place = order.iter().position(|letter| *letter == 'o').expect("read");
+    assert!(place <= 2, "read as the {}th: {order:?}", place + 1);
 }
 
 #[tokio::test]

@@ -163,14 +163,7 @@ async fn checked<T: Send + 'static>(
     parse: impl FnOnce() -> Result<T, Violations> + Send + 'static,
 ) -> Result<T, Status> {
     permit.charge_bytes(bytes).map_err(status::shed)?;
-    let held = permit.clone();
-    let parsed = if bytes < CHECKED_AT_ONCE {
-        parse()
-    } else {
-        // Held also where the caller goes while the message waits for its turn.
-        let parse = move || (parse(), held).0;
-        edge.engine.in_pool(parse).await.map_err(status::status)?
-    };
+    let parsed = if bytes < CHECKED_AT_ONCE { parse() } else { edge.engine.in_pool(permit.clone(), parse).await.map_err(status::status)? };
     parsed.map_err(|violations| status::invalid(&violations))
 }
 
