@@ -13,6 +13,9 @@ use crate::serve::Admin;
 use crate::serve::tenants::{MAX_TENANTS, TENANT_HEADER};
 use crate::wire::{self, prompt_group, sample::Input};
 
+#[path = "proof_tests.rs"]
+mod proof_tests;
+
 struct Server {
     client: Client,
     readiness: Readiness,
@@ -355,12 +358,12 @@ async fn a_stream_listens_while_its_answers_are_not_read() {
     // Answers of a megabyte, which do not fit between the two ends while nobody reads them.
     let options = Some(wire::ScoreOptions { details: true, truncation: wire::Truncation::Left.into(), ..Default::default() });
     let large = |id: &str| wire::ScoreRequest { options: options.clone(), ..ask(id, &vec!["x".repeat(64).as_str(); 4096]) };
-    for id in ["a", "b", "c"] {
+    for id in ["a", "b", "c", "d", "e", "f"] {
         assert!(requests.score(large(id)).await);
     }
-    // Packs of these three; what comes after them stays on the device until it is let go.
+    // Packs of these; what comes after them stays on the device until it is let go.
     let samples = |server: &Server| server.metric("warm_scorer_samples_total");
-    while samples(&server) < 3.0 * 4096.0 {
+    while samples(&server) < 6.0 * 4096.0 {
         if entered.try_recv().is_ok() {
             release.send(()).expect("a pack waits for it");
         }
@@ -377,7 +380,7 @@ async fn a_stream_listens_while_its_answers_are_not_read() {
     while let Some(answer) = answers.next().await.expect("an open stream") {
         assert!(seen.insert(answer.request_id));
     }
-    assert_eq!(seen.len(), 5);
+    assert_eq!(seen.len(), 8);
     server.in_flight.wait_for(|&requests| requests == 0).await.expect("all permits are back");
     server.stopped().await;
 }

@@ -121,7 +121,8 @@ impl Admission {
         let refused = if state.draining {
             Some((ShedReason::Draining, "the server is about to stop".to_owned()))
         } else {
-            let room = [Resource::Requests, Resource::Bytes].map(|resource| self.0.room(&state, tenant.as_ref(), resource, 0, new.of(resource)));
+            let room =
+                [Resource::Requests, Resource::Bytes].map(|resource| self.0.room(&state, tenant.as_ref(), resource, 0, new.of(resource)));
             room.into_iter().find_map(Result::err)
         };
         if let Some((reason, message)) = refused {
@@ -200,9 +201,10 @@ impl Inner {
         };
         state.shares.room(tenant.map(|tenant| &**tenant), resource, bound, old, new).map_err(|refusal| match refusal {
             Refusal::Full { held } => (reason, format!("{held} {things} are in flight, and {new} more would exceed {bound}")),
-            Refusal::Share { held, share } => {
-                (ShedReason::Share, format!("{held} {things} of this tenant are in flight, and its share while others may come is {share} of {bound}"))
-            }
+            Refusal::Share { held, share } => (
+                ShedReason::Share,
+                format!("{held} {things} of this tenant are in flight, and its share while others may come is {share} of {bound}"),
+            ),
         })
     }
 

@@ -169,7 +169,8 @@ async fn a_reply_holds_its_permit_until_it_is_read_or_nobody_wants_it() {
     let fixture = fixture(1);
     let service = tower::service_fn(|_| async {
         let trailers = http::HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), http::HeaderValue::from_static("0"))]);
-        let body = http_body_util::BodyExt::with_trailers(http_body_util::Full::<bytes::Bytes>::from("reply"), async { Some(Ok(trailers)) });
+        let body =
+            http_body_util::BodyExt::with_trailers(http_body_util::Full::<bytes::Bytes>::from("reply"), async { Some(Ok(trailers)) });
         Ok::<_, Infallible>(http::Response::new(Body::new(body)))
     });
     let mut gate = fixture.layer.layer(service);

@@ -132,7 +132,6 @@ impl Admitted {
         let caller = extensions.remove::<Caller>().unwrap_or_default();
         Ok(Self { permit, caller, deadline, facts })
     }
-
 }
 
 fn answered<T>(outcomes: &[Result<T, Failure>], tokens: impl Fn(&T) -> usize, stamp: ModelStamp, timing: Timing) -> Answered {
@@ -164,7 +163,8 @@ async fn checked<T: Send + 'static>(
     parse: impl FnOnce() -> Result<T, Violations> + Send + 'static,
 ) -> Result<T, Status> {
     permit.charge_bytes(bytes).map_err(status::shed)?;
-    let parsed = if bytes < CHECKED_AT_ONCE { parse() } else { edge.engine.in_pool(permit.clone(), parse).await.map_err(status::status)? };
+    let parsed =
+        if bytes < CHECKED_AT_ONCE { parse() } else { edge.engine.in_pool(permit.clone(), parse).await.map_err(status::status)? };
     parsed.map_err(|violations| status::invalid(&violations))
 }
 
