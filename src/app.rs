@@ -101,19 +101,20 @@ impl App {
         // What is replaced in place cannot be held.
         let keep = if live.swap == Swap::InPlace { 0 } else { live.keep };
         let registry = Registry::new(RegistryMetrics::register(&metrics)?, keep);
+        let places = config
+            .device
+            .resolve()
+            .map_err(|error| AppError::Config { place: format!("device {}", error.place), problem: error.problem })?;
         let admission = Admission::new(
             AdmissionOptions {
                 max_requests: config.admission.max_requests,
                 max_bytes: config.admission.max_bytes as u64,
                 max_tokens: config.admission.max_tokens as u64,
                 retry_after: config.admission.retry_after,
+                devices: places.len(),
             },
             scorer_metrics.clone(),
         );
-        let places = config
-            .device
-            .resolve()
-            .map_err(|error| AppError::Config { place: format!("device {}", error.place), problem: error.problem })?;
         let scorer_options = ScorerOptions {
             devices: places.len(),
             max_pack_tokens: packs::most(config),
@@ -145,7 +146,7 @@ impl App {
         let grpc = GrpcOptions {
             max_decode: config.message.max_decode,
             max_encode: config.message.max_encode,
-            limits: ConvertLimits { max_samples: config.message.max_samples, max_expanded_bytes: config.message.max_expanded },
+            limits: ConvertLimits::new(config.message.max_samples, config.message.max_expanded, config.admission.max_tokens),
             stream_window: config.stream_window,
             keepalive_interval: config.keepalive_interval,
             keepalive_timeout: config.keepalive_timeout,

@@ -13,6 +13,9 @@ use crate::serve::Admin;
 use crate::serve::tenants::{MAX_TENANTS, TENANT_HEADER};
 use crate::wire::{self, prompt_group, sample::Input};
 
+#[path = "proof_tests.rs"]
+mod proof_tests;
+
 struct Server {
     client: Client,
     readiness: Readiness,
@@ -217,7 +220,8 @@ async fn beyond_the_bound_requests_are_shed_with_a_time_to_come_back() {
     entered.recv().await.expect("inside the forward");
     match server.client.score(score_of(&["more"])).await {
         Err(ClientError::Status { code: "RESOURCE_EXHAUSTED", retry_after, .. }) => {
-            assert_eq!(retry_after, Some(Duration::from_millis(250)));
+            let around = Duration::from_millis(187)..Duration::from_millis(313);
+            assert!(retry_after.is_some_and(|after| around.contains(&after)), "{retry_after:?}");
         }
         other => panic!("{other:?}"),
     }
@@ -347,6 +351,41 @@ async fn a_request_of_a_stream_can_be_withdrawn_and_has_a_time_of_its_own() {
 }
 
 #[tokio::test]
+async fn a_stream_listens_while_its_answers_are_not_read() {
+    let (model, release, mut entered) = gated();
+    let mut server = start(&[("stream.window", "8")], model, &[]).await;
+    let (requests, mut answers) = server.client.score_stream().await.expect("a stream");
+    // Answers of a megabyte, which do not fit between the two ends while nobody reads them.
+    let options = Some(wire::ScoreOptions { details: true, truncation: wire::Truncation::Left.into(), ..Default::default() });
+    let large = |id: &str| wire::ScoreRequest { options: options.clone(), ..ask(id, &vec!["x".repeat(64).as_str(); 4096]) };
+    for id in ["a", "b", "c", "d", "e", "f"] {
+        assert!(requests.score(large(id)).await);
+    }
+    // Packs of these; what comes after them stays on the device until it is let go.
+    let samples = |server: &Server| server.metric("warm_scorer_samples_total");
+    while samples(&server) < 6.0 * 4096.0 {
+        if entered.try_recv().is_ok() {
+            release.send(()).expect("a pack waits for it");
+        }
+        tokio::task::yield_now().await;
+    }
+    assert!(requests.score(ask("busy", &["busy"])).await && requests.score(ask("unwanted", &["unwanted"])).await);
+    assert!(requests.cancel("unwanted").await);
+    // Its cancellation is seen although no answer has been read.
+    while server.metric("warm_serve_requests_total{code=\"CANCELLED\",rpc=\"ScoreStream.request\"}") < 1.0 {
+        tokio::task::yield_now().await;
+    }
+    drop((release, requests));
+    let mut seen = std::collections::HashSet::new();
+    while let Some(answer) = answers.next().await.expect("an open stream") {
+        assert!(seen.insert(answer.request_id));
+    }
+    assert_eq!(seen.len(), 8);
+    server.in_flight.wait_for(|&requests| requests == 0).await.expect("all permits are back");
+    server.stopped().await;
+}
+
+#[tokio::test]
 async fn a_stream_is_not_read_beyond_its_window() {
     let (model, release, mut entered) = gated();
     let mut server = start(&[("stream.window", "2")], model, &[]).await;
@@ -380,7 +419,8 @@ async fn a_full_server_refuses_on_the_stream_and_one_that_stops_ends_it() {
     assert!(requests.score(ask("more", &["more"])).await);
     let refused = answers.next().await.expect("an open stream").expect("an answer");
     let error = refused.error.expect("no room");
-    assert_eq!((refused.request_id.as_str(), error.code, error.retry_after_ms), ("more", 8, 250));
+    assert_eq!((refused.request_id.as_str(), error.code), ("more", 8));
+    assert!((187..=313).contains(&error.retry_after_ms), "{error:?}");
     server.signal(Stop::Interrupt);
     server.readiness.watch().wait_for(|&phase| phase == Phase::Stopping).await.expect("stopping");
     drop(release);

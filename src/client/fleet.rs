@@ -203,7 +203,8 @@ fn channel(address: &str) -> Result<Channel, ClientError> {
         .map_err(|error| ClientError::Address { address: address.to_owned(), problem: error.to_string() })?
         .connect_timeout(Duration::from_secs(2))
         .tcp_nodelay(true)
-        .http2_adaptive_window(true);
+        .initial_stream_window_size(wire::STREAM_WINDOW)
+        .initial_connection_window_size(wire::CONNECTION_WINDOW);
     Ok(endpoint.connect_lazy())
 }
 

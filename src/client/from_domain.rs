@@ -41,7 +41,7 @@ pub fn group_to_wire(group: &PromptGroup) -> wire::PromptGroup {
 
 fn conversation_to_wire(conversation: &Conversation) -> wire::Conversation {
     wire::Conversation {
-        messages: conversation.turns().iter().map(turn_to_wire).collect(),
+        messages: conversation.turns().map(turn_to_wire).collect(),
         tools_json: conversation.tools().map(Value::to_string).unwrap_or_default(),
         template_args_json: object_to_json(conversation.template_args()),
     }

@@ -81,7 +81,8 @@ impl Client {
             .map_err(|error| ClientError::Address { address: address.to_owned(), problem: error.to_string() })?
             .connect_timeout(Duration::from_secs(10))
             .tcp_nodelay(true)
-            .http2_adaptive_window(true);
+            .initial_stream_window_size(wire::STREAM_WINDOW)
+            .initial_connection_window_size(wire::CONNECTION_WINDOW);
         let channel = endpoint.connect().await.map_err(|error| {
             // tonic's own words are "transport error"; the reason is further down.
             let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);

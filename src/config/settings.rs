@@ -89,7 +89,12 @@ pub const SETTINGS: &[Setting] = &[
     setting("admission.max_bytes", "1GiB", "SIZE", "bytes of request messages in flight, at most"),
     setting("admission.max_tokens", "4194304", "N", "tokens in flight, at most"),
     setting("admission.max_queue", "65536", "N", "samples in the device's queue, at most"),
-    setting("admission.retry_after", "1s", "TIME", "when a caller that was refused is told to try again"),
+    setting(
+        "admission.retry_after",
+        "1s",
+        "TIME",
+        "about when a caller that was refused is told to try again, where the wait is not known better",
+    ),
     setting("message.max_decode", "64MiB", "SIZE", "the largest request message"),
     setting("message.max_encode", "64MiB", "SIZE", "the largest response message"),
     setting("message.max_samples", "65536", "N", "samples in one request, at most, completions of groups counted"),

@@ -1,9 +1,14 @@
 //! What is judged: a conversation, a text, a pair of texts, or token ids; alone or as one prompt with many completions.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 /// The longest role name that is taken; templates know a handful of short ones.
 const MAX_ROLE_BYTES: usize = 64;
+
+/// Of few texts does a token have less: English has 4 to 5, code and most other scripts about 3.
+const BYTES_PER_TOKEN: usize = 3;
 
 /// An input that cannot be a [`Conversation`], [`Sample`] or [`PromptGroup`]: the field, and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +39,7 @@ pub struct Turn {
     role: String,
     content: String,
     extra: Map<String, Value>,
+    bytes: usize,
 }
 
 impl Turn {
@@ -48,12 +54,17 @@ impl Turn {
         if let Some(name) = ["role", "content"].into_iter().find(|name| extra.contains_key(*name)) {
             return Err(InvalidInput::new("extra", format!("may not name `{name}`, which has a field of its own")));
         }
-        Ok(Self { role, content: content.into(), extra })
+        Ok(Self::sized(role, content.into(), extra))
     }
 
     /// The same role with another content.
     pub fn with(&self, content: String, extra: Map<String, Value>) -> Self {
-        Self { role: self.role.clone(), content, extra }
+        Self::sized(self.role.clone(), content, extra)
+    }
+
+    fn sized(role: String, content: String, extra: Map<String, Value>) -> Self {
+        let bytes = role.len() + content.len() + 8 + object_bytes(&extra);
+        Self { role, content, extra, bytes }
     }
 
     pub fn role(&self) -> &str {
@@ -69,12 +80,42 @@ impl Turn {
     }
 }
 
-/// At least one message; the last one is judged. The order of roles is the template's business.
-#[derive(Clone, Debug, PartialEq)]
+/// Bytes of text in a JSON value, and a few for each node. Its depth is bounded by the parser.
+pub fn json_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len() + 8,
+        Value::Array(items) => items.iter().map(json_bytes).sum::<usize>() + 8,
+        Value::Object(fields) => object_bytes(fields) + 8,
+        _ => 8,
+    }
+}
+
+fn object_bytes(fields: &Map<String, Value>) -> usize {
+    fields.iter().map(|(name, item)| name.len() + json_bytes(item)).sum()
+}
+
+/// At least one message; the last one is judged. The order of roles is the template's business. What it begins with is
+/// shared by all that it is extended to, so a prompt stands in memory once for all of its completions.
+#[derive(Clone, Debug)]
 pub struct Conversation {
-    turns: Vec<Turn>,
+    prompt: Arc<[Turn]>,
+    /// What came after it.
+    rest: Vec<Turn>,
+    beside: Arc<Beside>,
+    bytes: usize,
+}
+
+/// What templates read beside the messages.
+#[derive(Debug, Default, PartialEq)]
+struct Beside {
     tools: Option<Value>,
     template_args: Map<String, Value>,
+}
+
+impl PartialEq for Conversation {
+    fn eq(&self, other: &Self) -> bool {
+        self.beside == other.beside && self.turns().eq(other.turns())
+    }
 }
 
 impl Conversation {
@@ -87,46 +128,54 @@ impl Conversation {
         {
             return Err(InvalidInput::new("tools", "expected a list of tools"));
         }
-        Ok(Self { turns, tools, template_args })
+        Ok(Self::of(turns, Arc::new(Beside { tools, template_args })))
+    }
+
+    fn of(turns: Vec<Turn>, beside: Arc<Beside>) -> Self {
+        let beside_bytes = beside.tools.as_ref().map_or(0, json_bytes) + object_bytes(&beside.template_args);
+        let bytes = beside_bytes + turns.iter().map(|turn| turn.bytes).sum::<usize>();
+        Self { prompt: turns.into(), rest: Vec::new(), beside, bytes }
     }
 
     /// One user message.
     pub fn user(content: impl Into<String>) -> Self {
-        Self {
-            turns: vec![Turn { role: "user".to_owned(), content: content.into(), extra: Map::new() }],
-            tools: None,
-            template_args: Map::new(),
-        }
+        Self::of(vec![Turn::sized("user".to_owned(), content.into(), Map::new())], Arc::default())
     }
 
     /// This conversation with further messages at its end.
     pub fn extended(&self, turns: impl IntoIterator<Item = Turn>) -> Self {
         let mut longer = self.clone();
-        longer.turns.extend(turns);
+        longer.rest.extend(turns);
+        longer.bytes += longer.rest[self.rest.len()..].iter().map(|turn| turn.bytes).sum::<usize>();
         longer
     }
 
     /// This conversation with one assistant message at its end.
     pub fn answered(&self, content: impl Into<String>) -> Self {
-        self.extended([Turn { role: "assistant".to_owned(), content: content.into(), extra: Map::new() }])
+        self.extended([Turn::sized("assistant".to_owned(), content.into(), Map::new())])
     }
 
     /// The same conversation with these messages in the place of its own, of which there must be as many.
     pub fn with_turns(&self, turns: Vec<Turn>) -> Self {
-        debug_assert_eq!(turns.len(), self.turns.len());
-        Self { turns, ..self.clone() }
+        debug_assert_eq!(turns.len(), self.turns().count());
+        Self::of(turns, self.beside.clone())
     }
 
-    pub fn turns(&self) -> &[Turn] {
-        &self.turns
+    pub fn turns(&self) -> impl DoubleEndedIterator<Item = &Turn> + Clone {
+        self.prompt.iter().chain(&self.rest)
     }
 
     pub fn tools(&self) -> Option<&Value> {
-        self.tools.as_ref()
+        self.beside.tools.as_ref()
     }
 
     pub fn template_args(&self) -> &Map<String, Value> {
-        &self.template_args
+        &self.beside.template_args
+    }
+
+    /// Bytes of text, of messages and of all that stands beside them, shared or not.
+    pub fn size_bytes(&self) -> usize {
+        self.bytes
     }
 }
 
@@ -144,14 +193,21 @@ pub enum Sample {
 }
 
 impl Sample {
-    /// Bytes of text or ids: what admission charges before the tokens are known.
+    /// Bytes of text or ids.
     pub fn size_bytes(&self) -> usize {
         match self {
-            Self::Conversation(conversation) => conversation.turns.iter().map(|turn| turn.role.len() + turn.content.len() + 8).sum(),
+            Self::Conversation(conversation) => conversation.size_bytes(),
             Self::Text(text) => text.len(),
             Self::Pair { first, second } => first.len() + second.len(),
-            // An id is one token, and a token is charged as two bytes of text.
-            Self::Tokens(ids) => ids.len() * 2,
+            Self::Tokens(ids) => ids.len() * 4,
+        }
+    }
+
+    /// How many tokens it is taken for before they are counted: more than most texts have.
+    pub fn estimated_tokens(&self) -> usize {
+        match self {
+            Self::Tokens(ids) => ids.len(),
+            _ => self.size_bytes() / BYTES_PER_TOKEN,
         }
     }
 }
@@ -162,6 +218,17 @@ pub enum Prompt {
     Conversation(Conversation),
     Text(String),
     Tokens(Vec<u32>),
+}
+
+impl Prompt {
+    /// Bytes of text or ids, before every completion.
+    pub fn size_bytes(&self) -> usize {
+        match self {
+            Self::Conversation(conversation) => conversation.size_bytes(),
+            Self::Text(text) => text.len(),
+            Self::Tokens(ids) => ids.len() * 4,
+        }
+    }
 }
 
 /// One answer to the prompt of a [`PromptGroup`], of the prompt's own kind.
@@ -265,6 +332,26 @@ mod tests {
         assert_eq!(text.samples().next(), Some(Sample::Text("abc".into())));
         let tokens = PromptGroup::new(Prompt::Tokens(vec![1, 2]), vec![Completion::Tokens(vec![3])]).expect("valid");
         assert_eq!(tokens.samples().next(), Some(Sample::Tokens(vec![1, 2, 3])));
+    }
+
+    #[test]
+    fn all_that_a_template_reads_is_counted_and_a_prompt_is_there_once_for_all_completions() {
+        let big = Value::from("x".repeat(1000));
+        let object = || Map::from_iter([("field".to_owned(), big.clone())]);
+        let turn = Turn::new("user", "y", object()).expect("valid turn");
+        let prompt = Conversation::new(vec![turn], Some(Value::Array(vec![big.clone()])), object()).expect("valid");
+        let bytes = prompt.size_bytes();
+        assert!((3000..3200).contains(&bytes), "{bytes}");
+        let answers = (0..3).map(|_| Completion::Text("z".repeat(100))).collect();
+        let group = PromptGroup::new(Prompt::Conversation(prompt.clone()), answers).expect("valid");
+        for sample in group.samples() {
+            let Sample::Conversation(sample) = sample else { panic!("a conversation") };
+            assert!((bytes + 100..bytes + 130).contains(&sample.size_bytes()), "{}", sample.size_bytes());
+            assert!(std::ptr::eq(sample.tools().expect("tools"), prompt.tools().expect("tools")), "shared");
+            assert!(sample.turns().zip(prompt.turns()).all(|(own, prompt)| std::ptr::eq(own, prompt)), "shared");
+            let spelled_out = Conversation::new(sample.turns().cloned().collect(), sample.tools().cloned(), object()).expect("valid");
+            assert_eq!((spelled_out.size_bytes(), &spelled_out), (sample.size_bytes(), &sample), "as if it came alone");
+        }
     }
 
     #[test]

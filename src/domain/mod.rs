@@ -8,7 +8,7 @@ mod moments;
 mod score;
 
 pub use build::{COMMIT, VERSION};
-pub use conversation::{Completion, Conversation, InvalidInput, Prompt, PromptGroup, Sample, Turn};
+pub use conversation::{Completion, Conversation, InvalidInput, Prompt, PromptGroup, Sample, Turn, json_bytes};
 pub use ensemble::{DEFAULT_UWO_LAMBDA, EnsembleStats, GroupAgreement, MemberScale, PairAgreement, kendall_tau_b};
 pub use ids::{Fingerprint, GenerationId, InvalidMemberName, MemberName, WeightsId};
 pub use moments::{JointMoments, Moments};

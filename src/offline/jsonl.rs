@@ -249,7 +249,8 @@ mod tests {
         let Sample::Conversation(found) = one(json!({"messages": [{"role": "assistant", "content": null, "tool_calls": [1]}]})) else {
             panic!("a conversation");
         };
-        assert_eq!((found.turns()[0].content(), &found.turns()[0].extra()["tool_calls"]), ("", &json!([1])));
+        let turn = found.turns().next().expect("a message");
+        assert_eq!((turn.content(), &turn.extra()["tool_calls"]), ("", &json!([1])));
     }
 
     #[test]

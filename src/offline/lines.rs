@@ -143,7 +143,7 @@ impl<T: Send + 'static> Chunk<T> {
 fn excerpt(sample: &Sample) -> String {
     const CHARS: usize = 60;
     let text = match sample {
-        Sample::Conversation(conversation) => conversation.turns().last().map_or("", |turn| turn.content()),
+        Sample::Conversation(conversation) => conversation.turns().next_back().map_or("", |turn| turn.content()),
         Sample::Text(text) => text,
         Sample::Pair { second, .. } => second,
         Sample::Tokens(ids) => return format!("{} token ids", ids.len()),

@@ -104,9 +104,12 @@ impl From<Shed> for EngineError {
         match shed.reason {
             ShedReason::Draining => Self::Draining { retry_after: shed.retry_after },
             ShedReason::TooLarge => Self::invalid("samples", shed.message),
-            ShedReason::Requests | ShedReason::Bytes | ShedReason::Tokens | ShedReason::Queue => {
-                Self::Overloaded { message: shed.message, retry_after: shed.retry_after }
-            }
+            ShedReason::Requests
+            | ShedReason::Bytes
+            | ShedReason::Tokens
+            | ShedReason::Share
+            | ShedReason::Deadline
+            | ShedReason::Queue => Self::Overloaded { message: shed.message, retry_after: shed.retry_after },
         }
     }
 }

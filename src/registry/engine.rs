@@ -1,23 +1,21 @@
 //! Scoring by the live generation: pin, encode, submit, wait no longer than the deadline, fold.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-use tokio::sync::oneshot;
 use tracing::Instrument;
 
 use super::canary::Answers;
-use super::generation::{Encode, Generation, Lane};
+use super::generation::{Generation, Lane};
 use super::outcomes::{answer, first, first_failure, member, non_finite, outcome, resident, scored};
+use super::pool::{Encoded, Pool, Reading, caught};
 use super::streamed::Place;
 use super::watch::Judged;
 use super::{CallOptions, CompareOptions, CompareReply, EngineError, ModelStamp, Registry, ScoreReply, Timing, Watch};
 use crate::clock::Clock;
 use crate::domain::{Failure, Fingerprint, MemberName, Sample, Scored, Truncation};
 use crate::model::{Output, RewardModel};
-use crate::scorer::{Permit, Reply, SampleError, ScorerHandle, Submission, panic_message};
+use crate::scorer::{Permit, Reply, SampleError, ScorerHandle, Submission};
 use crate::text::Encoding;
 
 /// Settings of the engine.
@@ -59,7 +57,7 @@ pub struct Engine(Arc<Inner>);
 struct Inner {
     parts: EngineParts,
     options: EngineOptions,
-    pool: rayon::ThreadPool,
+    pool: Pool,
     place: Place,
 }
 
@@ -76,11 +74,7 @@ pub(super) struct Run {
 impl Engine {
     /// Starts the pool that encodes.
     pub fn new(parts: EngineParts, options: EngineOptions) -> std::io::Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.tokenizer_threads)
-            .thread_name(|i| format!("warm-tokenizer-{i}"))
-            .build()
-            .map_err(std::io::Error::other)?;
+        let pool = Pool::new(options.tokenizer_threads)?;
         Ok(Self(Arc::new(Inner { parts, options, pool, place: Place::default() })))
     }
 
@@ -219,14 +213,17 @@ impl Engine {
         let clock = self.clock();
         let started = clock.now();
         let bytes: usize = samples.iter().map(Sample::size_bytes).sum();
-        // Half the bytes: more than any usual text has tokens, and the samples' own special tokens.
-        permit.charge((bytes / 2).max(samples.len()) as u64)?;
+        permit.in_time(options.deadline.map(|deadline| deadline.saturating_duration_since(started)))?;
+        // No sample is scored that has more tokens than the model takes.
+        let most = generation.limits().max_tokens;
+        permit.charge(samples.iter().map(|sample| sample.estimated_tokens().min(most).max(1) as u64).sum())?;
         let tokenizing = tracing::debug_span!("tokenize", samples = samples.len(), bytes);
-        let encoded = self.encode(&generation.text, samples, bytes, options.truncation).instrument(tokenizing).await?;
+        let reading = Reading { text: generation.text.clone(), truncation: options.truncation, rendered: options.details };
+        let encoded = self.encode(reading, samples, bytes, &permit).instrument(tokenizing).await?;
         let tokenize = clock.now().saturating_duration_since(started);
         self.registry().metrics().tokenized(tokenize);
         self.registry().metrics().dropped_bos(encoded.iter().flatten().filter(|encoding| encoding.doubled_bos()).count() as u64);
-        permit.correct(encoded.iter().flatten().map(|encoding| encoding.tokens() as u64).sum());
+        permit.correct(encoded.iter().flatten().map(|encoding| encoding.tokens() as u64).sum())?;
         if options.strict {
             first_failure(&encoded)?;
         }
@@ -330,36 +327,17 @@ impl Engine {
         Ok(Lane::new([self.streamed(generation, &name).await?]))
     }
 
+    /// What `work` comes to in the pool that encodes: for what would hold up a thread of the runtime.
+    pub async fn in_pool<T: Send + 'static>(&self, permit: Permit, work: impl FnOnce() -> T + Send + 'static) -> Result<T, EngineError> {
+        self.0.pool.run(permit, work).await
+    }
+
     /// Small requests are encoded here, others in the pool, so that no thread of the runtime is held up.
-    async fn encode(
-        &self,
-        text: &Arc<dyn Encode>,
-        samples: Vec<Sample>,
-        bytes: usize,
-        truncation: Truncation,
-    ) -> Result<Vec<Result<Arc<Encoding>, Failure>>, EngineError> {
-        let panicked =
-            |panic: Box<dyn std::any::Any + Send>| EngineError::Forward(format!("encoding panicked: {}", panic_message(panic.as_ref())));
+    async fn encode(&self, reading: Reading, samples: Vec<Sample>, bytes: usize, permit: &Permit) -> Result<Encoded, EngineError> {
         if bytes < self.0.options.inline_bytes {
-            let encode = || samples.iter().map(|sample| text.encode(sample, truncation).map(Arc::new)).collect();
-            return catch_unwind(AssertUnwindSafe(encode)).map_err(panicked);
+            return caught(|| samples.iter().map(|sample| reading.encode(sample)).collect());
         }
-        let (done, encoded) = oneshot::channel();
-        let text = text.clone();
-        self.0.pool.spawn(move || {
-            let encode = || -> Option<Vec<_>> {
-                // A caller that has gone stops this between two samples.
-                let one = |sample| (!done.is_closed()).then(|| text.encode(sample, truncation).map(Arc::new));
-                samples.par_iter().map(one).collect()
-            };
-            let result = catch_unwind(AssertUnwindSafe(encode));
-            let _ = done.send(result);
-        });
-        match encoded.await {
-            Ok(Ok(Some(encoded))) => Ok(encoded),
-            Ok(Err(panic)) => Err(panicked(panic)),
-            Ok(Ok(None)) | Err(_) => Err(EngineError::Forward("encoding was given up".to_owned())),
-        }
+        self.0.pool.encode(reading, samples, permit.clone()).await
     }
 
     /// Counts failures, and lets the first one fail a strict call.

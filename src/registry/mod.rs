@@ -12,6 +12,7 @@ mod load_thread;
 mod members;
 mod metrics;
 mod outcomes;
+mod pool;
 mod prepared;
 mod probing;
 mod recent;
@@ -19,6 +20,7 @@ mod reload;
 mod room;
 mod streamed;
 mod table;
+mod turns;
 mod watch;
 mod weights;
 

@@ -127,10 +127,19 @@ impl Encode for FakeText {
 
 /// A generation of fakes: `factor` is in its scores and in its fingerprint.
 pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> Generation {
+    Generation::new(parts(id, merged, members))
+}
+
+/// The same without members, with another text layer.
+pub(crate) fn generation_reading(id: u64, merged: Arc<FakeModel>, text: Arc<dyn Encode>) -> Generation {
+    Generation::new(GenerationParts { text, ..parts(id, merged, &[]) })
+}
+
+fn parts(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<FakeModel>)]) -> GenerationParts {
     let name = |name: &str| MemberName::try_from(name.to_owned()).expect("a plain name");
     let mut fingerprint = [0; 32];
     fingerprint[..4].copy_from_slice(&merged.factor.to_be_bytes());
-    Generation::new(GenerationParts {
+    GenerationParts {
         id: crate::domain::GenerationId(id),
         fingerprint: Fingerprint(fingerprint),
         weights_id: WeightsId([7; 32]),
@@ -159,7 +168,7 @@ pub(crate) fn generation(id: u64, merged: Arc<FakeModel>, members: &[(&str, Arc<
         },
         cache: CacheUse::Off,
         prefix_bytes: 0,
-    })
+    }
 }
 
 /// An engine on a worker that the test steps by hand.

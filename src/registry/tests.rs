@@ -103,13 +103,13 @@ fn one_bad_sample_of_512_costs_itself_and_strict_fails_the_call() {
         (Sample::Conversation(Conversation::user("x")), FailureKind::TemplateRefused),
         (tokens(&[NAN]), FailureKind::NonFinite),
     ] {
-        let mut samples: Vec<Sample> = (0..512).map(|i| tokens(&[i, 1])).collect();
+        let mut samples: Vec<Sample> = (0..512).map(|i| tokens(&[i])).collect();
         samples[300] = bad;
         let mut bench = Bench::new();
         let reply = bench.score(samples.clone(), CallOptions::default()).expect("a reply");
         for (i, outcome) in reply.outcomes.iter().enumerate() {
             match outcome {
-                Ok(scored) => assert_eq!(scored.reward.get(), i as f32 + 2.0),
+                Ok(scored) => assert_eq!(scored.reward.get(), i as f32),
                 Err(failure) => assert_eq!((i, failure.kind), (300, kind)),
             }
         }
@@ -477,15 +477,15 @@ fn overload_is_shed_with_a_hint_and_what_was_let_in_is_answered() {
     let admission =
         Admission::new(AdmissionOptions { max_requests: 3, max_tokens: 100, ..AdmissionOptions::default() }, ScorerMetrics::unregistered());
     let call = |samples: Vec<Sample>, permit| score(&bench.engine, samples, CallOptions::default(), permit);
+    let mut too_large = call(vec![tokens(&[1; 60]); 2], admission.admit(0).expect("room"));
+    assert!(matches!(now(&mut too_large), Some(Err(EngineError::Invalid { .. }))));
+    drop(too_large);
     let mut first = call(vec![tokens(&[1]); 3], admission.admit(0).expect("room"));
     assert!(now(&mut first).is_none());
     let mut queue_full = call(vec![tokens(&[1]); 2], admission.admit(0).expect("room"));
     assert!(matches!(now(&mut queue_full), Some(Err(EngineError::Overloaded { retry_after, .. })) if !retry_after.is_zero()));
     drop(queue_full);
-    let mut too_large = call(vec![tokens(&[1; 101])], admission.admit(0).expect("room"));
-    assert!(matches!(now(&mut too_large), Some(Err(EngineError::Invalid { .. }))));
-    drop(too_large);
-    let mut tokens_full = call(vec![tokens(&[1; 98])], admission.admit(0).expect("room"));
+    let mut tokens_full = call(vec![tokens(&[1; 49]); 2], admission.admit(0).expect("room"));
     assert!(matches!(now(&mut tokens_full), Some(Err(EngineError::Overloaded { .. }))), "3 tokens are in flight");
     let held = [admission.admit(0).expect("room"), admission.admit(0).expect("room")];
     let refused: EngineError = admission.admit(0).expect_err("three are in flight").into();
@@ -494,6 +494,81 @@ fn overload_is_shed_with_a_hint_and_what_was_let_in_is_answered() {
     while bench.worker.step() {}
     assert_eq!(now(&mut first).expect("answered").expect("scored").outcomes.len(), 3);
     assert_eq!(*admission.in_flight().borrow(), 0);
+}
+
+#[tokio::test]
+async fn as_many_texts_as_have_room_by_their_tokens_are_let_in_whatever_their_bytes() {
+    let clock = Clock::system();
+    let options = ScorerOptions { threads: 1, ..ScorerOptions::default() };
+    let (scorer, _thread) = crate::scorer::spawn(options, clock.clone(), ScorerMetrics::unregistered()).expect("threads");
+    let engine = engine_on(scorer, clock);
+    engine.registry().install(generation(1, FakeModel::new(1.0), &[]));
+    // Just room for 512 samples of the longest that the fake takes, with one token in flight beside them.
+    let bounds = AdmissionOptions { max_tokens: 512 * 64 + 1, ..AdmissionOptions::default() };
+    let admission = Admission::new(bounds, ScorerMetrics::unregistered());
+    let neighbour = admission.admit(0).expect("room");
+    neighbour.charge(1).expect("room");
+    let texts = vec![Sample::Text("a text of far more bytes than three for each token. ".repeat(40)); 512];
+    let options = CallOptions { truncation: Truncation::Left, ..CallOptions::default() };
+    let reply = engine.score(texts, options, admission.admit(0).expect("room")).await.expect("scored");
+    assert!(reply.outcomes.iter().all(Result::is_ok));
+}
+
+/// Tells that it has begun with a text and waits to be let on.
+struct Gated {
+    begun: std::sync::mpsc::Sender<char>,
+    go: Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Encode for Gated {
+    fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<crate::text::Encoding, crate::domain::Failure> {
+        let first = if let Sample::Text(text) = sample { text.chars().next() } else { None };
+        let _ = self.begun.send(first.unwrap_or(' '));
+        let _ = self.go.lock().expect("whole").recv();
+        FakeText.encode(sample, truncation)
+    }
+}
+
+#[tokio::test]
+async fn what_waits_for_the_pool_holds_its_permit_though_its_caller_has_gone() {
+    let bench = Bench::new();
+    let ((begun, first_begun), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let text = Arc::new(Gated { begun, go: Mutex::new(gate) });
+    bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
+    let admission = Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered());
+    let large = |permit| score(&bench.engine, vec![Sample::Text("x".repeat(5000))], CallOptions::default(), permit);
+    let (mut first, mut second) = (large(admission.admit(0).expect("room")), large(admission.admit(0).expect("room")));
+    assert!(now(&mut first).is_none());
+    first_begun.recv().expect("the pool's one thread is busy");
+    assert!(now(&mut second).is_none());
+    drop((first, second));
+    assert_eq!(*admission.in_flight().borrow(), 2, "both texts are still in memory");
+    drop(go);
+    admission.idle().await;
+    assert_eq!(first_begun.try_iter().count(), 0, "nobody wants the second any more");
+}
+
+#[tokio::test]
+async fn a_tenant_with_much_text_keeps_nobody_elses_from_being_read() {
+    let bench = Bench::new();
+    let ((begun, first_letters), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let text = Arc::new(Gated { begun, go: Mutex::new(gate) });
+    bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
+    let admission = Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered());
+    let ask = |who: &str, texts: usize, bytes: usize| {
+        let caller = crate::scorer::Caller { named: None, peer: Some(who.into()) };
+        let permit = admission.admit_of(&caller, 0, None).expect("room");
+        let options = CallOptions { truncation: Truncation::Left, ..CallOptions::default() };
+        score(&bench.engine, vec![Sample::Text(who.repeat(bytes)); texts], options, permit)
+    };
+    let (mut flood, mut other) = (ask("f", 20, 70_000), ask("o", 1, 5000));
+    assert!(now(&mut flood).is_none());
+    let mut order = vec![first_letters.recv().expect("the pool's one thread is busy")];
+    assert!(now(&mut other).is_none());
+    drop(go);
+    order.extend((0..20).map(|_| first_letters.recv().expect("all are read")));
+    let place = order.iter().position(|letter| *letter == 'o').expect("read");
+    assert!(place <= 2, "read as the {}th: {order:?}", place + 1);
 }
 
 #[tokio::test]

@@ -92,6 +92,12 @@ impl ScorerMetrics {
         })
     }
 
+    /// Tokens of samples that were scored, and the seconds of forwards that this took, on all devices together.
+    pub(super) fn scored(&self) -> (u64, f64) {
+        let tokens = [&self.tokens_computed, &self.tokens_shared, &self.tokens_cached].map(IntCounter::get);
+        (tokens.into_iter().sum(), self.forward_seconds.get_sample_sum())
+    }
+
     /// Metrics of a registry of their own, for tests and for commands that show none.
     pub fn unregistered() -> Self {
         match Self::register(&Registry::new()) {

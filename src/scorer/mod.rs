@@ -6,8 +6,10 @@ mod forward;
 mod job;
 mod line;
 mod metrics;
+mod pace;
 mod priority;
 mod queue;
+mod shares;
 mod worker;
 
 pub use admission::{Admission, AdmissionOptions, Permit, Shed, ShedReason};
@@ -19,6 +21,7 @@ pub(crate) use priority::stand_last;
 #[cfg(all(test, target_os = "linux"))]
 pub(crate) use priority::stands_last;
 pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
+pub use shares::Caller;
 pub use worker::{Worker, crew, pair, spawn};
 
 /// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves

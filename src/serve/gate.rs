@@ -14,9 +14,10 @@ use tonic::body::Body;
 use tower::{Layer, Service};
 use tracing::Instrument;
 
+use super::body::{Charged, Unread};
 use super::calls::CallBook;
 use super::metrics::RPCS;
-use super::status;
+use super::{status, tenants};
 use crate::clock::Clock;
 use crate::scorer::Admission;
 
@@ -90,11 +91,19 @@ where
         if let Some(deadline) = deadline {
             request.extensions_mut().insert(Deadline(deadline));
         }
+        let mut held = None;
         if rpc.scores {
             let bytes = announced_bytes(&request).unwrap_or(options.assumed_bytes).min(options.max_bytes);
             let admission = call.span.in_scope(|| tracing::debug_span!("admission", bytes));
-            match admission.in_scope(|| options.admission.admit(bytes)) {
-                Ok(permit) => drop(request.extensions_mut().insert(permit)),
+            let patience = deadline.map(|deadline| deadline.saturating_duration_since(call.started));
+            let caller = tenants::caller(&request);
+            match admission.in_scope(|| options.admission.admit_of(&caller, bytes, patience)) {
+                Ok(permit) => {
+                    held = Some(permit.clone());
+                    request.extensions_mut().insert(permit.clone());
+                    request.extensions_mut().insert(caller);
+                    request = request.map(|body| Body::new(Charged::new(body, permit)));
+                }
                 Err(refused) => {
                     let status = status::shed(refused);
                     return Box::pin(async move { Ok(call.refuse(status)) });
@@ -115,7 +124,10 @@ where
                 response = answer => {
                     let response = response?;
                     call.answer(&response);
-                    Ok(response)
+                    Ok(match held {
+                        Some(permit) => response.map(|body| Body::new(Unread::new(body, permit))),
+                        None => response,
+                    })
                 }
                 () = expired => Ok(call.refuse(status::deadline_exceeded())),
             }

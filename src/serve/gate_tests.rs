@@ -27,10 +27,18 @@ fn fixture(max_requests: usize) -> Fixture {
 }
 
 fn logging(max_requests: usize, log: CallLogOptions) -> Fixture {
+    with(AdmissionOptions { max_requests, ..Default::default() }, log)
+}
+
+fn bounded(bounds: AdmissionOptions) -> Fixture {
+    with(bounds, CallLogOptions { successes: 1.0, content: false })
+}
+
+fn with(bounds: AdmissionOptions, log: CallLogOptions) -> Fixture {
     let registry = Registry::new();
     let clock = Clock::manual();
     let scorer = ScorerMetrics::register(&registry).expect("fresh registry");
-    let admission = Admission::new(AdmissionOptions { max_requests, ..Default::default() }, scorer);
+    let admission = Admission::new(bounds, scorer);
     let metrics = ServeMetrics::register(&registry).expect("fresh registry");
     let recent = Recent::default();
     let calls = CallBook::new(clock.clone(), metrics, recent.clone(), Arc::new(Tenants::new(&[])), log);
@@ -122,6 +130,61 @@ async fn a_draining_server_refuses_new_calls_as_unavailable() {
     let service = tower::service_fn(|_| async { Ok::<_, Infallible>(http::Response::new(Body::empty())) });
     let response = fixture.layer.layer(service).call(request(SCORE, None)).await.expect("infallible");
     assert_eq!(code(&response), Code::Unavailable);
+}
+
+/// Takes a body to its end.
+async fn read(mut body: Body) -> Result<usize, tonic::Status> {
+    let mut bytes = 0;
+    while let Some(frame) = std::future::poll_fn(|context| http_body::Body::poll_frame(std::pin::Pin::new(&mut body), context)).await {
+        bytes += frame?.data_ref().map_or(0, |data| data.len());
+    }
+    Ok(bytes)
+}
+
+#[tokio::test]
+async fn a_message_that_turns_out_to_have_no_room_is_refused_while_it_is_read() {
+    let fixture = bounded(AdmissionOptions { max_bytes: 10_000, ..Default::default() });
+    let service = tower::service_fn(|request: http::Request<Body>| async move {
+        let answer = read(request.into_body()).await;
+        Ok::<_, Infallible>(answer.map_or_else(|status| status.into_http(), |_| http::Response::new(Body::empty())))
+    });
+    let mut gate = fixture.layer.layer(service);
+    let message = |bytes: u32| [[0].as_slice(), &bytes.to_be_bytes(), &vec![7; bytes as usize]].concat();
+    let mut ask = |bytes| {
+        let request = http::Request::builder().uri(SCORE).body(Body::new(http_body_util::Full::new(message(bytes).into())));
+        gate.call(request.expect("valid request"))
+    };
+    assert_eq!(code(&ask(9000).await.expect("infallible")), Code::Ok, "alone, and within its bound");
+    let held = fixture.admission.admit(5000).expect("room");
+    // Taken for 1000 bytes, both are let in.
+    assert_eq!(code(&ask(4000).await.expect("infallible")), Code::Ok);
+    assert_eq!(code(&ask(6000).await.expect("infallible")), Code::ResourceExhausted);
+    assert_eq!(fixture.metric("warm_serve_shed_total{reason=\"bytes\"} "), 1.0);
+    drop(held);
+    assert_eq!(fixture.metric("warm_scorer_in_flight_bytes "), 0.0);
+}
+
+#[tokio::test]
+async fn a_reply_holds_its_permit_until_it_is_read_or_nobody_wants_it() {
+    let fixture = fixture(1);
+    let service = tower::service_fn(|_| async {
+        let trailers = http::HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), http::HeaderValue::from_static("0"))]);
+        let body =
+            http_body_util::BodyExt::with_trailers(http_body_util::Full::<bytes::Bytes>::from("reply"), async { Some(Ok(trailers)) });
+        Ok::<_, Infallible>(http::Response::new(Body::new(body)))
+    });
+    let mut gate = fixture.layer.layer(service);
+    let in_flight = || *fixture.admission.in_flight().borrow();
+    let unread = gate.call(request(SCORE, None)).await.expect("infallible");
+    assert_eq!(in_flight(), 1);
+    drop(unread);
+    assert_eq!(in_flight(), 0);
+    let mut body = gate.call(request(SCORE, None)).await.expect("infallible").into_body();
+    let mut next = async || std::future::poll_fn(|context| http_body::Body::poll_frame(std::pin::Pin::new(&mut body), context)).await;
+    assert!(next().await.expect("a frame").expect("read").is_data());
+    assert_eq!(in_flight(), 1);
+    assert!(next().await.expect("a frame").expect("read").is_trailers());
+    assert_eq!(in_flight(), 0, "before the caller knows of the end");
 }
 
 #[tokio::test]

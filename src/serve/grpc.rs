@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use tokio::net::TcpListener;
 use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::transport::Server;
@@ -12,14 +13,13 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::calls::{Answered, CallBook, CallFacts};
-use super::convert::{self, Asked, ConvertLimits};
+use super::convert::{self, Asked, ConvertLimits, Violations};
 use super::gate::{Deadline, GateLayer, GateOptions};
 use super::readiness::Readiness;
-use super::tenants::TENANT_HEADER;
 use super::{health, status, stream};
 use crate::domain::Failure;
 use crate::registry::{CallOptions, CompareOptions, Engine, ModelStamp, Reloader, Timing, Watched};
-use crate::scorer::{Admission, Permit};
+use crate::scorer::{Admission, Caller, Permit};
 use crate::wire::model_service_server::ModelServiceServer;
 use crate::wire::reward_service_server::{RewardService, RewardServiceServer};
 use crate::wire::{self};
@@ -61,6 +61,12 @@ pub struct Edge {
 /// What an unread message is taken for, where its headers do not announce its size.
 const ASSUMED_BYTES: u64 = 1 << 20;
 
+/// Calls on one connection at once, of whatever kind: what the gate refuses takes memory for its headers, too.
+const MAX_STREAMS: u32 = 1024;
+
+/// A message of less than this is checked where it is read; a larger one in the pool that encodes.
+const CHECKED_AT_ONCE: u64 = 256 << 10;
+
 /// Serves on `listener` until `stop` completes, then lets open calls end. How long that may take is the caller's decision.
 pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
     let failed = |error: &dyn std::error::Error| ServeError(error.to_string());
@@ -95,7 +101,9 @@ pub async fn serve(edge: Edge, listener: TcpListener, stop: impl Future<Output =
     server
         .http2_keepalive_interval(options.keepalive_interval)
         .http2_keepalive_timeout(Some(options.keepalive_timeout))
-        .http2_adaptive_window(Some(true))
+        .initial_stream_window_size(Some(wire::STREAM_WINDOW))
+        .initial_connection_window_size(Some(wire::CONNECTION_WINDOW))
+        .max_concurrent_streams(Some(MAX_STREAMS))
         .layer(gate)
         .add_service(health::service(edge.readiness))
         .add_service(reflection_v1)
@@ -117,22 +125,10 @@ pub(super) struct Handlers {
     pub edge: Edge,
 }
 
-/// More of a tenant's name is cut off.
-const MAX_TENANT_CHARS: usize = 128;
-
-/// Whose share of the device a call belongs to: by its metadata, else by where it comes from.
-fn tenant<T>(request: &Request<T>) -> Option<Arc<str>> {
-    let named = request.metadata().get(TENANT_HEADER).and_then(|value| value.to_str().ok()).filter(|name| !name.is_empty());
-    match named {
-        Some(name) => Some(name.chars().take(MAX_TENANT_CHARS).collect::<String>().into()),
-        None => Some(request.remote_addr()?.ip().to_string().into()),
-    }
-}
-
 /// What the gate knows of a call.
 pub(super) struct Admitted {
     pub permit: Permit,
-    pub tenant: Option<Arc<str>>,
+    pub caller: Caller,
     pub deadline: Option<std::time::Instant>,
     pub facts: CallFacts,
 }
@@ -140,7 +136,6 @@ pub(super) struct Admitted {
 impl Admitted {
     /// Takes it out of the request.
     fn take<T>(request: &mut Request<T>) -> Result<Self, Status> {
-        let tenant = tenant(request);
         let extensions = request.extensions_mut();
         let Some(permit) = extensions.remove::<Permit>() else {
             tracing::error!("a call came past the gate without a permit");
@@ -148,14 +143,8 @@ impl Admitted {
         };
         let deadline = extensions.get::<Deadline>().map(|deadline| deadline.0);
         let facts = extensions.remove::<CallFacts>().unwrap_or_default();
-        Ok(Self { permit, tenant, deadline, facts })
-    }
-
-    /// The same, with the charge corrected to the true size of the message.
-    fn take_message<T: prost::Message>(request: &mut Request<T>) -> Result<Self, Status> {
-        let admitted = Self::take(request)?;
-        admitted.permit.correct_bytes(request.get_ref().encoded_len() as u64);
-        Ok(admitted)
+        let caller = extensions.remove::<Caller>().unwrap_or_default();
+        Ok(Self { permit, caller, deadline, facts })
     }
 }
 
@@ -164,14 +153,14 @@ fn answered<T>(outcomes: &[Result<T, Failure>], tokens: impl Fn(&T) -> usize, st
     Answered { stamp, timing, tokens, failed: outcomes.iter().filter(|outcome| outcome.is_err()).count() }
 }
 
-fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::time::Instant>) -> CallOptions {
+fn call_options(asked: Asked, permit: &Permit, deadline: Option<std::time::Instant>) -> CallOptions {
     CallOptions {
         truncation: asked.truncation,
         calibrated: asked.calibrated,
         fingerprint: asked.fingerprint,
         details: asked.details,
         priority: asked.priority,
-        tenant,
+        tenant: permit.tenant(),
         strict: asked.strict,
         deadline,
         scorer: asked.scorer.map(|name| name.to_string()),
@@ -179,10 +168,25 @@ fn call_options(asked: Asked, tenant: Option<Arc<str>>, deadline: Option<std::ti
     }
 }
 
+/// A message as the domain has it. What it takes in memory is charged before any of it is copied, and a large one holds up
+/// no thread of the runtime.
+async fn checked<T: Send + 'static>(
+    edge: &Edge,
+    permit: &Permit,
+    bytes: u64,
+    parse: impl FnOnce() -> Result<T, Violations> + Send + 'static,
+) -> Result<T, Status> {
+    permit.charge_bytes(bytes).map_err(status::shed)?;
+    let parsed =
+        if bytes < CHECKED_AT_ONCE { parse() } else { edge.engine.in_pool(permit.clone(), parse).await.map_err(status::status)? };
+    parsed.map_err(|violations| status::invalid(&violations))
+}
+
 /// Scores one request, whether it has a call of its own or comes on a stream.
 pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Admitted) -> Result<wire::ScoreResponse, Status> {
-    let Admitted { permit, tenant, deadline, facts } = admitted;
-    let parsed = convert::parse_score(request, edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+    let Admitted { permit, deadline, facts, .. } = admitted;
+    let (bytes, limits) = (convert::score_bytes(&request), edge.options.limits);
+    let parsed = checked(edge, &permit, bytes, move || convert::parse_score(request, limits)).await?;
     let (request_id, batch) = (parsed.request_id, parsed.batch);
     facts.asked(&request_id, batch.samples.len());
     if edge.calls.logs_content() {
@@ -190,26 +194,28 @@ pub(super) async fn score(edge: &Edge, request: wire::ScoreRequest, admitted: Ad
     }
     let prompts = std::iter::repeat_n(1, batch.shape.singles).chain(batch.shape.groups.iter().copied()).collect();
     let watched = Some(Watched { tenant: facts.tenant().into(), prompts });
-    let options = CallOptions { watched, ..call_options(parsed.asked, tenant, deadline) };
-    let reply = edge.engine.score(batch.samples, options, permit).await.map_err(status::status)?;
+    let options = CallOptions { watched, ..call_options(parsed.asked, &permit, deadline) };
+    let reply = edge.engine.score(batch.samples, options, permit.clone()).await.map_err(status::status)?;
     let failed = facts.answered(answered(&reply.outcomes, |scored| scored.tokens, reply.stamp.clone(), reply.timing));
     let _reply = tracing::debug_span!("reply", failed).entered();
     let scores = reply.outcomes.into_iter().map(convert::outcome).collect();
     let folded = batch.shape.fold(scores);
-    Ok(wire::ScoreResponse {
+    let response = wire::ScoreResponse {
         request_id,
         scores: folded.singles,
         groups: folded.groups.into_iter().map(|scores| wire::GroupScores { scores }).collect(),
         model: Some(convert::stamp(reply.stamp)),
         timing: Some(convert::timing(reply.timing)),
         error: None,
-    })
+    };
+    permit.scored(response.encoded_len() as u64);
+    Ok(response)
 }
 
 #[tonic::async_trait]
 impl RewardService for Handlers {
     async fn score(&self, mut request: Request<wire::ScoreRequest>) -> Result<Response<wire::ScoreResponse>, Status> {
-        let admitted = Admitted::take_message(&mut request)?;
+        let admitted = Admitted::take(&mut request)?;
         score(&self.edge, request.into_inner(), admitted).await.map(Response::new)
     }
 
@@ -221,9 +227,10 @@ impl RewardService for Handlers {
     }
 
     async fn compare(&self, mut request: Request<wire::CompareRequest>) -> Result<Response<wire::CompareResponse>, Status> {
-        let Admitted { permit, tenant, deadline, facts } = Admitted::take_message(&mut request)?;
-        let parsed =
-            convert::parse_compare(request.into_inner(), self.edge.options.limits).map_err(|violations| status::invalid(&violations))?;
+        let Admitted { permit, deadline, facts, .. } = Admitted::take(&mut request)?;
+        let (request, limits) = (request.into_inner(), self.edge.options.limits);
+        let bytes = convert::compare_bytes(&request);
+        let parsed = checked(&self.edge, &permit, bytes, move || convert::parse_compare(request, limits)).await?;
         let (request_id, batch) = (parsed.request_id, parsed.batch);
         facts.asked(&request_id, batch.samples.len());
         if self.edge.calls.logs_content() {
@@ -234,12 +241,12 @@ impl RewardService for Handlers {
             uwo_lambda: parsed.uwo_lambda.map(f64::from),
             scale: parsed.member_scale,
         };
-        let options = call_options(parsed.asked, tenant, deadline);
-        let reply = self.edge.engine.compare(batch.samples, options, compare, permit).await.map_err(status::status)?;
+        let options = call_options(parsed.asked, &permit, deadline);
+        let reply = self.edge.engine.compare(batch.samples, options, compare, permit.clone()).await.map_err(status::status)?;
         let failed = facts.answered(answered(&reply.outcomes, |compared| compared.merged.tokens, reply.stamp.clone(), reply.timing));
         let _reply = tracing::debug_span!("reply", failed).entered();
         let folded = batch.shape.fold(reply.outcomes);
-        Ok(Response::new(wire::CompareResponse {
+        let response = wire::CompareResponse {
             request_id,
             samples: folded.singles.into_iter().map(convert::comparison).collect(),
             groups: folded.groups.into_iter().map(convert::compare_group).collect(),
@@ -250,7 +257,9 @@ impl RewardService for Handlers {
             scale_source: reply.scale_source.name().to_owned(),
             uwo_lambda: reply.uwo_lambda as f32,
             timing: Some(convert::timing(reply.timing)),
-        }))
+        };
+        permit.scored(response.encoded_len() as u64);
+        Ok(Response::new(response))
     }
 }
 

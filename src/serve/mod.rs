@@ -1,6 +1,7 @@
 //! The edge: gRPC for callers, and a plain HTTP port for operators. The only layer that knows tonic's server and axum.
 
 mod admin;
+mod body;
 mod calls;
 pub mod convert;
 mod gate;

@@ -6,8 +6,25 @@
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
+use tonic::transport::server::TcpConnectInfo;
+
+use crate::scorer::Caller;
+
 /// The metadata that names a tenant.
 pub const TENANT_HEADER: &str = "x-gateway-inference-fairness-id";
+
+/// More of a tenant's name than this does not tell it from others.
+const MAX_TENANT_CHARS: usize = 128;
+
+/// Whose share of what is bounded a call takes: by its metadata, and by where it comes from.
+pub(super) fn caller<B>(request: &http::Request<B>) -> Caller {
+    let named = request.headers().get(TENANT_HEADER).and_then(|value| value.to_str().ok()).filter(|name| !name.is_empty());
+    let peer = request.extensions().get::<TcpConnectInfo>().and_then(|connection| connection.remote_addr());
+    Caller {
+        named: named.map(|name| name.chars().take(MAX_TENANT_CHARS).collect::<String>().into()),
+        peer: peer.map(|peer| peer.ip().to_string().into()),
+    }
+}
 
 /// Calls that name no tenant.
 pub const NONE: &str = "none";

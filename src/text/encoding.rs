@@ -21,6 +21,11 @@ impl Encoding {
         Self { doubled_bos, ..self }
     }
 
+    /// Without the text that the template gave, which is larger than the ids.
+    pub fn without_rendered(self) -> Self {
+        Self { rendered: None, ..self }
+    }
+
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
@@ -58,6 +63,10 @@ impl Encoding {
 
     pub(crate) fn with_types(self, type_ids: Option<Vec<u32>>) -> Self {
         Self { type_ids, ..self }
+    }
+
+    pub(crate) fn with_rendered(self, rendered: &str) -> Self {
+        Self { rendered: Some(rendered.to_owned()), ..self }
     }
 
     pub(crate) fn cut(self) -> Self {

@@ -228,7 +228,8 @@ impl TextPipeline {
         Ok(match sample {
             Sample::Conversation(conversation) => {
                 let rendered = self.templates.render(conversation)?;
-                Draft { rendered: Some(rendered.clone()), ..draft(bare(), ids(&rendered)?, Vec::new()) }
+                let ids = ids(&rendered)?;
+                Draft { rendered: Some(rendered), ..draft(bare(), ids, Vec::new()) }
             }
             Sample::Text(text) => draft(self.tokenizer.single().to_vec(), ids(text)?, Vec::new()),
             Sample::Pair { first, second } if second.is_empty() => draft(self.tokenizer.single().to_vec(), ids(first)?, Vec::new()),

@@ -70,8 +70,8 @@ pub(super) fn strip(text: &str, opened: bool) -> Result<String, Unfinished> {
 /// A conversation without what its assistants thought. `opened`: the model's template ends prompts with an opening tag, so
 /// that the answer that is judged begins inside of a block.
 pub(super) fn strip_conversation(conversation: &Conversation, opened: bool) -> Result<Conversation, Unfinished> {
-    let last = conversation.turns().len() - 1;
-    let turns = conversation.turns().iter().enumerate().map(|(index, turn)| {
+    let last = conversation.turns().count() - 1;
+    let turns = conversation.turns().enumerate().map(|(index, turn)| {
         if turn.role() != "assistant" && turn.role() != "model" {
             return Ok(turn.clone());
         }

@@ -8,7 +8,7 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Value, syntax::SyntaxConfig,
 use super::options::{TemplateChoice, TextError};
 use crate::{
     checkpoint::TextFacts,
-    domain::{Conversation, Failure, FailureKind, Turn},
+    domain::{Conversation, Failure, FailureKind, Turn, json_bytes},
 };
 
 mod functions;
@@ -64,16 +64,6 @@ fn message(turn: &Turn) -> serde_json::Value {
         fields.insert("reasoning_content".to_owned(), reasoning.clone());
     }
     serde_json::Value::Object(fields)
-}
-
-/// Bytes of text in a JSON value, and a few for each node. Its depth is bounded by the parser.
-fn json_size(value: &serde_json::Value) -> usize {
-    match value {
-        serde_json::Value::String(text) => text.len() + 8,
-        serde_json::Value::Array(items) => items.iter().map(json_size).sum::<usize>() + 8,
-        serde_json::Value::Object(fields) => fields.iter().map(|(name, item)| name.len() + json_size(item)).sum::<usize>() + 8,
-        _ => 8,
-    }
 }
 
 /// The words of `raise_exception`, or what the engine says.
@@ -214,10 +204,10 @@ impl Templates {
         let refused = |message: String| Failure::new(FailureKind::TemplateRefused, message);
         let mut size = 0;
         let mut take = |value: &serde_json::Value| {
-            size += json_size(value);
+            size += json_bytes(value);
             Value::from(Serde(value))
         };
-        let messages: Vec<Value> = conversation.turns().iter().map(|turn| take(&message(turn))).collect();
+        let messages: Vec<Value> = conversation.turns().map(|turn| take(&message(turn))).collect();
         let mut context: BTreeMap<String, Value> =
             self.special_tokens.iter().map(|(name, token)| (name.clone(), Value::from(token.as_str()))).collect();
         for (name, value) in conversation.template_args() {

@@ -81,8 +81,11 @@ fn own_templates_render_as_in_transformers() {
             cases += 1;
             let args = case.get("template_args").cloned().unwrap_or(json!({}));
             let conversation = conversation(&case["messages"], args);
-            let conversation =
-                Conversation::new(conversation.turns().to_vec(), case.get("tools").cloned(), conversation.template_args().clone());
+            let conversation = Conversation::new(
+                conversation.turns().cloned().collect(),
+                case.get("tools").cloned(),
+                conversation.template_args().clone(),
+            );
             let found = templates.render(&conversation.expect("valid conversation")).map_err(|failure| failure.message);
             let as_golden = match (&found, case["rendered"].as_str()) {
                 (Ok(text), Some(expected)) => text == expected,

@@ -8,6 +8,13 @@ tonic::include_proto!("warm.v1");
 /// The compiled contract, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/warm_descriptor.bin"));
 
+/// Bytes of one call that may come before they are read, on either side.
+pub const STREAM_WINDOW: u32 = 1 << 20;
+/// Bytes of all calls of a connection that may. The HTTP/2 crate ends a connection on which many small frames wait to be
+/// read, and takes a part of this window for many: with the smallest window, 100 to 200 short requests behind a full window
+/// of a stream are too many. An adaptive window begins with the smallest.
+pub const CONNECTION_WINDOW: u32 = 16 << 20;
+
 /// The name of a status code as gRPC spells it, for logs and metric labels.
 pub fn code_name(code: tonic::Code) -> &'static str {
     use tonic::Code;

@@ -169,6 +169,43 @@ fn mistakes_end_with_a_sentence_and_a_code() {
 }
 
 #[test]
+fn a_bench_that_is_interrupted_tells_what_it_has() {
+    let mut server = serve(super::members());
+    let mut log = BufReader::new(server.stderr.take().expect("piped"));
+    let mut listening = String::new();
+    while !listening.contains("listening") {
+        listening.clear();
+        assert!(log.read_line(&mut listening).expect("log") > 0, "the log ended");
+    }
+    let address = |name: &str| {
+        let (_, rest) = listening.split_once(&format!("{name}=")).expect("an address");
+        rest.split_whitespace().next().expect("an address").to_owned()
+    };
+    let (grpc, probes) = (address("grpc"), address("admin"));
+    wait_for(&mut log, "ready", "");
+    let shape = ["--prompt-tokens", "8", "--completion-tokens", "4", "--group", "2", "--warmup", "0s", "--duration", "1h", "--json"];
+    let bench = warm().args(["bench", "--addr", &grpc]).args(shape).spawn().expect("started");
+    // It is under way, so it listens for signals, too. A second answer says that it has counted the first.
+    let answered = |probes: &str| {
+        let metrics = admin(probes, "/metrics");
+        let count = metrics.lines().find_map(|line| line.strip_prefix("warm_serve_requests_total{code=\"OK\",rpc=\"Score\"} "));
+        count.and_then(|count| count.trim().parse::<f64>().ok()).unwrap_or(0.0)
+    };
+    while answered(&probes) < 3.0 {
+        std::thread::yield_now();
+    }
+    let killed = Command::new("kill").args(["-INT", &bench.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let output = bench.wait_with_output().expect("ran");
+    assert!(output.status.success(), "{output:?}");
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(told["stopped"], true, "{told}");
+    assert!(told["requests"]["scored"].as_u64().is_some_and(|scored| scored > 0), "{told}");
+    server.kill().expect("killed");
+    server.wait().expect("ended");
+}
+
+#[test]
 fn bench_counts_what_a_server_answers_over_calls_and_streams() {
     let mut server = serve(super::members());
     let mut log = BufReader::new(server.stderr.take().expect("piped"));

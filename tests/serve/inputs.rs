@@ -2,6 +2,7 @@
 //! nobody else anything.
 
 use warm::client::ClientError;
+use warm::wire::reward_service_client::RewardServiceClient;
 use warm::wire::{self, failure, sample::Input};
 
 use super::running::Running;
@@ -38,6 +39,23 @@ fn refused(result: Result<wire::ScoreResponse, ClientError>) -> Vec<String> {
         Err(ClientError::Status { code: "INVALID_ARGUMENT", violations, .. }) => violations.into_iter().map(|(field, _)| field).collect(),
         other => panic!("{other:?}"),
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_small_message_that_unpacks_to_a_huge_one_is_refused() {
+    use tonic::codec::CompressionEncoding::{Gzip, Zstd};
+    let server = Running::start(super::members(), &[("message.max_decode", "1MB")]).await;
+    for encoding in [Gzip, Zstd] {
+        let client = RewardServiceClient::connect(format!("http://{}", server.address)).await.expect("connected");
+        let mut client = client.send_compressed(encoding);
+        let small = client.score(request(vec![text(&"x".repeat(900_000))])).await.expect("within the bound");
+        assert_eq!(small.into_inner().scores.len(), 1);
+        let refused = client.score(request(vec![text(&"x".repeat(100_000_000))])).await.expect_err("100 MB in a few kilobytes");
+        assert!(refused.message().contains("1000000 bytes"), "the limit: {refused}");
+        assert!(matches!(refused.code(), tonic::Code::ResourceExhausted | tonic::Code::OutOfRange), "{refused}");
+    }
+    assert_eq!(server.metric("warm_scorer_in_flight_bytes"), 0.0);
+    server.stopped().await;
 }
 
 /// A server whose template wants user and assistant to take turns, as many do.

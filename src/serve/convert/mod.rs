@@ -4,9 +4,11 @@
 mod parsed;
 mod request;
 mod response;
+mod size;
 mod violations;
 
 pub use parsed::{Asked, Batch, ConvertLimits, Folded, ParsedCompare, ParsedScore, Shape};
 pub use request::{parse_compare, parse_score};
 pub use response::{compare_group, compare_pair, comparison, generation, member_scale, outcome, reload_step, stamp, timing};
+pub use size::{compare_bytes, score_bytes};
 pub use violations::{Violation, Violations};

@@ -11,6 +11,16 @@ pub struct ConvertLimits {
     pub max_expanded_bytes: usize,
 }
 
+/// No text has more bytes in a token, on the average.
+const MOST_BYTES_PER_TOKEN: usize = 32;
+
+impl ConvertLimits {
+    /// Nothing is expanded that could not be let in afterwards, whose tokens in flight are bounded by `max_tokens`.
+    pub fn new(max_samples: usize, max_expanded: usize, max_tokens: usize) -> Self {
+        Self { max_samples, max_expanded_bytes: max_expanded.min(max_tokens.saturating_mul(MOST_BYTES_PER_TOKEN)) }
+    }
+}
+
 impl Default for ConvertLimits {
     fn default() -> Self {
         Self { max_samples: 65_536, max_expanded_bytes: 1 << 30 }

@@ -162,13 +162,8 @@ impl Parser {
     }
 
     fn expand(&mut self, path: &Path<'_>, group: &PromptGroup) {
-        let size = |prompt: &Prompt| match prompt {
-            Prompt::Conversation(conversation) => Sample::Conversation(conversation.clone()).size_bytes(),
-            Prompt::Text(text) => text.len(),
-            Prompt::Tokens(ids) => ids.len() * 4,
-        };
         let count = group.completions().len();
-        if self.charge(path, count, size(group.prompt()).saturating_mul(count)) {
+        if self.charge(path, count, group.prompt().size_bytes().saturating_mul(count)) {
             self.batch.shape.groups.push(count);
             self.batch.samples.extend(group.samples());
         }

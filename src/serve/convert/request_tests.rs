@@ -200,6 +200,30 @@ fn pairs_come_last_and_fold_into_chosen_and_rejected() {
     assert_eq!((folded.singles, folded.pairs), (vec![0], vec![(1, 2)]));
 }
 
+#[test]
+fn what_stands_beside_a_prompt_counts_for_every_completion() {
+    let tools_json = format!("[\"{}\"]", "x".repeat(1_000_000));
+    let prompt = wire::Conversation { messages: vec![message("user", "")], tools_json, ..Default::default() };
+    let group = |count| wire::PromptGroup {
+        prompt: Some(prompt_group::Prompt::Conversation(prompt.clone())),
+        completions: completions(&vec!["a"; count]),
+    };
+    // A message of 1.4 MB that would become 65 GB.
+    let found = violations(wire::ScoreRequest { groups: vec![group(65_000)], ..Default::default() });
+    assert_eq!(found[0].0, "groups[0]");
+    assert!(found[0].1.contains("with every completion beside its prompt"), "{}", found[0].1);
+    let few = wire::ScoreRequest { groups: vec![group(64)], ..Default::default() };
+    assert_eq!(parse_score(few, ConvertLimits::default()).expect("valid").batch.samples.len(), 64);
+}
+
+#[test]
+fn nothing_is_expanded_that_could_never_be_let_in() {
+    let limits = ConvertLimits::new(1000, 1 << 30, 100);
+    let group = |bytes: usize| wire::ScoreRequest { groups: vec![text_group(&"x".repeat(bytes), &["a"; 10])], ..Default::default() };
+    assert!(parse_score(group(300), limits).is_ok());
+    assert!(parse_score(group(400), limits).is_err());
+}
+
 fn any_turn() -> impl Strategy<Value = Turn> {
     let extra = prop_oneof![Just("{}"), Just(r#"{"name":"f","tool_calls":[{"id":1}]}"#)];
     ("[a-z]{1,64}", ".{0,20}", extra)
