@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use warm::checkpoint::{Architecture, Dtype, Readout, TextFacts};
 use warm::domain::{Sample, Truncation};
 use warm::merge::{MergePlan, Merged, Recipe};
-use warm::model::{self, Arithmetic, Pack, Place, RewardModel, What};
+use warm::model::{self, Arithmetic, Devices, Pack, Place, RewardModel, What};
 use warm::text::{Encoding, TextOptions, TextPipeline};
 
 type Failure = Box<dyn std::error::Error>;
@@ -101,7 +101,7 @@ impl Arguments {
         };
         let place: Place = self.device.parse()?;
         let arithmetic = Arithmetic { dtype, batch_invariant: self.batch_invariant };
-        let model = model::load_on(&[place], arithmetic, &what, &mut |_, _| {})?;
+        let model = model::load_on(&Devices::open(&[place])?, arithmetic, &what, &mut |_, _| {})?;
         let facts = TextFacts::open(&members[0])?;
         let limit = model.limits().max_tokens;
         let text = TextPipeline::new(&facts, TextOptions::new(limit, reward.architecture.vocab_size, jiff::civil::DateTime::default()))?;

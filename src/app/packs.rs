@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::free_memory::{free_on, used_on};
 use crate::config::Config;
 use crate::domain::{Sample, Truncation};
-use crate::model::{Pack, Place, fitting_pack};
+use crate::model::{Pack, Place, fitting_pack, settle};
 use crate::registry::{Generation, Swap};
 use crate::text::Encoding;
 
@@ -64,6 +64,10 @@ impl Measure {
         let Some(pack) = warm_up_pack(generation, self.most) else { return self.most };
         let mut seen: Option<Seen> = None;
         for (device, place) in self.places.iter().enumerate() {
+            // What freed blocks are kept would be taken again, and seen by nobody.
+            if let Err(problem) = settle(&[*place]) {
+                tracing::warn!(%problem, "what a forward takes may be seen too small");
+            }
             let (outcome, bytes) = rise(|| used_on(*place), || model.forward_on(device, &pack));
             if let Err(problem) = outcome {
                 tracing::warn!(%problem, device = %place, "the forward that measures memory failed");

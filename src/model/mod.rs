@@ -17,13 +17,15 @@ mod transformer;
 mod trie;
 mod weights;
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
 pub use cost::{shared_prefix, token_cost};
 pub use device::{
-    Arithmetic, Card, DeviceChoice, DeviceError, FlashCheck, Inventory, Place, Support, flash_checks, has_room, inventory, run_when_idle,
+    Arithmetic, Card, DeviceChoice, DeviceError, Devices, FlashCheck, Inventory, Place, Support, card, flash_checks, has_room, inventory,
+    run_when_idle, settle,
 };
 use device::{Backend, Fault};
 use head::{Head, Verdict};
@@ -175,7 +177,7 @@ pub fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
     let what = What { source, apart: None, architecture, layout, readout, max_tokens };
-    load_on(&[Place::Cpu], Dtype::F32, &what, progress)
+    load_on(&Devices::open(&[Place::Cpu])?, Dtype::F32, &what, progress)
 }
 
 /// What is to be loaded, and how much of a sample it may be given.
@@ -191,23 +193,30 @@ pub struct What<'a> {
     pub max_tokens: usize,
 }
 
-/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once.
+/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once, and copied to all
+/// others at the same time. Every device has settled when this returns, so the model may be used from any thread.
 pub fn load_on(
-    places: &[Place],
+    devices: &Devices,
     arithmetic: impl Into<Arithmetic>,
     what: &What<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
-    let arithmetic = arithmetic.into();
-    let open = |place: &Place| place.open(arithmetic, what.architecture);
-    let backends: Vec<Backend> = places.iter().map(open).collect::<Result<_, _>>()?;
+    let backends = devices.backends(arithmetic.into(), what.architecture);
     let (first, rest) = backends.split_first().ok_or_else(|| DeviceError { place: String::new(), problem: "none named".to_owned() })?;
     let model = load_with(first, what, progress)?;
     if rest.is_empty() {
         return Ok(Arc::new(model));
     }
-    let copies = rest.iter().map(|backend| model.on(backend, what.apart.map(|apart| apart.base))).collect::<Result<Vec<_>, _>>()?;
+    let copies = copies(&model, rest, what.apart.map(|apart| apart.base))?;
     Ok(Arc::new(replicas::Replicas::new(model, copies)))
+}
+
+/// The same model on every one of these, copied by a thread each.
+fn copies(model: &Model, backends: &[Backend], base: Option<&SharedBase>) -> Result<Vec<Model>, LoadError> {
+    std::thread::scope(|scope| {
+        let copying: Vec<_> = backends.iter().map(|backend| scope.spawn(move || model.on(backend, base))).collect();
+        copying.into_iter().map(|copy| copy.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
 }
 
 fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, LoadError> {
@@ -222,6 +231,8 @@ fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u
         device_bytes: loader.device_bytes,
     };
     let (head, prefixes) = (Arc::new(head), Prefixes::of(backend, architecture));
+    // Each thread has a stream of its own on a card: what this one has placed is there for others only once it has settled.
+    backend.driver.settle(backend.place)?;
     Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone() })
 }
 
@@ -266,15 +277,29 @@ impl Model {
     fn on(&self, backend: &Backend, base: Option<&SharedBase>) -> Result<Self, LoadError> {
         let (transformer, head) = (self.transformer.on(backend, base)?, Arc::clone(&self.head));
         let (architecture, prefixes) = (self.architecture.clone(), Prefixes::of(backend, &self.architecture));
+        backend.driver.settle(backend.place)?;
         Ok(Self { transformer, head, limits: self.limits, prefixes, architecture })
     }
 }
 
-impl RewardModel for Model {
-    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        let places: Vec<Option<Places>> =
-            (0..pack.len()).map(|sample| self.head.readout().places(pack.encoding(sample).ids()).ok()).collect();
-        let read = |sample: usize| places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied();
+impl Model {
+    /// A forward that failed for no known reason may have failed because nothing runs there any more.
+    fn told(&self, error: ModelError) -> ModelError {
+        let backend = self.transformer.backend();
+        match error {
+            ModelError::Failed(words) if !backend.driver.answers(&backend.device) => ModelError::DeviceLost(words),
+            error => error,
+        }
+    }
+
+    /// What the head reads of every sample; nothing of one that lacks it.
+    fn places(&self, pack: &Pack) -> Vec<Option<Places>> {
+        (0..pack.len()).map(|sample| self.head.readout().places(pack.encoding(sample).ids()).ok()).collect()
+    }
+
+    fn scored(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        let places = self.places(pack);
+        let read = |sample: usize| positions(&places, sample);
         let mut cache = self.prefixes.as_ref().and_then(Prefixes::open);
         let plan = cache.as_mut().map(|cache| {
             let first_read = |sample: usize| read(sample).min().unwrap_or(pack.encoding(sample).tokens() - 1);
@@ -282,8 +307,7 @@ impl RewardModel for Model {
         });
         let (memory, rest) = plan.unzip();
         let pack = rest.as_ref().unwrap_or(pack);
-        let rows: Vec<u32> =
-            (0..pack.len()).flat_map(|sample| read(sample).map(move |position| pack.row(sample, position) as u32)).collect();
+        let rows = rows(pack, &places);
         let hidden = self.transformer.hidden(pack, &rows, memory.as_ref());
         if let (Some(mut cache), Some(memory), Some(prefixes)) = (cache, memory, &self.prefixes) {
             memory.leave(&mut cache, hidden.is_ok());
@@ -306,6 +330,22 @@ impl RewardModel for Model {
             Output { reward, values: outputs, steps, pooled_position, shared_tokens, cached_tokens }
         });
         Ok(outputs.collect())
+    }
+}
+
+/// Where the head reads a sample: positions, in order.
+fn positions(places: &[Option<Places>], sample: usize) -> impl Iterator<Item = usize> {
+    places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied()
+}
+
+/// The same of all samples, as rows of the pack.
+fn rows(pack: &Pack, places: &[Option<Places>]) -> Vec<u32> {
+    (0..pack.len()).flat_map(|sample| positions(places, sample).map(move |position| pack.row(sample, position) as u32)).collect()
+}
+
+impl RewardModel for Model {
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        self.scored(pack).map_err(|error| self.told(error))
     }
 
     fn limits(&self) -> Limits {
@@ -342,6 +382,8 @@ impl RewardModel for Model {
     }
 }
 
+#[cfg(test)]
+mod device_tests;
 #[cfg(test)]
 mod invariance_tests;
 #[cfg(test)]

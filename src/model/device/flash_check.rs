@@ -30,7 +30,7 @@ pub fn flash_checks(place: Place) -> Result<Vec<FlashCheck>, DeviceError> {
     if !flash::BUILT {
         return Err(place.error("this build has no flash attention; build with `--features cuda,flash-attn`"));
     }
-    let device = place.device()?;
+    let device = place.opened()?;
     Ok(checks(flash::attend, &device, DType::BF16))
 }
 
