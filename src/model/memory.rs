@@ -6,6 +6,7 @@
 
 use serde::Serialize;
 
+use super::device::{Arithmetic, Place};
 use super::pack::MIN_ROWS;
 use super::plain::ELEMENTS;
 use crate::checkpoint::{Architecture, Dtype};
@@ -61,6 +62,14 @@ const WORKSPACE: u64 = 64 << 20;
 
 /// Packs are measured in steps of so many tokens.
 const STEP: usize = 256;
+
+/// Bytes that must be free beside the weights on each of these devices, of one kind, if a model is to be of any use there: what
+/// a forward over the smallest pack takes.
+pub fn least_activation_bytes(places: &[Place], arithmetic: Arithmetic, architecture: &Architecture, max_tokens: usize) -> u64 {
+    let Some(place) = places.first() else { return 0 };
+    let (way, Arithmetic { dtype, batch_invariant }) = (place.way(arithmetic, architecture), arithmetic);
+    activation_bytes(architecture, way, dtype, batch_invariant, Load::of(STEP, max_tokens))
+}
 
 /// The largest pack, up to `most` tokens, for which `bytes`, which never falls with the tokens, are at most `room`; the
 /// smallest step where none is.

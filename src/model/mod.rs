@@ -29,7 +29,7 @@ pub use device::{
 };
 use device::{Backend, Fault};
 use head::{Head, Verdict};
-pub use memory::{Load, Way, activation_bytes, fitting_pack};
+pub use memory::{Load, Way, activation_bytes, fitting_pack, least_activation_bytes};
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};

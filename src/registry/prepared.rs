@@ -123,6 +123,13 @@ impl Prepared {
         merged.saturating_add(members)
     }
 
+    /// Bytes without which no device could score: the weights, and what the smallest packs take beside them.
+    fn least_bytes(&self) -> Result<u64, LoadError> {
+        let (On { places, arithmetic }, reward) = (&self.on, self.plan.reward()?);
+        let activations = model::least_activation_bytes(places, *arithmetic, reward.architecture, self.max_tokens);
+        Ok(self.device_bytes().saturating_add(activations))
+    }
+
     /// The most that its prefix caches hold once it is live.
     pub fn prefix_bytes(&self) -> u64 {
         let keeps = self.plan.reward().is_ok_and(|reward| model::keeps_prefixes(&self.on.places, reward.architecture));
@@ -171,7 +178,7 @@ impl Prepared {
 
     /// Merges and loads, and lets every model score the bundled probes.
     pub fn load(&self, id: GenerationId, progress: &mut dyn FnMut(Progress)) -> Result<Generation, LoadError> {
-        model::has_room(&self.on.places, self.device_bytes())?;
+        model::has_room(&self.on.places, self.least_bytes()?)?;
         let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
         let on = self.on.open()?;
         let mut load = |stage: &str, what: &str, source: &dyn TensorSource, apart: Option<Apart>| {
