@@ -58,8 +58,9 @@ const SAMPLE: usize = 256;
 const LOOK: Duration = Duration::from_millis(1);
 
 impl Measure {
-    /// Runs one forward of a generation that nobody uses yet, and that keeps no prompts yet, on each of its devices.
-    pub(super) fn measured(&self, generation: &Generation) -> usize {
+    /// Runs one forward of a generation that nobody uses yet, and that keeps no prompts yet, on each of its devices. So many
+    /// bytes are taken by others that go.
+    pub(super) fn measured(&self, generation: &Generation, others: u64) -> usize {
         let model = generation.model();
         let Some(pack) = warm_up_pack(generation, self.most) else { return self.most };
         let mut seen: Option<Seen> = None;
@@ -78,7 +79,7 @@ impl Measure {
         let promised = if self.places.contains(&Place::Cpu) { self.prefix_cache } else { 0 };
         let another = if self.swap == Swap::Beside { generation.device_bytes() } else { 0 };
         let Some(free) = free_on(&self.places) else { return self.most };
-        let room = Room { free, another, promised };
+        let room = Room { free: free.saturating_add(others), another, promised };
         let tokens = choose(self.most, room, seen, |tokens| model.activation_bytes(tokens));
         tracing::info!(
             max_pack_tokens = tokens,
