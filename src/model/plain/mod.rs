@@ -30,8 +30,12 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 pub fn activate(kind: Activation, x: &Tensor) -> Result<Tensor> {
-    // Of 16-bit numbers candle rounds every step of these on a card, but for one.
-    let stepwise = x.dtype() != DType::F32 && (kind, x.dtype()) != (Activation::Silu, DType::BF16);
+    // Of 16-bit numbers candle's kernels for cards round every step of these, but for those that have one step, and for the one
+    // that they compute in float32 (`unary.cu`).
+    let stepwise = match (kind, x.dtype()) {
+        (_, DType::F32) | (Activation::Relu | Activation::Tanh, _) | (Activation::Silu, DType::BF16) => false,
+        (Activation::Silu | Activation::Gelu | Activation::GeluTanh, _) => true,
+    };
     if stepwise {
         return activate(kind, &x.to_dtype(DType::F32)?)?.to_dtype(x.dtype());
     }
