@@ -114,8 +114,11 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     let experts = a.experts.as_ref().map_or(0, |experts| {
         // As if every token had chosen the same expert.
         let inner = wide(experts.intermediate_size);
-        let gathered = 3 * stream + row(wide(experts.count), f32s);
-        gathered + mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner)) + 2 * stream
+        // Every row once for each of its experts, where all of them are gathered at once, and what comes of it twice.
+        let copies = if way == Way::Kernels { 1 } else { wide(experts.per_token) };
+        let gathered = (1 + copies) * stream + 2 * copies * row(h, w) + row(wide(experts.count), f32s);
+        let one = mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner));
+        gathered + one.max((copies + 2) * stream) + stream
     });
     let convolution = a.convolution.as_ref().map_or(0, |convolution| 2 * row(h * wide(convolution.kernel), f32s) + product(h, true));
     // In families of parallel parts the MLP stands beside what attention gave.
