@@ -8,6 +8,7 @@ mod kernels;
 mod memory;
 mod ops;
 mod pack;
+mod placing;
 mod plain;
 mod prefix_cache;
 mod prefixes;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda::cudarc::driver::{CudaContext, DriverError};
+use candle_core::cuda::cudarc::driver::{CudaContext, DriverError, PinnedHostSlice};
 
 use super::{Card, raw};
 
@@ -38,6 +38,21 @@ pub fn settle(ordinal: usize) -> Result<(), String> {
         raw::trim(&context)
     };
     settle().map_err(|error: DriverError| format!("{:?}", error.0))
+}
+
+/// Numbers of 16 bits on pages of the host that stay where they are.
+pub type Pinned = PinnedHostSlice<u16>;
+
+pub fn pinned(ordinal: usize, elements: usize) -> Result<Pinned, String> {
+    context(ordinal).and_then(|context| raw::pinned(&context, elements)).map_err(|error| format!("{:?}", error.0))
+}
+
+pub fn length(pinned: &Pinned) -> usize {
+    pinned.len()
+}
+
+pub fn numbers(pinned: &mut Pinned) -> Result<&mut [u16], String> {
+    pinned.as_mut_slice().map_err(|error| format!("{:?}", error.0))
 }
 
 /// The card's own context, kept once it is there: whoever looks again and again would make it anew each time.

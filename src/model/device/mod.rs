@@ -13,6 +13,7 @@ mod opened;
 mod place;
 #[cfg(feature = "cuda")]
 mod raw;
+mod staging;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,6 +32,7 @@ pub use flash_check::{FlashCheck, flash_checks};
 pub use idle::run_when_idle;
 pub use opened::Devices;
 pub use place::{DeviceChoice, DeviceError, Place};
+pub use staging::Staging;
 
 /// How a model computes on a device that our kernels do not run on. They compute in float32, and give a score the same bits
 /// in any company, whatever is asked here.

@@ -15,3 +15,18 @@ pub fn card(_: usize) -> Result<Card, String> {
 pub fn settle(_: usize) -> Result<(), String> {
     Err(NONE.to_owned())
 }
+
+/// There are none.
+pub enum Pinned {}
+
+pub fn pinned(_: usize, _: usize) -> Result<Pinned, String> {
+    Err(NONE.to_owned())
+}
+
+pub fn length(pinned: &Pinned) -> usize {
+    match *pinned {}
+}
+
+pub fn numbers(pinned: &mut Pinned) -> Result<&mut [u16], String> {
+    match *pinned {}
+}

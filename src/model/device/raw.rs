@@ -1,6 +1,9 @@
-//! Of all that is asked of a card's driver, what no safe interface here offers: to trim the pool that memory comes from.
+//! Of all that is asked of a card's driver, what no safe interface here offers: to trim the pool that memory comes from, and
+//! pages of the host that stay where they are.
 
-use candle_core::cuda::cudarc::driver::{CudaContext, DriverError, result};
+use std::sync::Arc;
+
+use candle_core::cuda::cudarc::driver::{CudaContext, DriverError, PinnedHostSlice, result};
 
 /// Gives back to the driver what the card's pool keeps of freed blocks.
 #[allow(unsafe_code)]
@@ -13,5 +16,16 @@ pub fn trim(context: &CudaContext) -> Result<(), DriverError> {
     unsafe {
         let pool = result::device::get_mem_pool(context.cu_device())?;
         result::mem_pool::trim_to(pool, 0)
+    }
+}
+
+/// So many numbers on pages that stay where they are, all zero.
+#[allow(unsafe_code)]
+pub fn pinned(context: &Arc<CudaContext>, elements: usize) -> Result<PinnedHostSlice<u16>, DriverError> {
+    // SAFETY: the memory is written as a whole, through its own pointer and for its own length, before anybody reads it.
+    unsafe {
+        let mut slice = context.alloc_pinned::<u16>(elements)?;
+        slice.as_mut_ptr()?.write_bytes(0, elements);
+        Ok(slice)
     }
 }
