@@ -84,3 +84,30 @@ fn a_device_that_answers_no_more_is_lost_and_one_that_does_is_not() {
     assert!(matches!(outcome(&odd), ModelError::DeviceLost(words) if words.contains("unlikely")));
     assert!(matches!(outcome(&full), ModelError::OutOfMemory(_)));
 }
+
+#[test]
+fn a_pack_that_was_made_ready_has_the_same_scores_on_whichever_device_it_runs() {
+    let driver = driver();
+    let several = loaded("mistral", json!({"sliding_window": 5}), |what| {
+        let model = load_with(&card(0, driver), what, &mut |_, _| {}).expect("loads");
+        let copies = copies(&model, &[card(1, driver)], None).expect("copies");
+        Replicas::new(model, copies)
+    });
+    let samples = [vec![1, 2, 3], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9]].map(|ids| Arc::new(Encoding::for_test(ids)));
+    let pack = || Pack::forest(&samples, |tokens| several.prefix_key(tokens));
+    let bits = |pack: &Pack, device: usize| -> Vec<u32> {
+        several.forward_on(device, pack).expect("scored").iter().map(|output| output.reward.to_bits()).collect()
+    };
+    let expected = bits(&pack(), 0);
+    let ready = pack();
+    several.prepare(1, &ready);
+    assert!(format!("{:?}", ready.ready()).contains("Some"));
+    assert_eq!(bits(&ready, 0), expected, "what is ready elsewhere is no use here");
+    assert!(format!("{:?}", ready.ready()).contains("Some"), "and stays");
+    assert_eq!(bits(&ready, 1), expected);
+    assert!(format!("{:?}", ready.ready()).contains("None"), "what was used is gone");
+    assert_eq!(bits(&ready, 1), expected);
+    let kernels = loaded("llama", json!({}), |what| load_with(&Backend::cpu(), what, &mut |_, _| {})).expect("loads");
+    kernels.prepare(0, &ready);
+    assert!(format!("{:?}", ready.ready()).contains("None"), "the host needs nothing");
+}

@@ -124,7 +124,8 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     // In families of parallel parts the MLP stands beside what attention gave.
     let beside = row(queries, f32s) + row(h, w);
     let largest = [projected, attention, output, dense + beside, experts + beside, convolution].into_iter().max().unwrap_or(0);
-    let whole_pack = if way == Way::Kernels { 0 } else { planned(a, way, fixed, load) };
+    // That of the next pack stands there, too.
+    let whole_pack = if way == Way::Kernels { 0 } else { 2 * planned(a, way, fixed, load) };
     2 * stream + whole_pack + convolution + largest + WORKSPACE
 }
 

@@ -13,12 +13,12 @@ mod plain;
 mod prefix_cache;
 mod prefixes;
 mod reading;
+mod ready;
 mod replicas;
 mod transformer;
 mod trie;
 mod weights;
 
-use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
@@ -31,9 +31,12 @@ pub use device::{
 use device::{Backend, Fault};
 use head::{Head, Verdict};
 pub use memory::{Load, Way, activation_bytes, fitting_pack, least_activation_bytes};
+use ops::Ops;
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};
+use ready::Owner;
+use replicas::{Replicas, copies};
 use transformer::Transformer;
 use weights::Loader;
 
@@ -47,6 +50,12 @@ pub trait RewardModel: Send + Sync {
     fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         let _ = device;
         self.forward(pack)
+    }
+
+    /// Makes ready on one of the devices what a forward over this pack needs there beside the weights, and leaves it with the
+    /// pack. Called while the device computes, by another thread; no score depends on it.
+    fn prepare(&self, device: usize, pack: &Pack) {
+        let _ = (device, pack);
     }
 
     /// Where it runs, for people: one name a device.
@@ -209,15 +218,7 @@ pub fn load_on(
         return Ok(Arc::new(model));
     }
     let copies = copies(&model, rest, what.apart.map(|apart| apart.base))?;
-    Ok(Arc::new(replicas::Replicas::new(model, copies)))
-}
-
-/// The same model on every one of these, copied by a thread each.
-fn copies(model: &Model, backends: &[Backend], base: Option<&SharedBase>) -> Result<Vec<Model>, LoadError> {
-    std::thread::scope(|scope| {
-        let copying: Vec<_> = backends.iter().map(|backend| scope.spawn(move || model.on(backend, base))).collect();
-        copying.into_iter().map(|copy| copy.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    })
+    Ok(Arc::new(Replicas::new(model, copies)))
 }
 
 fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, LoadError> {
@@ -234,7 +235,7 @@ fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u
     let (head, prefixes) = (Arc::new(head), Prefixes::of(backend, architecture));
     // Each thread has a stream of its own on a card: what this one has placed is there for others only once it has settled.
     backend.driver.settle(backend.place)?;
-    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone() })
+    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone(), owner: Owner::new() })
 }
 
 /// Bytes of a model of these tensors on the CPU, but for the few rows that narrow matrices are padded with.
@@ -271,6 +272,7 @@ struct Model {
     /// Absent where our kernels do not compute, and for a model whose tokens depend on what comes after them.
     prefixes: Option<Prefixes>,
     architecture: Architecture,
+    owner: Owner,
 }
 
 impl Model {
@@ -279,7 +281,7 @@ impl Model {
         let (transformer, head) = (self.transformer.on(backend, base)?, Arc::clone(&self.head));
         let (architecture, prefixes) = (self.architecture.clone(), Prefixes::of(backend, &self.architecture));
         backend.driver.settle(backend.place)?;
-        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture })
+        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture, owner: Owner::new() })
     }
 }
 
@@ -299,6 +301,7 @@ impl Model {
     }
 
     fn scored(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        let ready = pack.ready().take(self.owner);
         let places = self.places(pack);
         let read = |sample: usize| positions(&places, sample);
         let mut cache = self.prefixes.as_ref().and_then(Prefixes::open);
@@ -309,7 +312,7 @@ impl Model {
         let (memory, rest) = plan.unzip();
         let pack = rest.as_ref().unwrap_or(pack);
         let rows = rows(pack, &places);
-        let hidden = self.transformer.hidden(pack, &rows, memory.as_ref());
+        let hidden = self.transformer.hidden(pack, &rows, memory.as_ref(), ready);
         if let (Some(mut cache), Some(memory), Some(prefixes)) = (cache, memory, &self.prefixes) {
             memory.leave(&mut cache, hidden.is_ok());
             prefixes.count(&cache);
@@ -345,6 +348,18 @@ fn rows(pack: &Pack, places: &[Option<Places>]) -> Vec<u32> {
 }
 
 impl RewardModel for Model {
+    fn prepare(&self, _: usize, pack: &Pack) {
+        if self.transformer.backend().ops == Ops::Kernels {
+            // The host's memory is the device's, and which tokens are there is known only when their turn comes.
+            return;
+        }
+        match self.transformer.prepare(pack, &rows(pack, &self.places(pack))) {
+            Ok(ready) => pack.ready().put(self.owner, ready),
+            // The forward tries it once more, and tells.
+            Err(problem) => tracing::debug!(%problem, "a pack was not made ready"),
+        }
+    }
+
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         self.scored(pack).map_err(|error| self.told(error))
     }
