@@ -5,14 +5,16 @@
 //! cargo bench --features cuda --bench gpu -- rates --device cuda:0 --dtype bfloat16 CHECKPOINT_DIR...
 //! cargo bench --features cuda --bench gpu -- parity --device cuda:0 --dtype float32 CONFORMANCE_DIR
 //! cargo bench --features cuda,flash-attn --bench gpu -- flash --device cuda:0
+//! cargo bench --features cuda --bench gpu -- split --device cuda:0 --dtype bfloat16 CHECKPOINT_DIR
+//! cargo bench --features cuda --bench gpu -- lost --device cuda:0 --dtype bfloat16 CHECKPOINT_DIR
 //! cargo bench --features cuda --bench gpu -- scores --device cuda:0 --dtype bfloat16 --ids FILE CHECKPOINT_DIR
 //! ```
 //!
 //! Every line of output is a JSON object. Rates are medians of some rounds after a warm-up.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use clap::{Parser, ValueEnum};
@@ -20,7 +22,7 @@ use serde_json::{Value, json};
 use warm::checkpoint::{Architecture, Dtype, Readout, TextFacts};
 use warm::domain::{Sample, Truncation};
 use warm::merge::{MergePlan, Merged, Recipe};
-use warm::model::{self, Arithmetic, Pack, Place, RewardModel, What};
+use warm::model::{self, Arithmetic, Devices, ModelError, Pack, Place, RewardModel, What};
 use warm::text::{Encoding, TextOptions, TextPipeline};
 
 type Failure = Box<dyn std::error::Error>;
@@ -61,6 +63,10 @@ enum Mode {
     /// Flash attention against plain attention.
     Flash,
     Scores,
+    /// A pack for which a card has no room left, and its parts.
+    Split,
+    /// What is told of a card that is broken for good.
+    Lost,
 }
 
 struct Loaded {
@@ -101,7 +107,7 @@ impl Arguments {
         };
         let place: Place = self.device.parse()?;
         let arithmetic = Arithmetic { dtype, batch_invariant: self.batch_invariant };
-        let model = model::load_on(&[place], arithmetic, &what, &mut |_, _| {})?;
+        let model = model::load_on(&Devices::open(&[place])?, arithmetic, &what, &mut |_, _| {})?;
         let facts = TextFacts::open(&members[0])?;
         let limit = model.limits().max_tokens;
         let text = TextPipeline::new(&facts, TextOptions::new(limit, reward.architecture.vocab_size, jiff::civil::DateTime::default()))?;
@@ -117,6 +123,20 @@ impl Loaded {
 
     fn pack(&self, samples: &[Arc<Encoding>]) -> Pack {
         Pack::forest(samples, |tokens| self.model.prefix_key(tokens))
+    }
+
+    fn positions(&self) -> usize {
+        self.model.limits().max_tokens.min(self.architecture.max_positions)
+    }
+
+    /// Tokens of a long sample.
+    fn long(&self) -> usize {
+        1024.min(self.positions() / 2)
+    }
+
+    /// Long samples that fill a pack of so many tokens.
+    fn equal(&self, pack: usize) -> Result<Vec<Arc<Encoding>>, Failure> {
+        (0..(pack / self.long()).max(1)).map(|seed| self.encode(self.random(self.long(), seed))).collect()
     }
 
     fn random(&self, length: usize, seed: usize) -> Vec<u32> {
@@ -183,10 +203,115 @@ fn load(arguments: &Arguments) -> Result<Loaded, Failure> {
     Ok(loaded)
 }
 
+/// Bytes that are taken of a card by anybody, of the machine by this process.
+fn used(place: Place) -> Option<u64> {
+    if let Some(card) = model::card(place) {
+        return Some(card.total_bytes.saturating_sub(card.free_bytes));
+    }
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+/// What a forward over a full pack takes of the device, beside what was planned for it.
+fn memory(arguments: &Arguments, loaded: &Loaded) -> Result<(), Failure> {
+    let place: Place = arguments.device.parse()?;
+    let pack = loaded.pack(&loaded.equal(arguments.pack)?);
+    // What a library takes when it is first called is not the forward's.
+    loaded.model.forward(&Pack::new(&[loaded.encode(loaded.random(16, 1))?]))?;
+    model::settle(&[place])?;
+    let (before, (ran, watched)) = (used(place), mpsc::channel::<()>());
+    let most = std::thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            let mut most = used(place);
+            while watched.recv_timeout(Duration::from_millis(1)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                most = most.max(used(place));
+            }
+            most.max(used(place))
+        });
+        let forward = loaded.model.forward(&pack);
+        drop(ran);
+        forward.map(|_| watch.join().ok().flatten())
+    })?;
+    let (planned, rise) =
+        (loaded.model.activation_bytes(pack.computed_tokens()), most.zip(before).map(|(most, before)| most.saturating_sub(before)));
+    let share = rise.zip(planned).map(|(rise, planned)| rise as f64 / planned as f64);
+    println!(
+        "{}",
+        json!({"what": "memory of a forward", "model": arguments.name(), "on": loaded.model.runs_on().join(", "), "tokens": pack.computed_tokens(),
+            "planned_bytes": planned, "used_bytes": rise, "share_of_plan": share})
+    );
+    Ok(())
+}
+
+/// Takes so much of a card that a full pack has no room left; its parts have the scores that they had before.
+fn split(arguments: &Arguments) -> Result<(), Failure> {
+    let Place::Cuda(ordinal) = arguments.device.parse()? else {
+        println!("{}", json!({"what": "out of memory, skipped"}));
+        return Ok(());
+    };
+    let (place, loaded) = (Place::Cuda(ordinal), arguments.load(&arguments.folders)?);
+    let samples = loaded.equal(arguments.pack)?;
+    let expected = loaded.model.forward(&loaded.pack(&samples))?;
+    model::settle(&[place])?;
+    let (free, planned) =
+        (model::card(place).ok_or("no card")?.free_bytes, loaded.model.activation_bytes(arguments.pack).ok_or("no plan")?);
+    let taken = usize::try_from(free.saturating_sub(planned / 8))?;
+    let device = Device::new_cuda(ordinal)?;
+    let ballast = Tensor::zeros(taken, DType::U8, &device)?;
+    device.synchronize()?;
+    let refused = loaded.model.forward(&loaded.pack(&samples)).err().map(|error| error.to_string());
+    let (mut part, mut rewards) = (samples.len(), Vec::new());
+    while rewards.is_empty() && part > 1 {
+        part = part.div_ceil(2);
+        let parts: Result<Vec<_>, _> = samples.chunks(part).map(|part| loaded.model.forward(&loaded.pack(part))).collect();
+        match parts {
+            Ok(parts) => rewards = parts.into_iter().flatten().map(|output| output.reward).collect(),
+            Err(ModelError::OutOfMemory(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    drop(ballast);
+    let largest = expected.iter().zip(&rewards).map(|(a, b)| (a.reward - b).abs()).fold(0f32, f32::max);
+    let recovered =
+        refused.as_ref().is_some_and(|words| words.contains("out of memory")) && rewards.len() == expected.len() && largest <= 1e-3;
+    println!(
+        "{}",
+        json!({"what": "out of memory", "model": arguments.name(), "on": loaded.model.runs_on().join(", "), "taken_bytes": taken,
+            "refused": refused, "samples": samples.len(), "part": part, "largest": largest, "recovered": recovered})
+    );
+    Ok(())
+}
+
+/// Breaks the context of the card for this process, which ends behind this, and asks for a score.
+fn lost(arguments: &Arguments) -> Result<(), Failure> {
+    let Place::Cuda(ordinal) = arguments.device.parse()? else {
+        println!("{}", json!({"what": "a lost device, skipped"}));
+        return Ok(());
+    };
+    let loaded = arguments.load(&arguments.folders)?;
+    let device = Device::new_cuda(ordinal)?;
+    // No table has such a row.
+    let outside = || {
+        Tensor::zeros((2, 2), DType::F32, &device)?.index_add(
+            &Tensor::new(&[1u32 << 30], &device)?,
+            &Tensor::ones((1, 2), DType::F32, &device)?,
+            0,
+        )
+    };
+    let broken = outside().and_then(|x| x.to_vec2::<f32>()).err().map(|error| error.to_string());
+    let found = loaded.model.forward(&Pack::new(&[loaded.encode(loaded.random(16, 1))?]));
+    let told = matches!(found, Err(ModelError::DeviceLost(_)));
+    let words = found.err().map(|error| error.to_string());
+    println!("{}", json!({"what": "a lost device", "model": arguments.name(), "broken": broken, "found": words, "told": told}));
+    Ok(())
+}
+
 fn rates(arguments: &Arguments) -> Result<(), Failure> {
     let loaded = load(arguments)?;
     let (on, name) = (loaded.model.runs_on().join(", "), arguments.name());
     let invariant = if arguments.batch_invariant { ", batch invariant" } else { "" };
+    memory(arguments, &loaded)?;
     let rate = matrix_rate(arguments, &loaded.architecture)?;
     println!("{}", json!({"what": "matrix products", "model": name, "on": on, "dtype": arguments.dtype, "tera_per_second": rate / 1e12}));
 
@@ -194,9 +319,8 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
     let embedding = (a.vocab_size * a.embedding_size()) as u64;
     // Two operations a weight and token; attention is not counted.
     let per_token = 2.0 * (loaded.model.limits().parameters - embedding) as f64;
-    let positions = loaded.model.limits().max_tokens.min(a.max_positions);
-    let long = 1024.min(positions / 2);
-    let equal: Vec<Vec<u32>> = (0..(arguments.pack / long).max(1)).map(|seed| loaded.random(long, seed)).collect();
+    let positions = loaded.positions();
+    let long = loaded.long();
     // From a sixteenth of that length to four times it, evenly on a scale of doublings.
     let most = positions.min(4 * long);
     let mixed: Vec<Vec<u32>> = (0..64usize)
@@ -205,8 +329,10 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
         .collect();
     let prompt = loaded.random(long, 1);
     let group: Vec<Vec<u32>> = (0..16).map(|i| [prompt.clone(), loaded.random(long / 4, i + 2)].concat()).collect();
-    for (what, samples) in [("equal lengths", equal), ("mixed lengths", mixed), ("a group", group)] {
-        let samples = samples.into_iter().map(|ids| loaded.encode(ids)).collect::<Result<Vec<_>, _>>()?;
+    let encoded = |samples: Vec<Vec<u32>>| samples.into_iter().map(|ids| loaded.encode(ids)).collect::<Result<Vec<_>, _>>();
+    for (what, samples) in
+        [("equal lengths", loaded.equal(arguments.pack)?), ("mixed lengths", encoded(mixed)?), ("a group", encoded(group)?)]
+    {
         let mut packs: Vec<Vec<Arc<Encoding>>> = vec![Vec::new()];
         for sample in &samples {
             let last = packs.last().map_or(0, |pack| pack.iter().map(|sample| sample.tokens()).sum::<usize>());
@@ -297,7 +423,8 @@ fn parity(arguments: &Arguments) -> Result<(), Failure> {
         println!("{}", json!({"what": "parity", "family": family, "on": loaded.model.runs_on(), "largest": worst}));
         largest = largest.max(worst);
     }
-    println!("{}", json!({"what": "parity, all", "dtype": arguments.dtype, "cases": cases, "largest": largest}));
+    let all = if arguments.dtype == "float32" { "parity, all".to_owned() } else { format!("parity in {}, all", arguments.dtype) };
+    println!("{}", json!({"what": all, "dtype": arguments.dtype, "cases": cases, "largest": largest}));
     Ok(())
 }
 
@@ -359,5 +486,7 @@ fn main() -> Result<(), Failure> {
         Mode::Flash => flash(&arguments),
         Mode::Parity => parity(&arguments),
         Mode::Scores => scores(&arguments),
+        Mode::Split => split(&arguments),
+        Mode::Lost => lost(&arguments),
     }
 }

@@ -192,6 +192,9 @@ impl App {
         let places = self.places.clone();
         let free = Box::new(move || free_memory::free_on(&places));
         let reloader = Reloader::new(self.engine.clone(), source, self.reloads, free, tokio::runtime::Handle::current());
+        if let Some(packs) = self.packs.clone() {
+            reloader.fit_packs(Box::new(move |generation, others| packs.measured(generation, others)));
+        }
         self.reloader = Some(reloader.clone());
         reloader
     }
@@ -366,7 +369,9 @@ fn install(engine: &Engine, packs: Option<&packs::Measure>, load: Loader, progre
                 "loaded"
             );
             if let Some(packs) = packs {
-                engine.scorer().set_max_pack_tokens(packs.measured(&generation));
+                let tokens = packs.measured(&generation, 0);
+                generation.set_pack_tokens(tokens);
+                engine.scorer().set_max_pack_tokens(tokens);
             }
             registry.metrics().reloaded(ReloadOutcome::Loaded);
             let (at, fingerprint) = (engine.clock().wall(), Some(generation.fingerprint));

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """A CUDA toolchain for building `warm --features cuda` on a machine that has neither a GPU, nor a driver, nor CUDA.
 
-    python3 deploy/cuda/toolchain.py FOLDER
+    python3 deploy/cuda/toolchain.py FOLDER            the compiler, and what is linked
+    python3 deploy/cuda/toolchain.py FOLDER cutlass    with the headers of the flash kernels, from a wheel and not by git
+    python3 deploy/cuda/toolchain.py FOLDER check      a compiler that compiles nothing: enough for `cargo clippy`
 
 The compiler and the headers come from NVIDIA's own Python wheels. The libraries of the driver (libcuda, cuBLAS, ...) are not
 needed to build: what the program calls of them is written here as small stand-ins, which look for the real library when they
@@ -36,6 +38,29 @@ LIBRARIES = {
     "curand": ("libcurand.so.10", "curand", 203),  # CURAND_STATUS_INITIALIZATION_FAILED
     "nvrtc": ("libnvrtc.so.13", "nvrtc", 11),  # NVRTC_ERROR_INTERNAL_ERROR
 }
+
+# The headers of the version that candle-flash-attn names by its commit.
+CUTLASS = "nvidia-cutlass==3.5.0.0"
+
+# What the build scripts ask of nvcc: its version in its own fourth line, what it compiles for, and a file for every -o. Nothing of it reaches a program that is only checked.
+NO_COMPILER = """#!/bin/sh
+case " $* " in
+  *" --version "*) printf 'nvcc\\n\\n\\nCuda compilation tools, release 13.0, V13.0.88\\n'; exit ;;
+  *" --list-gpu-code "*) printf 'sm_80\\nsm_89\\nsm_90\\n'; exit ;;
+esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o | --output-file) : >"$2"; shift ;;
+    --output-directory=*) folder=${1#*=} ;;
+    --output-directory | -odir) folder=$2; shift ;;
+    *.cu) sources="$sources $1" ;;
+  esac
+  shift
+done
+for source in $sources; do
+  [ -z "$folder" ] || : >"$folder/$(basename "$source" .cu).ptx"
+done
+"""
 
 LOOK_UP = """
 #define _GNU_SOURCE
@@ -117,13 +142,50 @@ def build(folder, library, source):
     print(f"{library}: {len(names)} functions of {file}")
 
 
-def crate_source():
-    """Where cargo keeps the crate, in the version of Cargo.lock."""
+def crate_source(crate):
+    """Where cargo keeps a crate, in the version of Cargo.lock."""
     lock = (Path(__file__).resolve().parents[2] / "Cargo.lock").read_text()
-    version = re.search(r'name = "cudarc"\nversion = "([^"]+)"', lock)[1]
+    version = re.search(rf'name = "{crate}"\nversion = "([^"]+)"', lock)[1]
     home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
-    found = sorted(home.glob(f"registry/src/*/cudarc-{version}"))
-    return found[-1] if found else sys.exit(f"cudarc {version} is not there: run `cargo fetch` first")
+    found = sorted(home.glob(f"registry/src/*/{crate}-{version}"))
+    return found[-1] if found else sys.exit(f"{crate} {version} is not there: run `cargo fetch` first")
+
+
+def clone_of_cutlass(forge):
+    """Where candle's build helper looks for its own clone of these headers, and the commit that it asks git for there."""
+    commit = re.search(r'CUTLASS_COMMIT: &str = "([0-9a-f]+)"', (crate_source("candle-flash-attn") / "build.rs").read_text())[1]
+    return forge / "git" / "checkouts" / f"cutlass-{commit[:16]}", commit
+
+
+def pretend_commit(clone, commit):
+    subprocess.run(["git", "init", "--quiet", str(clone)], check=True)
+    (clone / ".git" / "HEAD").write_text(commit + "\n")
+
+
+def cutlass(forge):
+    clone, commit = clone_of_cutlass(forge)
+    if (clone / "include" / "cute").is_dir() and (clone / ".git").is_dir():
+        return
+    shutil.rmtree(clone, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", scratch, CUTLASS], check=True)
+        source = Path(scratch) / "cutlass_library" / "source"
+        for part in ("include", "tools/util/include"):
+            shutil.copytree(source / part, clone / part)
+    pretend_commit(clone, commit)
+    print(f"{CUTLASS}: {clone}")
+
+
+def no_compiler(folder):
+    nvcc = folder / "bin" / "nvcc"
+    clone, commit = clone_of_cutlass(folder / "forge")
+    for part in (nvcc.parent, folder / "include", folder / "lib64", clone / "include"):
+        part.mkdir(parents=True, exist_ok=True)
+    nvcc.write_text(NO_COMPILER)
+    nvcc.chmod(0o755)
+    # Whoever looks for a toolkit looks for this header.
+    (folder / "include" / "cuda.h").touch()
+    pretend_commit(clone, commit)
 
 
 def main(folder):
@@ -148,12 +210,18 @@ def main(folder):
     for link, target in links.items():
         link.unlink(missing_ok=True)
         link.symlink_to(target.resolve())
-    source = crate_source()
+    source = crate_source("cudarc")
     for library in LIBRARIES:
         build(libraries, library, source)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    folder, *kind = [Path(sys.argv[1]).resolve(), *sys.argv[2:]] if len(sys.argv) > 1 else sys.exit(__doc__)
+    if kind == ["check"]:
+        no_compiler(folder)
+    elif kind in ([], ["cutlass"]):
+        main(folder)
+        if kind:
+            cutlass(folder / "forge")
+    else:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]).resolve())

@@ -5,7 +5,7 @@ use prometheus::proto::MetricFamily;
 use prometheus::{GaugeVec, Opts};
 
 use super::{free_memory, memory};
-use crate::model::{Place, inventory};
+use crate::model::{Place, card};
 
 /// Free and total bytes of each device; the processor's are those of this process's control group, or of the machine.
 pub(super) struct DeviceMemory {
@@ -34,15 +34,15 @@ impl Collector for DeviceMemory {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        // Drivers are asked only where there is a card to ask about.
-        let cards = if self.places.iter().any(|place| *place != Place::Cpu) { inventory().cards } else { Vec::new() };
         for place in &self.places {
             let device = place.to_string();
-            let card = cards.iter().find(|card| card.device == device);
             let found = match place {
                 // No limit at all is how it says that it does not know.
                 Place::Cpu => [free_memory::free_on(&self.places), Some(memory::limit()).filter(|limit| *limit > 0)],
-                _ => [card.map(|card| card.free_bytes), card.map(|card| card.total_bytes)],
+                _ => {
+                    let card = card(*place);
+                    [card.as_ref().map(|card| card.free_bytes), card.as_ref().map(|card| card.total_bytes)]
+                }
             };
             self.show(&device, found);
         }

@@ -2,26 +2,24 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::model::{Place, inventory};
+use crate::model::{Place, card, settle};
 
-/// Bytes that are free on each of these devices; `None` where nobody tells.
+/// Bytes that are free on each of these devices, once nothing is kept there that nobody holds; `None` where nobody tells.
 pub(super) fn free_on(places: &[Place]) -> Option<u64> {
     if !places.iter().any(|place| matches!(place, Place::Cuda(_))) {
         return free_memory();
     }
-    let cards = inventory().cards;
-    let of = |place: &Place| cards.iter().find(|card| card.device == place.to_string()).map(|card| card.free_bytes);
-    places.iter().map(of).min().flatten()
+    if let Err(error) = settle(places) {
+        tracing::warn!(%error, "freed memory may count as taken");
+    }
+    places.iter().map(|place| card(*place).map(|card| card.free_bytes)).min().flatten()
 }
 
 /// Bytes that are taken of this device: of a card by anybody, of the machine by this process. `None` where nobody tells.
 pub(super) fn used_on(place: Place) -> Option<u64> {
     match place {
         Place::Cpu | Place::Metal(_) => resident(&std::fs::read_to_string("/proc/self/status").ok()?),
-        Place::Cuda(_) => {
-            let card = inventory().cards.into_iter().find(|card| card.device == place.to_string())?;
-            Some(card.total_bytes.saturating_sub(card.free_bytes))
-        }
+        Place::Cuda(_) => card(place).map(|card| card.total_bytes.saturating_sub(card.free_bytes)),
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::free_memory::{free_on, used_on};
 use crate::config::Config;
 use crate::domain::{Sample, Truncation};
-use crate::model::{Pack, Place, fitting_pack};
+use crate::model::{Pack, Place, fitting_pack, settle};
 use crate::registry::{Generation, Swap};
 use crate::text::Encoding;
 
@@ -58,12 +58,17 @@ const SAMPLE: usize = 256;
 const LOOK: Duration = Duration::from_millis(1);
 
 impl Measure {
-    /// Runs one forward of a generation that nobody uses yet, and that keeps no prompts yet, on each of its devices.
-    pub(super) fn measured(&self, generation: &Generation) -> usize {
+    /// Runs one forward of a generation that nobody uses yet, and that keeps no prompts yet, on each of its devices. So many
+    /// bytes are taken by others that go.
+    pub(super) fn measured(&self, generation: &Generation, others: u64) -> usize {
         let model = generation.model();
         let Some(pack) = warm_up_pack(generation, self.most) else { return self.most };
         let mut seen: Option<Seen> = None;
         for (device, place) in self.places.iter().enumerate() {
+            // What freed blocks are kept would be taken again, and seen by nobody.
+            if let Err(problem) = settle(&[*place]) {
+                tracing::warn!(%problem, "what a forward takes may be seen too small");
+            }
             let (outcome, bytes) = rise(|| used_on(*place), || model.forward_on(device, &pack));
             if let Err(problem) = outcome {
                 tracing::warn!(%problem, device = %place, "the forward that measures memory failed");
@@ -74,7 +79,7 @@ impl Measure {
         let promised = if self.places.contains(&Place::Cpu) { self.prefix_cache } else { 0 };
         let another = if self.swap == Swap::Beside { generation.device_bytes() } else { 0 };
         let Some(free) = free_on(&self.places) else { return self.most };
-        let room = Room { free, another, promised };
+        let room = Room { free: free.saturating_add(others), another, promised };
         let tokens = choose(self.most, room, seen, |tokens| model.activation_bytes(tokens));
         tracing::info!(
             max_pack_tokens = tokens,

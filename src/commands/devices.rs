@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::CommandError;
 use crate::app::memory_limit;
-use crate::model::{Inventory, Support, inventory};
+use crate::model::{DeviceError, Inventory, Support, inventory};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DevicesArgs {
@@ -33,6 +33,7 @@ fn as_json(inventory: &Inventory, cores: usize, memory: u64) -> Result<Value, Co
         "build": {"cuda": cuda, "flash_attention": flash_attention, "metal": metal},
         "cpu": {"device": "cpu", "cores": cores, "memory_bytes": memory},
         "cuda": cards,
+        "cuda_silent": inventory.silent.iter().map(|card| json!({"device": card.place, "problem": card.problem})).collect::<Vec<_>>(),
         "cuda_problem": inventory.problem,
     }))
 }
@@ -51,9 +52,12 @@ fn as_text(inventory: &Inventory, cores: usize, memory: u64) -> String {
             card.device, card.name, card.compute_capability
         ));
     }
+    for DeviceError { place, problem } in &inventory.silent {
+        text.push_str(&format!("{place:7} does not answer: {problem}\n"));
+    }
     match &inventory.problem {
         Some(problem) => text.push_str(&format!("no CUDA device: {problem}\n")),
-        None if inventory.cards.is_empty() => text.push_str("no CUDA device: the driver has none\n"),
+        None if inventory.cards.is_empty() && inventory.silent.is_empty() => text.push_str("no CUDA device: the driver has none\n"),
         None => {}
     }
     text
@@ -72,7 +76,12 @@ mod tests {
             free_bytes: 70 << 30,
             total_bytes: 80 << 30,
         };
-        Inventory { support: Support { cuda: true, flash_attention: false, metal: false }, cards: vec![card], problem: None }
+        Inventory {
+            support: Support { cuda: true, flash_attention: false, metal: false },
+            cards: vec![card],
+            silent: Vec::new(),
+            problem: None,
+        }
     }
 
     #[test]
@@ -89,6 +98,16 @@ mod tests {
         );
         let json = as_json(&with_card(), 2, 16 << 30).expect("JSON");
         assert_eq!((&json["cuda"][0]["free_bytes"], &json["cuda_problem"]), (&json!(70u64 << 30), &Value::Null));
+    }
+
+    #[test]
+    fn a_card_that_does_not_answer_is_told_beside_those_that_do() {
+        let silent = vec![DeviceError { place: "cuda:1".to_owned(), problem: "CUDA_ERROR_ECC_UNCORRECTABLE".to_owned() }];
+        let inventory = Inventory { silent, ..with_card() };
+        let text = as_text(&inventory, 2, 16 << 30);
+        assert!(text.contains("cuda:0  NVIDIA H100"), "{text}");
+        assert!(text.ends_with("\ncuda:1  does not answer: CUDA_ERROR_ECC_UNCORRECTABLE\n"), "{text}");
+        assert_eq!(as_json(&inventory, 2, 0).expect("JSON")["cuda_silent"][0]["device"], "cuda:1");
     }
 
     #[test]

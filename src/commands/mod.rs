@@ -150,6 +150,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, environment: Environme
             Ok(ExitCode::SUCCESS)
         }
     };
+    ended(result)
+}
+
+/// Tells an error; whoever runs this process learns of it by its exit code, and starts it anew.
+fn ended(result: Result<ExitCode, CommandError>) -> ExitCode {
     result.unwrap_or_else(|error| {
         eprintln!("error: {}", with_causes(&error));
         ExitCode::FAILURE
@@ -192,4 +197,15 @@ fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
 fn instance(environment: &Environment) -> String {
     let host = environment.iter().find(|(name, _)| name == "HOSTNAME").map_or("warm", |(_, host)| host);
     format!("{host}-{}", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_device_is_no_success() {
+        assert_eq!(ended(Err(AppError::DeviceLost.into())), ExitCode::FAILURE);
+        assert_eq!(ended(Ok(ExitCode::SUCCESS)), ExitCode::SUCCESS);
+    }
 }

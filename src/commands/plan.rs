@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::config::{SETTINGS, parse_size, parse_size_or_off};
 use crate::domain::GenerationId;
 use crate::merge::{MergeError, MergePlan, Recipe};
-use crate::model::{Arithmetic, DeviceChoice, Place, inventory};
+use crate::model::{Arithmetic, DeviceChoice, Place, card};
 use crate::offline::{DevicePlan, DeviceRequest, PlanSummary, Rate, StepPlan, Workload, measure};
 use crate::registry::{Ensemble, LoadSpec, Swap, load_generation, members_on_one_base};
 
@@ -226,7 +226,7 @@ impl DeviceArgs {
 fn memory_of(place: Place) -> Option<u64> {
     match place {
         Place::Cpu => Some(memory_limit()).filter(|bytes| *bytes > 0),
-        _ => inventory().cards.iter().find(|card| card.device == place.to_string()).map(|card| card.total_bytes),
+        _ => card(place).map(|card| card.total_bytes),
     }
 }
 

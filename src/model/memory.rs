@@ -6,6 +6,7 @@
 
 use serde::Serialize;
 
+use super::device::{Arithmetic, Place};
 use super::pack::MIN_ROWS;
 use super::plain::ELEMENTS;
 use crate::checkpoint::{Architecture, Dtype};
@@ -62,6 +63,14 @@ const WORKSPACE: u64 = 64 << 20;
 /// Packs are measured in steps of so many tokens.
 const STEP: usize = 256;
 
+/// Bytes that must be free beside the weights on each of these devices, of one kind, if a model is to be of any use there: what
+/// a forward over the smallest pack takes.
+pub fn least_activation_bytes(places: &[Place], arithmetic: Arithmetic, architecture: &Architecture, max_tokens: usize) -> u64 {
+    let Some(place) = places.first() else { return 0 };
+    let (way, Arithmetic { dtype, batch_invariant }) = (place.way(arithmetic, architecture), arithmetic);
+    activation_bytes(architecture, way, dtype, batch_invariant, Load::of(STEP, max_tokens))
+}
+
 /// The largest pack, up to `most` tokens, for which `bytes`, which never falls with the tokens, are at most `room`; the
 /// smallest step where none is.
 pub fn fitting_pack(room: u64, most: usize, bytes: impl Fn(usize) -> u64) -> usize {
@@ -105,14 +114,18 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     let experts = a.experts.as_ref().map_or(0, |experts| {
         // As if every token had chosen the same expert.
         let inner = wide(experts.intermediate_size);
-        let gathered = 3 * stream + row(wide(experts.count), f32s);
-        gathered + mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner)) + 2 * stream
+        // Every row once for each of its experts, where all of them are gathered at once, and what comes of it twice.
+        let copies = if way == Way::Kernels { 1 } else { wide(experts.per_token) };
+        let gathered = (1 + copies) * stream + 2 * copies * row(h, w) + row(wide(experts.count), f32s);
+        let one = mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner));
+        gathered + one.max((copies + 2) * stream) + stream
     });
     let convolution = a.convolution.as_ref().map_or(0, |convolution| 2 * row(h * wide(convolution.kernel), f32s) + product(h, true));
     // In families of parallel parts the MLP stands beside what attention gave.
     let beside = row(queries, f32s) + row(h, w);
     let largest = [projected, attention, output, dense + beside, experts + beside, convolution].into_iter().max().unwrap_or(0);
-    let whole_pack = if way == Way::Kernels { 0 } else { planned(a, way, fixed, load) };
+    // That of the next pack stands there, too.
+    let whole_pack = if way == Way::Kernels { 0 } else { 2 * planned(a, way, fixed, load) };
     2 * stream + whole_pack + convolution + largest + WORKSPACE
 }
 

@@ -136,3 +136,15 @@ fn flash_attention_needs_no_scores() {
     let bytes = |way| activation_bytes(&architecture, way, Dtype::Bf16, false, load);
     assert!(bytes(Way::Flash) < bytes(Way::Plain));
 }
+
+#[test]
+fn the_least_that_a_device_must_have_free_is_what_its_smallest_packs_take() {
+    let (architecture, invariant) = (Architecture::parse(&config()).expect("valid"), true);
+    let least = |places: &[Place], arithmetic| least_activation_bytes(places, arithmetic, &architecture, 8192);
+    let planned = |way, dtype, fixed| activation_bytes(&architecture, way, dtype, fixed, Load { tokens: 256, longest: 256, samples: 256 });
+    let cards = [Place::Metal(0), Place::Metal(1)];
+    assert_eq!(least(&cards, Dtype::F32.into()), planned(Way::Plain, Dtype::F32, false));
+    let fixed = Arithmetic { dtype: Dtype::Bf16, batch_invariant: invariant };
+    assert_eq!(least(&cards, fixed), planned(Way::Plain, Dtype::Bf16, true));
+    assert_eq!(least(&[Place::Cpu], fixed), planned(Way::Kernels, Dtype::Bf16, true));
+}

@@ -8,10 +8,12 @@ mod kernels;
 mod memory;
 mod ops;
 mod pack;
+mod placing;
 mod plain;
 mod prefix_cache;
 mod prefixes;
 mod reading;
+mod ready;
 mod replicas;
 mod transformer;
 mod trie;
@@ -23,14 +25,18 @@ use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, P
 pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
 pub use cost::{shared_prefix, token_cost};
 pub use device::{
-    Arithmetic, Card, DeviceChoice, DeviceError, FlashCheck, Inventory, Place, Support, flash_checks, has_room, inventory, run_when_idle,
+    Arithmetic, Card, DeviceChoice, DeviceError, Devices, FlashCheck, Inventory, Place, Support, card, flash_checks, has_room, inventory,
+    run_when_idle, settle,
 };
 use device::{Backend, Fault};
 use head::{Head, Verdict};
-pub use memory::{Load, Way, activation_bytes, fitting_pack};
+pub use memory::{Load, Way, activation_bytes, fitting_pack, least_activation_bytes};
+use ops::Ops;
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};
+use ready::Owner;
+use replicas::{Replicas, copies};
 use transformer::Transformer;
 use weights::Loader;
 
@@ -44,6 +50,12 @@ pub trait RewardModel: Send + Sync {
     fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         let _ = device;
         self.forward(pack)
+    }
+
+    /// Makes ready on one of the devices what a forward over this pack needs there beside the weights, and leaves it with the
+    /// pack. Called while the device computes, by another thread; no score depends on it.
+    fn prepare(&self, device: usize, pack: &Pack) {
+        let _ = (device, pack);
     }
 
     /// Where it runs, for people: one name a device.
@@ -175,7 +187,7 @@ pub fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
     let what = What { source, apart: None, architecture, layout, readout, max_tokens };
-    load_on(&[Place::Cpu], Dtype::F32, &what, progress)
+    load_on(&Devices::open(&[Place::Cpu])?, Dtype::F32, &what, progress)
 }
 
 /// What is to be loaded, and how much of a sample it may be given.
@@ -191,23 +203,22 @@ pub struct What<'a> {
     pub max_tokens: usize,
 }
 
-/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once.
+/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once, and copied to all
+/// others at the same time. Every device has settled when this returns, so the model may be used from any thread.
 pub fn load_on(
-    places: &[Place],
+    devices: &Devices,
     arithmetic: impl Into<Arithmetic>,
     what: &What<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, LoadError> {
-    let arithmetic = arithmetic.into();
-    let open = |place: &Place| place.open(arithmetic, what.architecture);
-    let backends: Vec<Backend> = places.iter().map(open).collect::<Result<_, _>>()?;
+    let backends = devices.backends(arithmetic.into(), what.architecture);
     let (first, rest) = backends.split_first().ok_or_else(|| DeviceError { place: String::new(), problem: "none named".to_owned() })?;
     let model = load_with(first, what, progress)?;
     if rest.is_empty() {
         return Ok(Arc::new(model));
     }
-    let copies = rest.iter().map(|backend| model.on(backend, what.apart.map(|apart| apart.base))).collect::<Result<Vec<_>, _>>()?;
-    Ok(Arc::new(replicas::Replicas::new(model, copies)))
+    let copies = copies(&model, rest, what.apart.map(|apart| apart.base))?;
+    Ok(Arc::new(Replicas::new(model, copies)))
 }
 
 fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, LoadError> {
@@ -222,7 +233,9 @@ fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u
         device_bytes: loader.device_bytes,
     };
     let (head, prefixes) = (Arc::new(head), Prefixes::of(backend, architecture));
-    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone() })
+    // Each thread has a stream of its own on a card: what this one has placed is there for others only once it has settled.
+    backend.driver.settle(backend.place)?;
+    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone(), owner: Owner::new() })
 }
 
 /// Bytes of a model of these tensors on the CPU, but for the few rows that narrow matrices are padded with.
@@ -259,6 +272,7 @@ struct Model {
     /// Absent where our kernels do not compute, and for a model whose tokens depend on what comes after them.
     prefixes: Option<Prefixes>,
     architecture: Architecture,
+    owner: Owner,
 }
 
 impl Model {
@@ -266,15 +280,30 @@ impl Model {
     fn on(&self, backend: &Backend, base: Option<&SharedBase>) -> Result<Self, LoadError> {
         let (transformer, head) = (self.transformer.on(backend, base)?, Arc::clone(&self.head));
         let (architecture, prefixes) = (self.architecture.clone(), Prefixes::of(backend, &self.architecture));
-        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture })
+        backend.driver.settle(backend.place)?;
+        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture, owner: Owner::new() })
     }
 }
 
-impl RewardModel for Model {
-    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        let places: Vec<Option<Places>> =
-            (0..pack.len()).map(|sample| self.head.readout().places(pack.encoding(sample).ids()).ok()).collect();
-        let read = |sample: usize| places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied();
+impl Model {
+    /// A forward that failed for no known reason may have failed because nothing runs there any more.
+    fn told(&self, error: ModelError) -> ModelError {
+        let backend = self.transformer.backend();
+        match error {
+            ModelError::Failed(words) if !backend.driver.answers(&backend.device) => ModelError::DeviceLost(words),
+            error => error,
+        }
+    }
+
+    /// What the head reads of every sample; nothing of one that lacks it.
+    fn places(&self, pack: &Pack) -> Vec<Option<Places>> {
+        (0..pack.len()).map(|sample| self.head.readout().places(pack.encoding(sample).ids()).ok()).collect()
+    }
+
+    fn scored(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        let ready = pack.ready().take(self.owner);
+        let places = self.places(pack);
+        let read = |sample: usize| positions(&places, sample);
         let mut cache = self.prefixes.as_ref().and_then(Prefixes::open);
         let plan = cache.as_mut().map(|cache| {
             let first_read = |sample: usize| read(sample).min().unwrap_or(pack.encoding(sample).tokens() - 1);
@@ -282,9 +311,8 @@ impl RewardModel for Model {
         });
         let (memory, rest) = plan.unzip();
         let pack = rest.as_ref().unwrap_or(pack);
-        let rows: Vec<u32> =
-            (0..pack.len()).flat_map(|sample| read(sample).map(move |position| pack.row(sample, position) as u32)).collect();
-        let hidden = self.transformer.hidden(pack, &rows, memory.as_ref());
+        let rows = rows(pack, &places);
+        let hidden = self.transformer.hidden(pack, &rows, memory.as_ref(), ready);
         if let (Some(mut cache), Some(memory), Some(prefixes)) = (cache, memory, &self.prefixes) {
             memory.leave(&mut cache, hidden.is_ok());
             prefixes.count(&cache);
@@ -306,6 +334,34 @@ impl RewardModel for Model {
             Output { reward, values: outputs, steps, pooled_position, shared_tokens, cached_tokens }
         });
         Ok(outputs.collect())
+    }
+}
+
+/// Where the head reads a sample: positions, in order.
+fn positions(places: &[Option<Places>], sample: usize) -> impl Iterator<Item = usize> {
+    places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied()
+}
+
+/// The same of all samples, as rows of the pack.
+fn rows(pack: &Pack, places: &[Option<Places>]) -> Vec<u32> {
+    (0..pack.len()).flat_map(|sample| positions(places, sample).map(move |position| pack.row(sample, position) as u32)).collect()
+}
+
+impl RewardModel for Model {
+    fn prepare(&self, _: usize, pack: &Pack) {
+        if self.transformer.backend().ops == Ops::Kernels {
+            // The host's memory is the device's, and which tokens are there is known only when their turn comes.
+            return;
+        }
+        match self.transformer.prepare(pack, &rows(pack, &self.places(pack))) {
+            Ok(ready) => pack.ready().put(self.owner, ready),
+            // The forward tries it once more, and tells.
+            Err(problem) => tracing::debug!(%problem, "a pack was not made ready"),
+        }
+    }
+
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        self.scored(pack).map_err(|error| self.told(error))
     }
 
     fn limits(&self) -> Limits {
@@ -342,6 +398,8 @@ impl RewardModel for Model {
     }
 }
 
+#[cfg(test)]
+mod device_tests;
 #[cfg(test)]
 mod invariance_tests;
 #[cfg(test)]

@@ -7,9 +7,10 @@ use super::kernels::attention::Shape as AttentionShape;
 use super::kernels::distances::Distances;
 use super::kernels::low_rank::Factor;
 use super::kernels::rope::HeadTransform;
+use super::kernels::route::Routed;
 use super::kernels::tile::Rows;
 use super::kernels::{activation, attention, linear, low_rank, norm, rope};
-use super::pack::Pack;
+use super::pack::{MIN_ROWS, Pack};
 use super::plain;
 use super::prefixes::Memory;
 use crate::checkpoint::{Activation, Norm};
@@ -65,11 +66,12 @@ impl Ops {
         }
     }
 
-    /// `x` with `weights[i] * y[i]` added to each `x[rows[i]]`, where the rows of `y` may be wider than those of `x`, and more.
-    pub fn scatter_add(self, x: Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
+    /// For every row of `x` the sum of what its experts `run` make of it, by their weights, in the order of their numbers.
+    /// `run` takes the number of an expert and the rows that chose it, of which it may be given more than those.
+    pub fn mix(self, x: &Tensor, routed: &[Routed], run: Expert) -> Result<Tensor> {
         match self {
-            Self::Plain => plain::scatter_add(&x, y, rows, weights),
-            Self::Kernels => x.inplace_op2(y, &ScatterAdd { rows, weights }).map(|()| x),
+            Self::Plain => plain::mix(x, routed, run),
+            Self::Kernels => mix(x, routed, run),
         }
     }
 
@@ -88,6 +90,21 @@ impl Ops {
             Self::Kernels => y.inplace_op3(x, factor, &AddProduct { first, columns }).map(|()| y),
         }
     }
+}
+
+/// Computes one expert on some rows; its own may be wider.
+pub type Expert<'a> = &'a mut dyn FnMut(usize, &Tensor) -> Result<Tensor>;
+
+fn mix(x: &Tensor, routed: &[Routed], run: Expert) -> Result<Tensor> {
+    let output = x.zeros_like()?;
+    for (expert, Routed { rows, weights }) in routed.iter().enumerate().filter(|(_, routed)| !routed.rows.is_empty()) {
+        // At least so many rows that the product takes its usual path; what is added behind is not read.
+        let mut gathered = rows.clone();
+        gathered.resize(rows.len().max(MIN_ROWS), rows[0]);
+        let own = x.index_select(&Tensor::new(gathered, x.device())?, 0)?;
+        output.inplace_op2(&run(expert, &own)?, &ScatterAdd { rows, weights })?;
+    }
+    Ok(output)
 }
 
 /// Norms and rotates the query and key heads of `[queries | keys | values]` in place, on the CPU.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::ready::Ready;
 pub use super::trie::{MIN_SHARED, PrefixKey};
 use super::trie::{Run, Trie};
 use crate::text::Encoding;
@@ -21,6 +22,8 @@ pub struct Pack {
     nodes: Vec<Node>,
     samples: Vec<Slot>,
     longest: usize,
+    /// For a forward over it.
+    ready: Ready,
 }
 
 /// A run of tokens that is computed once. Its queries see the keys of its path: its ancestors' rows and its own.
@@ -59,6 +62,7 @@ impl Pack {
             nodes: Vec::with_capacity(trie.runs().len()),
             samples: Vec::with_capacity(samples.len()),
             longest: samples.iter().map(|sample| sample.tokens()).max().unwrap_or(0),
+            ready: Ready::default(),
         };
         // A run is made before those that follow on it, but for the two halves of one that was cut; parents come first here.
         let mut node_of = vec![usize::MAX; trie.runs().len()];
@@ -85,8 +89,8 @@ impl Pack {
     /// The same nodes, without so many of the first tokens of each as there are in `there`, which need not be computed. A
     /// node may lack some only if its parent lacks all, and every sample keeps at least its last token.
     pub fn without(&self, there: &[usize]) -> Self {
-        let (samples, longest) = (self.samples.clone(), self.longest);
-        let mut rest = Self { ids: Vec::new(), type_ids: Vec::new(), positions: Vec::new(), nodes: Vec::new(), samples, longest };
+        let (samples, longest, ready) = (self.samples.clone(), self.longest, Ready::default());
+        let mut rest = Self { ids: Vec::new(), type_ids: Vec::new(), positions: Vec::new(), nodes: Vec::new(), samples, longest, ready };
         for (node, there) in self.nodes.iter().zip(there) {
             let (first, rows) = (rest.ids.len(), node.rows.start + there..node.rows.end);
             rest.ids.extend_from_slice(&self.ids[rows.clone()]);
@@ -97,6 +101,11 @@ impl Pack {
         }
         rest.lift();
         rest
+    }
+
+    /// What has been made ready for it.
+    pub(super) fn ready(&self) -> &Ready {
+        &self.ready
     }
 
     /// Lifts a very short pack to the fewest rows of a product.
@@ -118,7 +127,7 @@ impl Pack {
         let positions: Vec<u32> = nodes.iter().flat_map(|node| node.start as u32..(node.start + node.rows.len()) as u32).collect();
         let longest = nodes.iter().map(|node| node.start + node.rows.len()).max().unwrap_or(0);
         let zeros = vec![0; positions.len()];
-        Self { ids: zeros.clone(), type_ids: zeros, positions, nodes, samples: Vec::new(), longest }
+        Self { ids: zeros.clone(), type_ids: zeros, positions, nodes, samples: Vec::new(), longest, ready: Ready::default() }
     }
 
     /// Tokens that a forward computes: those of all samples, less what is shared.

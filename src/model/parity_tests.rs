@@ -82,6 +82,7 @@ pub fn oracle(
     // It takes no window on one side alone; causality is said besides.
     let ahead = beside.map(|beside| if shape.causal { 0 } else { beside });
     let (causal, scale, [most_queries, most_keys]) = (shape.causal, shape.scale, longest);
+    let (queries, keys, values) = (&queries.contiguous()?, &keys.contiguous()?, &values.contiguous()?);
     flash_attn_varlen_cpu(queries, keys, values, None, &query_lengths, &key_lengths, most_queries, most_keys, scale, causal, beside, ahead)
 }
 

@@ -1,10 +1,13 @@
 //! Elements of a tensor source, widened to float32, chunk by chunk.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Result as CandleResult, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::LoadError;
+use super::placing::Room;
 use crate::checkpoint::{CHUNK_ELEMENTS, Elements, LinearKeys, Rows, TensorInfo, TensorSource};
 
 /// Reads one source, through one buffer.
@@ -29,11 +32,28 @@ impl<'a> Reader<'a> {
         Ok(values)
     }
 
+    /// Every element of a tensor, multiplied.
+    pub fn put_whole(&mut self, name: &str, factor: Option<f32>, room: &mut Room) -> Result<(), LoadError> {
+        let all = Rows { first: 0, run: usize::MAX, stride: 0 };
+        for stretch in stretches(all, self.info(name).map_or(0, TensorInfo::elements), 1) {
+            let into = room.next(stretch.len())?;
+            self.read(name, stretch.start, into)?;
+            if let Some(factor) = factor {
+                into.iter_mut().for_each(|value| *value *= factor);
+            }
+        }
+        Ok(())
+    }
+
     /// `[outputs, inputs]` of a layer, as it is stored or turned round.
-    pub fn matrix(&mut self, part: &LinearKeys, into: &mut [f32]) -> Result<(), LoadError> {
+    pub fn put_matrix(&mut self, part: &LinearKeys, room: &mut Room) -> Result<(), LoadError> {
         let Some(columns) = part.transposed else {
-            return self.rows(&part.weight, part.rows, part.inputs, into);
+            for stretch in stretches(part.rows, part.outputs, part.inputs) {
+                self.read(&part.weight, stretch.start, room.next(stretch.len())?)?;
+            }
+            return Ok(());
         };
+        let into = room.next(part.outputs * part.inputs)?;
         let inputs = part.inputs;
         let places: Vec<usize> = places(part.rows, part.outputs).collect();
         let step = (CHUNK_ELEMENTS / columns).max(1);
@@ -74,6 +94,14 @@ impl<'a> Reader<'a> {
         }
         Ok(())
     }
+}
+
+/// Where the elements of so many rows of a stored matrix are, one stretch after another, each as long as a read may be.
+fn stretches(rows: Rows, count: usize, width: usize) -> impl Iterator<Item = Range<usize>> {
+    runs(rows, count).flat_map(move |(first, run)| {
+        let all = first * width..(first + run) * width;
+        all.clone().step_by(CHUNK_ELEMENTS).map(move |start| start..all.end.min(start + CHUNK_ELEMENTS))
+    })
 }
 
 /// The runs of so many rows: where each begins, and how long it is.

@@ -1,6 +1,9 @@
 //! One model on several devices: each holds the whole of it, and has a worker that scores there.
 
-use super::{Limits, Model, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
+use std::panic::resume_unwind;
+
+use super::device::Backend;
+use super::{Limits, LoadError, Model, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel, SharedBase};
 
 /// At least one model, all the same but for where they are.
 pub struct Replicas {
@@ -8,9 +11,21 @@ pub struct Replicas {
     others: Vec<Model>,
 }
 
+/// The same model on every one of these, copied by a thread each.
+pub fn copies(model: &Model, backends: &[Backend], base: Option<&SharedBase>) -> Result<Vec<Model>, LoadError> {
+    std::thread::scope(|scope| {
+        let copying: Vec<_> = backends.iter().map(|backend| scope.spawn(move || model.on(backend, base))).collect();
+        copying.into_iter().map(|copy| copy.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
 impl Replicas {
     pub fn new(first: Model, others: Vec<Model>) -> Self {
         Self { first, others }
+    }
+
+    fn on(&self, device: usize) -> Option<&Model> {
+        device.checked_sub(1).map_or(Some(&self.first), |other| self.others.get(other))
     }
 
     fn each(&self) -> impl Iterator<Item = &Model> {
@@ -24,9 +39,14 @@ impl RewardModel for Replicas {
     }
 
     fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        let model = device.checked_sub(1).map_or(Some(&self.first), |other| self.others.get(other));
         let none = || ModelError::Failed(format!("there is no device number {device}"));
-        model.ok_or_else(none)?.forward(pack)
+        self.on(device).ok_or_else(none)?.forward(pack)
+    }
+
+    fn prepare(&self, device: usize, pack: &Pack) {
+        if let Some(model) = self.on(device) {
+            model.prepare(device, pack);
+        }
     }
 
     fn runs_on(&self) -> Vec<String> {

@@ -43,10 +43,10 @@ impl TensorSource for Random {
 
 /// A decoder of two layers: 3 query heads to every key head, and whatever else `more` says.
 fn model(family: &str, more: Value) -> Arc<dyn RewardModel> {
-    loaded(family, more, |what| load_on(&[Place::Cpu], Dtype::F32, what, &mut |_, _| {}).expect("loads"))
+    loaded(family, more, |what| load_on(&Devices::open(&[Place::Cpu]).expect("opens"), Dtype::F32, what, &mut |_, _| {}).expect("loads"))
 }
 
-fn loaded<T>(family: &str, more: Value, load: impl Fn(&What) -> T) -> T {
+pub fn loaded<T>(family: &str, more: Value, load: impl Fn(&What) -> T) -> T {
     let mut config = json!({
         "model_type": family, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 6, "num_key_value_heads": 2,
         "head_dim": 8, "num_hidden_layers": 2, "vocab_size": VOCAB + 1, "max_position_embeddings": 512, "id2label": {"0": "LABEL_0"},
@@ -202,7 +202,9 @@ fn what_is_no_number_stays_with_its_sample() {
 
 #[test]
 fn every_device_keeps_what_its_own_packs_leave_and_a_share_of_the_bytes() {
-    let several = loaded("llama", json!({}), |what| load_on(&[Place::Cpu; 3], Dtype::F32, what, &mut |_, _| {}).expect("loads"));
+    let several = loaded("llama", json!({}), |what| {
+        load_on(&Devices::open(&[Place::Cpu; 3]).expect("opens"), Dtype::F32, what, &mut |_, _| {}).expect("loads")
+    });
     let pack = Pack::new(&[Arc::new(Encoding::for_test([3; 150].to_vec()))]);
     let cached = |device: usize| several.forward_on(device, &pack).expect("forward")[0].cached_tokens;
     several.keep_prefixes(3 << 20);

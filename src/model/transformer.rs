@@ -36,6 +36,15 @@ pub struct Transformer {
     ropes: Vec<Tables>,
 }
 
+/// What a forward needs on the device beside the weights.
+pub struct Ready {
+    ids: Tensor,
+    /// Rows behind the last attention.
+    read: Tensor,
+    /// Absent where our kernels compute.
+    plan: Option<PackPlan>,
+}
+
 impl Transformer {
     pub fn load(architecture: &Architecture, layout: &Layout, loader: &mut Loader) -> std::result::Result<Self, LoadError> {
         let embedding = Embedding::load(architecture, layout, loader)?;
@@ -75,23 +84,45 @@ impl Transformer {
         })
     }
 
-    /// The hidden states of the given rows of the pack, after the last norm: `[rows.len(), width]` on the host, in float32.
-    /// `memory` has what the pack lacks of its samples.
-    pub fn hidden(&self, pack: &Pack, rows: &[u32], memory: Option<&Memory>) -> Result<Vec<Vec<f32>>> {
-        let architecture = &self.architecture;
-        let mut x = self.embedding.embed(architecture, pack, &self.backend.device)?;
+    /// What a forward over this pack needs on the device beside the weights, there for any thread.
+    pub fn prepare(&self, pack: &Pack, rows: &[u32]) -> Result<Ready> {
+        let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
+        let ready = self.ready(pack, rows, &rotations, self.embeddings(pack).as_deref())?;
+        // Each thread has a stream of its own on a card.
+        self.backend.device.synchronize()?;
+        Ok(ready)
+    }
+
+    fn ready(&self, pack: &Pack, rows: &[u32], rotations: &[Rotation], embeddings: Option<&[u16]>) -> Result<Ready> {
+        let device = &self.backend.device;
         // Behind the last attention only the rows that are read are worth computing; at least so many that a product
         // of them takes its usual path.
         let mut read = rows.to_vec();
         read.resize(rows.len().max(MIN_ROWS), 0);
-        let read = Tensor::new(read, &self.backend.device)?;
-        let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
-        let mut convolved = self.convolution.as_ref().map(|convolution| convolution.of(&x, pack)).transpose()?;
-        let embeddings = architecture.disentangled.as_ref().map(|disentangled| distances::embeddings(disentangled, pack.longest()));
         let plan = match self.backend.ops {
             Ops::Kernels => None,
-            Ops::Plain => Some(PackPlan::new(architecture, pack, &rotations, embeddings.as_deref(), &self.backend)?),
+            Ops::Plain => Some(PackPlan::new(&self.architecture, pack, rotations, embeddings, &self.backend)?),
         };
+        Ok(Ready { ids: Tensor::new(pack.ids(), device)?, read: Tensor::new(read, device)?, plan })
+    }
+
+    /// The embedding of every distance in a pack, in a model of disentangled attention.
+    fn embeddings(&self, pack: &Pack) -> Option<Vec<u16>> {
+        self.architecture.disentangled.as_ref().map(|disentangled| distances::embeddings(disentangled, pack.longest()))
+    }
+
+    /// The hidden states of the given rows of the pack, after the last norm: `[rows.len(), width]` on the host, in float32.
+    /// `memory` has what the pack lacks of its samples, `ready` what was prepared for the same pack and rows.
+    pub fn hidden(&self, pack: &Pack, rows: &[u32], memory: Option<&Memory>, ready: Option<Ready>) -> Result<Vec<Vec<f32>>> {
+        let architecture = &self.architecture;
+        let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
+        let embeddings = self.embeddings(pack);
+        let Ready { ids, read, plan } = match ready {
+            Some(ready) => ready,
+            None => self.ready(pack, rows, &rotations, embeddings.as_deref())?,
+        };
+        let mut x = self.embedding.embed(architecture, pack, &ids)?;
+        let mut convolved = self.convolution.as_ref().map(|convolution| convolution.of(&x, pack)).transpose()?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let kind = &architecture.layers[layer];
             let distances = match (&block.distances, embeddings.as_deref()) {

@@ -9,6 +9,7 @@ use super::LoadError;
 use super::apart::{Apart, Destination, Factors, Key, Origins, RowFactors, SharedProduct};
 use super::device::Backend;
 use super::ops::Ops;
+use super::placing::{Placer, Room};
 use super::reading::{Reader, placed};
 use crate::checkpoint::{LinearKeys, Norm, NormKeys, Rows, TensorSource};
 
@@ -135,12 +136,17 @@ impl Table {
     }
 }
 
+/// Puts what it reads.
+type Read<'r, 'a> = &'r mut dyn FnMut(&mut Reader<'a>, &mut Room) -> std::result::Result<(), LoadError>;
+
 /// Reads tensors of one source onto one device, and counts what it read.
 pub struct Loader<'a> {
     own: Reader<'a>,
     /// Where the model stands on a base that it shares with others.
     apart: Option<(Apart<'a>, Reader<'a>)>,
     backend: &'a Backend,
+    /// What takes to the device what has been read, once there is something to take.
+    placer: Option<Placer>,
     progress: &'a mut dyn FnMut(u64, u64),
     total: u64,
     done: u64,
@@ -161,7 +167,7 @@ impl<'a> Loader<'a> {
         let size = |name: &String| source.manifest().get(name).map_or(0, |info| (info.elements() * info.dtype.size()) as u64);
         let total = used.iter().map(size).sum();
         let (own, apart) = (Reader::new(source), apart.map(|apart| (apart, Reader::new(apart.bare))));
-        Self { own, apart, backend, progress, total, done: 0, parameters: 0, device_bytes: 0 }
+        Self { own, apart, backend, placer: None, progress, total, done: 0, parameters: 0, device_bytes: 0 }
     }
 
     pub fn backend(&self) -> &'a Backend {
@@ -171,11 +177,7 @@ impl<'a> Loader<'a> {
     /// A tensor in its own shape.
     pub fn tensor(&mut self, name: &str) -> std::result::Result<Tensor, LoadError> {
         let key = self.untouched(name).map(|base| Key::Tensor(base, None));
-        self.once(key, |loader| {
-            let values = loader.own.whole(name)?;
-            loader.place(values, &loader.shape(name), loader.backend.weights)
-        })
-        .inspect(|_| self.count(name, None))
+        self.once(key, |loader| loader.whole(name, false, None)).inspect(|_| self.count(name, None))
     }
 
     /// A table with every element multiplied by a factor.
@@ -186,13 +188,7 @@ impl<'a> Loader<'a> {
             Some(((base, term), adapter)) => (Some(Key::Tensor(base.to_owned(), factor.map(f64::to_bits))), term.zip(adapter)),
             None => (None, None),
         };
-        let rows = self.once(key, |loader| {
-            let mut values = loader.shared_reader(term.is_some()).whole(name)?;
-            if let Some(factor) = factor {
-                values.iter_mut().for_each(|value| *value *= factor as f32);
-            }
-            loader.place(values, &loader.shape(name), loader.backend.weights)
-        })?;
+        let rows = self.once(key, |loader| loader.whole(name, term.is_some(), factor))?;
         self.count(name, None);
         let added = term.map(|(term, adapter)| RowFactors::load(self, name, term, factor.unwrap_or(1.0), adapter)).transpose()?;
         Ok(Table { rows, added, ops })
@@ -255,14 +251,8 @@ impl<'a> Loader<'a> {
         let (key, added) = shared.map(|SharedProduct { keys, added }| (Key::Matrix(keys), added)).unzip();
         let bare = added.is_some();
         let weight = self.once(key, |loader| {
-            let mut weight = vec![0.0; padded * inputs];
-            let mut rest = weight.as_mut_slice();
-            for part in &parts {
-                let (this, next) = rest.split_at_mut(part.outputs * inputs);
-                loader.shared_reader(bare).matrix(part, this)?;
-                rest = next;
-            }
-            Ok(loader.place(weight, &[padded, inputs], weights)?.t()?)
+            let mut read = |reader: &mut Reader<'a>, room: &mut Room| parts.iter().try_for_each(|part| reader.put_matrix(part, room));
+            Ok(loader.placed(&[padded, inputs], bare, &mut read)?.t()?)
         })?;
         let bias = if parts.iter().any(|part| part.bias.is_some()) {
             let key = origins.and_then(|origins| origins.bias(&parts));
@@ -292,6 +282,37 @@ impl<'a> Loader<'a> {
         Ok(Linear { weight, bias, added, outputs, ops, fixed_rows: self.backend.fixed_rows })
     }
 
+    /// A whole tensor on the device, with every element multiplied.
+    fn whole(&mut self, name: &str, bare: bool, factor: Option<f64>) -> std::result::Result<Tensor, LoadError> {
+        self.placed(&self.shape(name), bare, &mut |reader, room| reader.put_whole(name, factor.map(|factor| factor as f32), room))
+    }
+
+    /// A tensor of which `read` puts every element, in order, read without what an adapter adds if `bare` is wanted and there
+    /// is a base. What is not put is zero.
+    fn placed(&mut self, shape: &[usize], bare: bool, read: Read<'_, 'a>) -> std::result::Result<Tensor, LoadError> {
+        let (dtype, elements) = (self.backend.weights, shape.iter().product());
+        let Self { own, apart, placer, backend, .. } = self;
+        let reader = match apart {
+            Some((_, reader)) if bare => reader,
+            _ => own,
+        };
+        // Where the host's memory is the model's it is filled in place.
+        let mut room = match (backend.ops, placer) {
+            (Ops::Kernels, _) => Room::here(elements),
+            (Ops::Plain, Some(placer)) => Room::Device(placer.begin(dtype)),
+            (Ops::Plain, none) => Room::Device(none.insert(Placer::onto(backend).map_err(candle_core::Error::wrap)?).begin(dtype)),
+        };
+        read(reader, &mut room)?;
+        match room {
+            Room::Here { values, .. } => self.place(values, shape, dtype),
+            Room::Device(filling) => {
+                let tensor = filling.end(shape)?;
+                self.device_bytes += (elements * dtype.size_in_bytes()) as u64;
+                Ok(tensor)
+            }
+        }
+    }
+
     fn shape(&self, name: &str) -> Vec<usize> {
         self.own.info(name).map(|info| info.shape.clone()).unwrap_or_default()
     }
@@ -303,14 +324,6 @@ impl<'a> Loader<'a> {
 
     fn origins(&self) -> Option<Origins<'a>> {
         self.apart.as_ref().map(|(apart, _)| apart.origins)
-    }
-
-    /// What reads the model without what an adapter adds, if it is wanted, and there is a base.
-    fn shared_reader(&mut self, bare: bool) -> &mut Reader<'a> {
-        match &mut self.apart {
-            Some((_, reader)) if bare => reader,
-            _ => &mut self.own,
-        }
     }
 
     /// Places what has a key once for all models of its base.
@@ -329,7 +342,7 @@ impl<'a> Loader<'a> {
         Ok(placed)
     }
 
-    /// The host's copy is gone when this returns: one tensor at a time is all that loading holds beside the device.
+    /// What is small, or made here.
     pub fn place(&mut self, values: Vec<f32>, shape: &[usize], dtype: DType) -> std::result::Result<Tensor, LoadError> {
         self.device_bytes += (values.len() * dtype.size_in_bytes()) as u64;
         Ok(placed(values, shape, dtype, &self.backend.device)?)

@@ -129,6 +129,9 @@ pub struct Reload {
 /// Bytes of free memory, where the system tells.
 pub type FreeMemory = Box<dyn Fn() -> Option<u64> + Send + Sync>;
 
+/// Tokens that packs of a generation may have, which is loaded and not live yet, where so many bytes beside it will be free.
+pub type FitPacks = Box<dyn Fn(&Generation, u64) -> usize + Send + Sync>;
+
 impl From<Progress> for ReloadStep {
     fn from(progress: Progress) -> Self {
         Self { stage: progress.stage, done: progress.done, total: progress.total, message: String::new() }

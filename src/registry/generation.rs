@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use super::ModelStamp;
@@ -184,6 +184,8 @@ pub struct Generation {
     pub(super) answers: Remembered,
     pub(super) prefix_bytes: usize,
     was_live: AtomicBool,
+    /// Tokens of a pack, where they were measured: zero where not.
+    pack_tokens: AtomicUsize,
 }
 
 /// What is known of a generation, whether or not its weights are still there.
@@ -249,7 +251,18 @@ impl Generation {
             answers: Remembered::default(),
             prefix_bytes,
             was_live: AtomicBool::new(false),
+            pack_tokens: AtomicUsize::new(0),
         }
+    }
+
+    /// Tokens that its packs may have, where they were measured.
+    pub fn pack_tokens(&self) -> Option<usize> {
+        Some(self.pack_tokens.load(Ordering::Relaxed)).filter(|tokens| *tokens > 0)
+    }
+
+    /// Remembers what was measured.
+    pub fn set_pack_tokens(&self, tokens: usize) {
+        self.pack_tokens.store(tokens, Ordering::Relaxed);
     }
 
     /// What stays known of it when it has gone.

@@ -99,6 +99,12 @@ impl RewardModel for Leased {
         self.model.as_ref().ok_or_else(freed)?.forward_on(device, pack)
     }
 
+    fn prepare(&self, device: usize, pack: &Pack) {
+        if let Some(model) = &self.model {
+            model.prepare(device, pack);
+        }
+    }
+
     fn runs_on(&self) -> Vec<String> {
         self.model.as_ref().map_or_else(Vec::new, |model| model.runs_on())
     }

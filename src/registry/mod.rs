@@ -31,7 +31,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use call::{CallOptions, EngineError, ModelStamp, ScoreReply, Timing};
 pub use canary::{Answers, CanaryBounds, CanaryError, Figures, MAX_PROBES, Probes, examine};
 pub use candidate::{
-    Activation, Candidate, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning, ReloadStep, Source,
+    Activation, Candidate, FitPacks, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning,
+    ReloadStep, Source,
 };
 pub use compare::{CompareOptions, CompareReply, Compared, group_agreement, pair_agreement};
 pub use engine::{Engine, EngineOptions, EngineParts};

@@ -12,7 +12,7 @@ use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
 use crate::clock::Clock;
 use crate::domain::{Fingerprint, GenerationId, MemberName, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
-use crate::model::{self, Apart, ApartBytes, Arithmetic, Origins, Place, RewardModel, SharedBase, What};
+use crate::model::{self, Apart, ApartBytes, Arithmetic, DeviceError, Devices, Origins, Place, RewardModel, SharedBase, What};
 use crate::text::TextPipeline;
 
 /// Plans, merges and loads a recipe, with its members if they are to stand on the device, and lets every model score the bundled
@@ -50,6 +50,18 @@ pub struct Prepared {
 struct On {
     places: Vec<Place>,
     arithmetic: Arithmetic,
+}
+
+/// The same, with the devices held: by one worker each are all models computed that are loaded onto them.
+struct Opened {
+    devices: Devices,
+    arithmetic: Arithmetic,
+}
+
+impl On {
+    fn open(&self) -> Result<Opened, DeviceError> {
+        Ok(Opened { devices: Devices::open(&self.places)?, arithmetic: self.arithmetic })
+    }
 }
 
 /// What names weights.
@@ -111,6 +123,13 @@ impl Prepared {
         merged.saturating_add(members)
     }
 
+    /// Bytes without which no device could score: the weights, and what the smallest packs take beside them.
+    fn least_bytes(&self) -> Result<u64, LoadError> {
+        let (On { places, arithmetic }, reward) = (&self.on, self.plan.reward()?);
+        let activations = model::least_activation_bytes(places, *arithmetic, reward.architecture, self.max_tokens);
+        Ok(self.device_bytes().saturating_add(activations))
+    }
+
     /// The most that its prefix caches hold once it is live.
     pub fn prefix_bytes(&self) -> u64 {
         let keeps = self.plan.reward().is_ok_and(|reward| model::keeps_prefixes(&self.on.places, reward.architecture));
@@ -159,11 +178,12 @@ impl Prepared {
 
     /// Merges and loads, and lets every model score the bundled probes.
     pub fn load(&self, id: GenerationId, progress: &mut dyn FnMut(Progress)) -> Result<Generation, LoadError> {
-        model::has_room(&self.on.places, self.device_bytes())?;
+        model::has_room(&self.on.places, self.least_bytes()?)?;
         let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
+        let on = self.on.open()?;
         let mut load = |stage: &str, what: &str, source: &dyn TensorSource, apart: Option<Apart>| {
             let mut tell = |done, total| progress(Progress::step(stage, done, total));
-            load_model(&self.on, plan, readout, self.max_tokens, source, apart, &mut tell).map_err(|error| error.within(what))
+            load_model(&on, plan, readout, self.max_tokens, source, apart, &mut tell).map_err(|error| error.within(what))
         };
         let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source, None);
         let MergedModel { model: merged, weights_id, members: hashes, notes, cache } =
@@ -310,7 +330,7 @@ fn matching(measured: &MeasuredMembers, infos: &[MemberInfo], notes: &mut Vec<St
 
 /// A model of the plan's architecture and reading, from a source of its weights.
 fn load_model(
-    on: &On,
+    on: &Opened,
     plan: &MergePlan,
     readout: &Readout,
     max_tokens: usize,
@@ -320,7 +340,7 @@ fn load_model(
 ) -> Result<Arc<dyn RewardModel>, NotLoaded> {
     let Reward { architecture, layout, .. } = plan.reward().map_err(|error| NotLoaded::Load(error.into()))?;
     let what = What { source, apart, architecture, layout, readout, max_tokens };
-    model::load_on(&on.places, on.arithmetic, &what, progress).map_err(NotLoaded::Model)
+    model::load_on(&on.devices, on.arithmetic, &what, progress).map_err(NotLoaded::Model)
 }
 
 /// Why one model is not loaded.
@@ -350,7 +370,9 @@ impl StreamedMembers for FromPlan {
     fn load(&self, index: usize) -> Result<Arc<dyn RewardModel>, String> {
         let source = self.plan.member_source(index).map_err(|error| error.to_string())?;
         let source = source.ok_or_else(|| format!("the plan has no member {index}"))?;
-        load_model(&self.on, &self.plan, &self.readout, self.max_tokens, &source, None, &mut |_, _| {}).map_err(|error| match error {
+        // Not those of the generation, on which packs run meanwhile.
+        let on = self.on.open().map_err(|error| error.to_string())?;
+        load_model(&on, &self.plan, &self.readout, self.max_tokens, &source, None, &mut |_, _| {}).map_err(|error| match error {
             NotLoaded::Load(error) => error.to_string(),
             NotLoaded::Model(error) => error.to_string(),
         })

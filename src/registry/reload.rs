@@ -3,8 +3,11 @@
 //! One reload at a time, on a thread and a small pool that stand behind all others: the live generation answers all the
 //! while, and whatever goes wrong leaves it where it is.
 
+mod fitting;
+mod in_place;
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -12,13 +15,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::canary::{Answers, Probes, examine};
 use super::candidate::{
-    Activation, Candidate, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning, ReloadStep, Source,
+    Activation, Candidate, FitPacks, FreeMemory, Reload, ReloadFailure, ReloadOptions, ReloadReport, ReloadRequest, ReloadRunning,
+    ReloadStep, Source,
 };
 use super::lease::wait_until_free;
 use super::load_thread::{LoadThread, Pool};
 use super::probing::ask;
 use super::room::{Room, Swap, Way, decide};
-use super::{CacheUse, Engine, Generation, GenerationState, LeaseEnd, NotHere, Registry, ReloadEvent, ReloadOutcome};
+use super::{CacheUse, Engine, Generation, GenerationState, NotHere, Registry, ReloadEvent, ReloadOutcome};
 use crate::domain::Fingerprint;
 use crate::scorer::panic_message;
 
@@ -34,6 +38,7 @@ struct Inner {
     runtime: Handle,
     status: Mutex<Status>,
     thread: LoadThread,
+    fit: OnceLock<FitPacks>,
 }
 
 #[derive(Default)]
@@ -51,8 +56,8 @@ type Tell<'a> = &'a mut (dyn FnMut(ReloadStep) + Send);
 impl Reloader {
     /// `runtime` runs the questions of the canary and the waits.
     pub fn new(engine: Engine, source: Arc<dyn Source>, options: ReloadOptions, free: FreeMemory, runtime: Handle) -> Self {
-        let (status, thread) = (Mutex::default(), LoadThread::new(options.threads));
-        Self(Arc::new(Inner { engine, source, options, free, runtime, status, thread }))
+        let (status, thread, fit) = (Mutex::default(), LoadThread::new(options.threads), OnceLock::new());
+        Self(Arc::new(Inner { engine, source, options, free, runtime, status, thread, fit }))
     }
 
     /// Starts a reload. `cause` says in the log who wanted it.
@@ -106,6 +111,7 @@ impl Reloader {
     }
 
     fn activated(&self, generation: &Generation) {
+        self.take_up(generation);
         tracing::info!(fingerprint = %generation.fingerprint, generation = %generation.id, "activated");
         self.0.source.accepted(generation);
     }
@@ -249,6 +255,7 @@ impl Reloader {
         tell(step("swap", ""));
         self.swap(move |registry| registry.install(generation))?;
         if let Some(live) = registry.serving(fingerprint) {
+            self.take_up(&live);
             source.accepted(&live);
         }
         let message = format!("live{unkept}");
@@ -309,48 +316,8 @@ impl Reloader {
         self.registry().metrics().canary(figures);
         tell(step("canary", figures));
         examined.map_err(|refused| failure(ReloadOutcome::Refused, refused))?;
+        self.fit(pool, &generation);
         Ok(generation)
-    }
-
-    /// Frees everything, then loads. Whatever fails after that point, the last good generation is loaded once more.
-    fn load_in_place(
-        &self,
-        candidate: &dyn Candidate,
-        fingerprint: Fingerprint,
-        pool: &rayon::ThreadPool,
-        tell: Tell<'_>,
-    ) -> Result<Generation, ReloadFailure> {
-        let registry = self.registry();
-        let live = self.live_answers(candidate.canary().0)?;
-        tell(step("drain", "not answering until the new generation is there"));
-        let before = registry.current().as_ref().map_or_else(Weak::new, Arc::downgrade);
-        if !self.wait(self.swap(Registry::vacate)?) {
-            // Requests that do not end keep the old weights, so they may as well be used.
-            if let Some(before) = before.upgrade() {
-                self.swap(move |registry| registry.come_back(before))?;
-                let words = format!("requests still use the live generation after {:?}: it stays", self.0.options.drain);
-                return Err(failure(ReloadOutcome::NoRoom, words));
-            }
-        }
-        // Without a live model there is nothing to compare with, which no answers say.
-        let live = live.unwrap_or_default();
-        self.load(candidate, fingerprint, pool, Some(live), tell).map_err(|problem| {
-            tell(step("restore", &problem));
-            match self.restore(pool, tell) {
-                Ok(()) => problem,
-                Err(worse) => failure(problem.outcome, format!("{problem}; and the last good generation does not come back: {worse}")),
-            }
-        })
-    }
-
-    fn restore(&self, pool: &rayon::ThreadPool, tell: Tell<'_>) -> Result<(), String> {
-        let candidate = self.0.source.last_good(&mut |progress| tell(progress.into()))?;
-        let id = self.registry().next_id();
-        let generation = pool.install(|| candidate.load(id, &mut |progress| tell(progress.into())))?;
-        tracing::warn!(fingerprint = %generation.fingerprint, "the last good generation is back");
-        self.registry().metrics().reloaded(ReloadOutcome::Restored);
-        self.swap(move |registry| registry.install(generation)).map_err(|failed| failed.message)?;
-        Ok(())
     }
 
     fn live_answers(&self, probes: &Probes) -> Result<Option<Answers>, ReloadFailure> {
@@ -361,24 +328,6 @@ impl Reloader {
         let answers = self.0.runtime.block_on(self.0.engine.answers(&live, probes.samples())).map_err(no_answer)?;
         live.answers.remember(probes.samples(), &answers);
         Ok(Some(answers))
-    }
-
-    /// Whether all of these ended in time.
-    fn wait(&self, ends: Vec<LeaseEnd>) -> bool {
-        let clock = self.0.engine.clock();
-        let deadline = clock.now() + self.0.options.drain;
-        let all = async {
-            for end in ends {
-                end.comes().await;
-            }
-        };
-        self.0.runtime.block_on(async {
-            tokio::select! {
-                biased;
-                () = all => true,
-                () = clock.sleep_until(deadline) => false,
-            }
-        })
     }
 }
 

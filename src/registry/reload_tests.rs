@@ -545,3 +545,23 @@ async fn the_figures_of_the_canary_are_shown() {
     assert!(text().contains("warm_registry_canary{figure=\"rank_correlation\"} 0.75"));
     assert!(text().contains("warm_registry_canary{figure=\"accuracy\"} NaN"));
 }
+
+#[tokio::test]
+async fn packs_are_measured_for_every_generation_and_are_so_large_once_it_is_live() {
+    let bench = bench();
+    // Four bytes of every generation, and a hundred tokens by its factor.
+    bench.reloader.fit_packs(Box::new(|generation, others| {
+        let factor = f32::from_be_bytes(generation.fingerprint.0[..4].try_into().expect("four"));
+        100 * factor as usize + others as usize
+    }));
+    let tokens = || bench.engine.scorer().max_pack_tokens();
+    let before = tokens();
+    bench.want(Wanted::Model(2.0));
+    bench.run(ReloadRequest { stage_only: true, ..ReloadRequest::default() }).await.1.expect("staged");
+    assert_eq!(tokens(), before, "what is staged changes nothing");
+    bench.want(Wanted::Model(3.0));
+    bench.run(ReloadRequest::default()).await.1.expect("live");
+    assert_eq!(tokens(), 308, "beside a live and a staged one");
+    bench.reloader.activate(print(2.0)).expect("staged");
+    assert_eq!(tokens(), 204, "as was measured when it was loaded");
+}

@@ -58,6 +58,10 @@ impl RewardModel for Placed {
         self.model.forward_on(device, pack)
     }
 
+    fn prepare(&self, device: usize, pack: &Pack) {
+        self.model.prepare(device, pack);
+    }
+
     fn runs_on(&self) -> Vec<String> {
         self.model.runs_on()
     }

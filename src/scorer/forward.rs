@@ -25,6 +25,14 @@ impl Next {
         let pack = catch_unwind(AssertUnwindSafe(make)).map_err(|panic| format!("packing panicked: {}", panic_message(panic.as_ref())));
         Self { picks, models, encodings, pack, span }
     }
+
+    /// Lets the first model make ready on a device what it needs there, while another pack is computed. What goes wrong here
+    /// goes wrong again when the pack is run.
+    pub fn prepare(&self, device: usize) {
+        if let (Ok(pack), Some(model)) = (&self.pack, self.models.first()) {
+            let _ = catch_unwind(AssertUnwindSafe(|| model.prepare(device, pack)));
+        }
+    }
 }
 
 /// What a pack gave.

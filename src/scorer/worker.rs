@@ -148,7 +148,10 @@ impl Worker {
     /// The next pack, if what waits fills one.
     fn collate(&self) -> Option<Next> {
         let state = lock(&self.shared.state);
-        if state.queue.tokens() < self.budget.tokens() { None } else { self.draw(state).1 }
+        if state.queue.tokens() < self.budget.tokens() {
+            return None;
+        }
+        self.draw(state).1.inspect(|next| next.prepare(self.device))
     }
 
     /// A pack that was made ready, without what has become too late or been withdrawn since.

@@ -23,6 +23,8 @@ struct Sum {
     broken: AtomicBool,
     /// The device of every forward, in order.
     devices: Mutex<Vec<usize>>,
+    /// Samples of the packs that were made ready, and how many forwards there were then.
+    prepared: Mutex<Vec<(usize, u64)>>,
 }
 
 const PANIC: u32 = 1001;
@@ -61,6 +63,10 @@ impl RewardModel for Sum {
     fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         lock(&self.devices).push(device);
         self.forward(pack)
+    }
+
+    fn prepare(&self, _: usize, pack: &Pack) {
+        lock(&self.prepared).push((pack.len(), self.forwards.load(Ordering::Relaxed)));
     }
 
     fn limits(&self) -> Limits {
@@ -355,4 +361,17 @@ fn what_is_allowed_later_holds_from_the_next_pack_on() {
     assert!(bench.worker.step());
     assert_eq!((values(now(first)), values(now(second))), (vec![8.0], vec![16.0]));
     assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 1, "both in one pack");
+}
+
+#[test]
+fn a_pack_is_made_ready_before_its_turn_if_it_waits_for_one() {
+    let mut bench = Bench::new(small());
+    let answers = [[1, 2, 3, 4], [1, 2, 3, 5], [5, 6, 7, 8], [5, 6, 7, 9]].map(|ids| bench.submit(&[&ids[..]]));
+    assert!(bench.worker.step());
+    // The second pack, before the first was run: nothing waits behind it.
+    let prepared = lock(&bench.model.prepared).clone();
+    assert_eq!(prepared.iter().map(|(_, forwards)| *forwards).collect::<Vec<_>>(), [0]);
+    while bench.worker.step() {}
+    assert_eq!(lock(&bench.model.prepared).len(), 1);
+    drop(answers);
 }

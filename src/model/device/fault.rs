@@ -13,7 +13,7 @@ pub enum Fault {
 
 /// Errors after which every later call of the process fails as well (CUDA driver API, `CUresult`: "this leaves the process
 /// in an inconsistent state and any further CUDA work will return the same error").
-const STICKY: [&str; 12] = [
+const STICKY: [&str; 16] = [
     "CUDA_ERROR_ILLEGAL_ADDRESS",
     "CUDA_ERROR_LAUNCH_FAILED",
     "CUDA_ERROR_LAUNCH_TIMEOUT",
@@ -26,6 +26,11 @@ const STICKY: [&str; 12] = [
     "CUDA_ERROR_ECC_UNCORRECTABLE",
     "CUDA_ERROR_NVLINK_UNCORRECTABLE",
     "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_CONTAINED",
+    // A card that has fallen off its bus, or that another process has to itself: what ends is the same.
+    "CUDA_ERROR_NO_DEVICE",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE",
+    "CUDA_ERROR_UNKNOWN",
 ];
 
 const OUT_OF_MEMORY: [&str; 2] = ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"];
@@ -54,6 +59,10 @@ mod tests {
         assert_eq!(Fault::of("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")"), Fault::OutOfMemory);
         assert_eq!(Fault::of("CublasError(CUBLAS_STATUS_ALLOC_FAILED)"), Fault::OutOfMemory);
         assert_eq!(Fault::of("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access was encountered\")"), Fault::Lost);
+        for code in ["UNKNOWN", "CONTAINED", "NO_DEVICE", "DEVICE_UNAVAILABLE"] {
+            assert_eq!(Fault::of(&format!("DriverError(CUDA_ERROR_{code}, \"...\")")), Fault::Lost, "{code}");
+        }
+        assert_eq!(Fault::of("DriverError(CUDA_ERROR_INVALID_VALUE, \"invalid argument\")"), Fault::Other);
         assert_eq!(Fault::of("CUDA_ERROR_OUT_OF_MEMORY after CUDA_ERROR_LAUNCH_FAILED"), Fault::Lost);
         assert_eq!(Fault::of("shape mismatch in matmul, lhs: [1, 2], rhs: [3, 4]"), Fault::Other);
     }

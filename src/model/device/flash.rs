@@ -12,14 +12,14 @@ pub fn covers(head_dim: usize, disentangled: bool, weights: DType) -> bool {
     head_dim.is_multiple_of(8) && head_dim <= 256 && !disentangled && matches!(weights, DType::BF16 | DType::F16)
 }
 
-/// `[queries, heads, head_dim]` of sequences end to end. The last query of a sequence stands beside its last key.
+/// `[queries, heads, head_dim]` of sequences end to end, of which only the last dimension must be in one piece. The last query of a sequence stands beside its last key.
 pub fn attend(shape: &Shape, [queries, keys, values]: [&Tensor; 3], starts: &[Tensor; 2], longest: [usize; 2]) -> Result<Tensor> {
     let beside = shape.window.map(|window| window.saturating_sub(1));
     let ahead = if shape.causal { Some(0) } else { beside };
     flash_attn_varlen_alibi_windowed_softcap(
-        &queries.contiguous()?,
-        &keys.contiguous()?,
-        &values.contiguous()?,
+        queries,
+        keys,
+        values,
         None,
         &starts[0],
         &starts[1],

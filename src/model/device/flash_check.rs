@@ -30,7 +30,7 @@ pub fn flash_checks(place: Place) -> Result<Vec<FlashCheck>, DeviceError> {
     if !flash::BUILT {
         return Err(place.error("this build has no flash attention; build with `--features cuda,flash-attn`"));
     }
-    let device = place.device()?;
+    let device = place.opened()?;
     Ok(checks(flash::attend, &device, DType::BF16))
 }
 
@@ -76,6 +76,17 @@ mod tests {
         let far = |check: &&FlashCheck| check.from_plain.is_some_and(|apart| apart > 1e-2);
         assert!(found.iter().filter(|check| check.window.is_some()).all(|check| far(&check)));
         assert!(!found.iter().filter(|check| check.window.is_none() && check.softcap.is_none()).any(|check| far(&check)));
+    }
+
+    /// It takes a window that is wider than the longest sequence as none, for which there are kernels of their own.
+    #[test]
+    fn a_window_is_one_however_short_the_samples_beside_it_are() {
+        let as_candle: FlashKernel = |shape, parts, starts, longest| match shape.window {
+            Some(window) if window > longest[1] => candle_core::bail!("a window of {window} over {longest:?} would be none"),
+            _ => oracle(&Shape { softcap: None, ..shape.clone() }, parts, starts, longest),
+        };
+        let shape = Shape { heads: 2, kv_heads: 2, head_dim: 8, scale: 0.3, softcap: None, causal: true, window: Some(4096) };
+        assert!(differences(&shape, as_candle, &Device::Cpu, DType::F32).is_ok_and(|apart| apart[0] < 1e-5));
     }
 
     #[test]

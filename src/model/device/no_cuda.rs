@@ -2,6 +2,31 @@
 
 use super::Card;
 
-pub fn cards() -> Result<Vec<Card>, String> {
-    Err("this build has no CUDA; build with `--features cuda` (or `cuda,flash-attn`), or take the CUDA image".to_owned())
+const NONE: &str = "this build has no CUDA; build with `--features cuda` (or `cuda,flash-attn`), or take the CUDA image";
+
+pub fn count() -> Result<usize, String> {
+    Err(NONE.to_owned())
+}
+
+pub fn card(_: usize) -> Result<Card, String> {
+    Err(NONE.to_owned())
+}
+
+pub fn settle(_: usize) -> Result<(), String> {
+    Err(NONE.to_owned())
+}
+
+/// There are none.
+pub enum Pinned {}
+
+pub fn pinned(_: usize, _: usize) -> Result<Pinned, String> {
+    Err(NONE.to_owned())
+}
+
+pub fn length(pinned: &Pinned) -> usize {
+    match *pinned {}
+}
+
+pub fn numbers(pinned: &mut Pinned) -> Result<&mut [u16], String> {
+    match *pinned {}
 }

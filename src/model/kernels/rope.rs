@@ -126,7 +126,8 @@ impl Table {
         if self.placed.get().is_none() {
             let shape = (self.rows(), self.half);
             let table = (Tensor::from_slice(&self.cos, shape, device)?, Tensor::from_slice(&self.sin, shape, device)?);
-            // Another thread's copy is as good.
+            // For whichever thread comes next; another thread's copy is as good.
+            device.synchronize()?;
             let _ = self.placed.set(table);
         }
         match self.placed.get() {

@@ -11,6 +11,7 @@ use crate::model::device::{Backend, FlashKernel};
 use crate::model::kernels::attention::Shape;
 use crate::model::kernels::rope::Rotation;
 use crate::model::pack::Pack;
+use crate::model::weights::narrowed;
 
 /// Further away than any two tokens.
 const FAR: usize = 1 << 23;
@@ -128,25 +129,41 @@ impl PackPlan {
             candle_core::bail!("the pack was not prepared for {sight:?}");
         };
         let dtype = if matches!(way, Way::Flash(_)) { x.dtype() } else { DType::F32 };
-        let part = |first: usize, count: usize, norm: Option<&Tensor>| -> Result<Tensor> {
-            let x = x.narrow(1, first * shape.head_dim, count * shape.head_dim)?.to_dtype(DType::F32)?.contiguous()?;
-            let x = match (norm, heads.norms) {
-                (Some(weight), Some((.., eps))) => normed(&x, weight, eps)?,
-                _ => x,
-            };
-            x.reshape((x.dim(0)?, count, shape.head_dim))
+        let rotation = heads.rope.and_then(|rope| self.angles.get(rope));
+        // Heads side by side: views of the rows, as long as nothing is to be done with them.
+        let all = shape.heads + 2 * shape.kv_heads;
+        let x = narrowed(x, all * shape.head_dim)?.reshape((x.dim(0)?, all, shape.head_dim))?;
+        let part = |first: usize, count: usize| x.narrow(1, first, count);
+        let turned = |first: usize, count: usize, norm: Option<(&Tensor, f64)>| -> Result<Tensor> {
+            let x = part(first, count)?;
+            if norm.is_none() && rotation.is_none() {
+                return x.to_dtype(dtype);
+            }
+            let mut x = x.to_dtype(DType::F32)?.contiguous()?;
+            if let Some((weight, eps)) = norm {
+                x = normed(&x, weight, eps)?;
+            }
+            if let Some((cos, sin)) = rotation {
+                x = rotate(&x, cos, sin)?;
+            }
+            x.to_dtype(dtype)
         };
-        let rotated = |x: Tensor| match heads.rope.and_then(|rope| self.angles.get(rope)) {
-            Some((cos, sin)) => rotate(&x, cos, sin)?.to_dtype(dtype),
-            None => x.to_dtype(dtype),
+        let (queries, keys) = match heads.norms {
+            Some((query, key, eps)) => {
+                (turned(0, shape.heads, Some((query, eps)))?, turned(shape.heads, shape.kv_heads, Some((key, eps)))?)
+            }
+            // Both are rotated alike, so in one.
+            None => {
+                let both = turned(0, shape.heads + shape.kv_heads, None)?;
+                (both.narrow(1, 0, shape.heads)?, both.narrow(1, shape.heads, shape.kv_heads)?)
+            }
         };
-        let queries = rotated(part(0, shape.heads, heads.norms.map(|norms| norms.0))?)?;
-        let keys = rotated(part(shape.heads, shape.kv_heads, heads.norms.map(|norms| norms.1))?)?;
-        let values = part(shape.heads + shape.kv_heads, shape.kv_heads, None)?.to_dtype(dtype)?;
+        let values = part(shape.heads + shape.kv_heads, shape.kv_heads)?.to_dtype(dtype)?;
         match way {
             Way::Flash(varlen) => varlen.attend(shape, [&queries, &keys, &values]),
             Way::Batches { batches, places } => {
-                let attended = batches.iter().map(|batch| batch.attend(shape, [&queries, &keys, &values], heads.distances));
+                let [queries, keys, values] = [&queries.contiguous()?, &keys.contiguous()?, &values.contiguous()?];
+                let attended = batches.iter().map(|batch| batch.attend(shape, [queries, keys, values], heads.distances));
                 let attended = attended.collect::<Result<Vec<_>>>()?;
                 Tensor::cat(&attended, 0)?.index_select(places, 0)
             }
@@ -271,9 +288,16 @@ impl Varlen {
 
     fn attend(&self, shape: &Shape, [queries, keys, values]: [&Tensor; 3]) -> Result<Tensor> {
         let all = queries.dim(0)?;
-        let gather = |x: &Tensor| self.keys.as_ref().map_or_else(|| x.narrow(0, 0, self.rows), |keys| x.index_select(keys, 0));
+        // The kernel reads heads wherever they stand; only what is gathered must be in one piece.
+        let gather = |x: &Tensor| match &self.keys {
+            Some(keys) => x.contiguous()?.index_select(keys, 0),
+            None => x.narrow(0, 0, self.rows),
+        };
         let parts = [&queries.narrow(0, 0, self.rows)?, &gather(keys)?, &gather(values)?];
-        let attended = (self.kernel)(shape, parts, &self.starts, self.longest)?;
+        // The kernels take a window that is wider than the longest sequence as none, for which they have others. Which of them
+        // computes a sample must not follow from the samples beside it.
+        let longest = [self.longest[0], self.longest[1].max(shape.window.filter(|window| *window < FAR).unwrap_or(0))];
+        let attended = (self.kernel)(shape, parts, &self.starts, longest)?;
         attended.reshape((self.rows, shape.heads * shape.head_dim))?.pad_with_zeros(0, 0, all - self.rows)
     }
 }
@@ -286,7 +310,8 @@ pub fn flash_differences(shape: &Shape, kernel: FlashKernel, device: &Device, dt
         if shape.causal { &[(None, 21), (Some(0), 7), (Some(0), 30), (None, 1), (None, 150)][..] } else { &[(None, 33), (None, 150)] };
     let pack = Pack::bare(shared);
     let columns = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-    let exact = Tensor::randn(0f32, 1f32, (pack.ids().len(), columns), device)?;
+    // Of magnitude one: of larger numbers a right kernel is further from what was not rounded than its bound.
+    let exact = Tensor::rand(-1f32, 1f32, (pack.ids().len(), columns), device)?;
     let rounded = exact.to_dtype(dtype)?;
     let sight = Sight { causal: shape.causal, window: shape.window };
     let attend = |x: &Tensor, way: Way| PackPlan { angles: Vec::new(), sights: vec![(sight, way)] }.attend(x, shape, &Heads::default());
@@ -307,9 +332,8 @@ pub fn flash_differences(shape: &Shape, kernel: FlashKernel, device: &Device, dt
 
 /// A root-mean-square norm over every stretch of a row that is as long as the weight.
 fn normed(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let (rows, columns) = x.dims2()?;
     let width = weight.dim(0)?;
-    rms_norm(&x.reshape((rows * columns / width, width))?, weight, eps as f32)?.reshape((rows, columns))
+    rms_norm(&x.reshape((x.elem_count() / width, width))?, weight, eps as f32)?.reshape(x.shape())
 }
 
 /// Rotates the leading dimensions of every head, as many as there are angles for; `[rows, heads, head_dim]`.

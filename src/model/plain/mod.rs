@@ -4,6 +4,7 @@
 //! It runs on the CPU as well: there it is held to the same golden scores as the kernels.
 
 mod attention;
+mod mixture;
 mod plan;
 
 use candle_core::{DType, Result, Tensor};
@@ -12,6 +13,7 @@ use candle_nn::ops::{layer_norm, rms_norm};
 use super::weights::narrowed;
 use crate::checkpoint::{Activation, Norm};
 pub use attention::{Embedded, Heads, PackPlan, flash_differences};
+pub use mixture::mix;
 pub use plan::ELEMENTS;
 
 /// Normalises the leading columns of every row, as many as there are weights, in float32.
@@ -30,8 +32,12 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 pub fn activate(kind: Activation, x: &Tensor) -> Result<Tensor> {
-    // Of 16-bit numbers candle rounds every step of these on a card, but for one.
-    let stepwise = x.dtype() != DType::F32 && (kind, x.dtype()) != (Activation::Silu, DType::BF16);
+    // Of 16-bit numbers candle's kernels for cards round every step of these, but for those that have one step, and for the one
+    // that they compute in float32 (`unary.cu`).
+    let stepwise = match (kind, x.dtype()) {
+        (_, DType::F32) | (Activation::Relu | Activation::Tanh, _) | (Activation::Silu, DType::BF16) => false,
+        (Activation::Silu | Activation::Gelu | Activation::GeluTanh, _) => true,
+    };
     if stepwise {
         return activate(kind, &x.to_dtype(DType::F32)?)?.to_dtype(x.dtype());
     }
@@ -48,13 +54,6 @@ pub fn activate(kind: Activation, x: &Tensor) -> Result<Tensor> {
 /// `act(gate) * up` of rows `[gate | up]`.
 pub fn gate(kind: Activation, x: &Tensor, width: usize) -> Result<Tensor> {
     activate(kind, &x.narrow(1, 0, width)?)? * x.narrow(1, width, width)?
-}
-
-pub fn scatter_add(x: &Tensor, y: &Tensor, rows: &[u32], weights: &[f32]) -> Result<Tensor> {
-    let device = x.device();
-    let y = y.narrow(0, 0, rows.len())?.narrow(1, 0, x.dim(1)?)?.to_dtype(x.dtype())?;
-    let weights = Tensor::new(weights, device)?.to_dtype(x.dtype())?.unsqueeze(1)?;
-    x.index_add(&Tensor::new(rows, device)?, &y.broadcast_mul(&weights)?.contiguous()?, 0)
 }
 
 /// `y` with `x F` added to some of its columns, in the type of `y`.
@@ -116,7 +115,6 @@ mod tests {
             both(&|ops| ops.add_product(matrix(5, 12, 1), &matrix(5, 3, 2), &factor(ops, 3)?, first, 9), "a product on some columns");
         }
         both(&|ops| ops.project(&matrix(5, 12, 1), &factor(ops, 12)?)?.narrow(1, 0, 9)?.contiguous(), "a narrow product");
-        both(&|ops| ops.scatter_add(matrix(5, 12, 1), &matrix(4, 16, 2), &[0, 3, 4], &[0.5, 2.0, -1.0]), "a sum by rows");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! From tokens to the first hidden states.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::apart::Destination;
@@ -44,7 +44,9 @@ impl Embedding {
         })
     }
 
-    pub fn embed(&self, architecture: &Architecture, pack: &Pack, device: &Device) -> Result<Tensor> {
+    /// Of the tokens of the pack, whose `ids` are on the device.
+    pub fn embed(&self, architecture: &Architecture, pack: &Pack, ids: &Tensor) -> Result<Tensor> {
+        let device = ids.device();
         let rows = |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::new(ids, device)?, 0);
         let project = |x: Tensor, place: ProjectionPlace| match &self.projection {
             Some(projection) if architecture.embedding_projection.is_some_and(|known| known.place == place) => {
@@ -53,8 +55,7 @@ impl Embedding {
             _ => Ok(x),
         };
         // The residual stream is in float32, whatever the tables are in.
-        let mut x =
-            project(self.tokens.select(&Tensor::new(pack.ids(), device)?)?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
+        let mut x = project(self.tokens.select(ids)?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
         if let Some(table) = &self.token_types {
             x = self.ops.add(x, &rows(table, pack.type_ids())?)?;
         }

@@ -8,9 +8,8 @@ use candle_core::{DType, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::apart::Destination;
-use super::super::kernels::route::{Routed, route};
+use super::super::kernels::route::route;
 use super::super::ops::Ops;
-use super::super::pack::MIN_ROWS;
 use super::super::weights::{Linear, Loader};
 use super::block::Dense;
 use crate::checkpoint::{Architecture, DenseKeys, Experts, LinearKeys};
@@ -46,21 +45,10 @@ impl Mixture {
     }
 
     pub fn forward(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
-        // The one place in a forward where the host waits for the device: it chooses the experts.
+        // The one place in a forward where the host waits for the device: it chooses the experts, whose products need to know
+        // how many rows they have.
         let logits = self.router.forward_narrow(x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         let routed = route(&logits, self.shape.count, self.shape.per_token, self.shape.normalised);
-        let mut output = x.zeros_like()?;
-        for (expert, Routed { rows, weights }) in self.experts.iter().zip(routed) {
-            if rows.is_empty() {
-                continue;
-            }
-            // At least so many rows that the product takes its usual path; what is added behind is not read.
-            let mut gathered = rows.clone();
-            gathered.resize(rows.len().max(MIN_ROWS), rows[0]);
-            let own = x.index_select(&Tensor::new(gathered, x.device())?, 0)?;
-            let y = expert.forward(architecture, self.shape.intermediate_size, &own)?;
-            output = self.ops.scatter_add(output, &y, &rows, &weights)?;
-        }
-        Ok(output)
+        self.ops.mix(x, &routed, &mut |expert, own| self.experts[expert].forward(architecture, self.shape.intermediate_size, own))
     }
 }

@@ -1,0 +1,31 @@
+//! Of all that is asked of a card's driver, what no safe interface here offers: to trim the pool that memory comes from, and
+//! pages of the host that stay where they are.
+
+use std::sync::Arc;
+
+use candle_core::cuda::cudarc::driver::{CudaContext, DriverError, PinnedHostSlice, result};
+
+/// Gives back to the driver what the card's pool keeps of freed blocks.
+#[allow(unsafe_code)]
+pub fn trim(context: &CudaContext) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    // SAFETY: the device is that of a context that is alive, and its pool lives as long as the device. To trim it takes
+    // nothing from anybody: only blocks go that nobody holds.
+    unsafe {
+        let pool = result::device::get_mem_pool(context.cu_device())?;
+        result::mem_pool::trim_to(pool, 0)
+    }
+}
+
+/// So many numbers on pages that stay where they are, all zero.
+#[allow(unsafe_code)]
+pub fn pinned(context: &Arc<CudaContext>, elements: usize) -> Result<PinnedHostSlice<u16>, DriverError> {
+    // SAFETY: the memory is written as a whole, through its own pointer and for its own length, before anybody reads it.
+    unsafe {
+        let mut slice = context.alloc_pinned::<u16>(elements)?;
+        slice.as_mut_ptr()?.write_bytes(0, elements);
+        Ok(slice)
+    }
+}

@@ -1,0 +1,113 @@
+//! What is asked of a device beside computing: by loads, and by forwards that fail.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::ThreadId;
+
+use candle_core::{DType, Device};
+use serde_json::json;
+
+use super::device::Driver;
+use super::sharing_tests::loaded;
+use super::*;
+use crate::text::Encoding;
+
+/// Remembers what was asked of it, and by whom.
+#[derive(Debug, Default)]
+struct Recorder {
+    settled: Mutex<Vec<(Place, ThreadId)>>,
+    broken: AtomicBool,
+}
+
+impl Recorder {
+    fn settled(&self) -> Vec<(Place, ThreadId)> {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
+    }
+}
+
+impl Driver for Recorder {
+    fn settle(&self, place: Place) -> Result<(), DeviceError> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(DeviceError { place: place.to_string(), problem: "CUDA_ERROR_UNKNOWN".to_owned() });
+        }
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner).push((place, std::thread::current().id()));
+        Ok(())
+    }
+
+    fn answers(&self, _: &Device) -> bool {
+        !self.broken.load(Ordering::Relaxed)
+    }
+}
+
+/// Cards that are the CPU, with a driver of their own.
+fn card(ordinal: usize, driver: &'static Recorder) -> Backend {
+    Backend { place: Place::Cuda(ordinal), driver, ..Backend::plain_on_cpu(DType::F32) }
+}
+
+fn driver() -> &'static Recorder {
+    Box::leak(Box::default())
+}
+
+#[test]
+fn every_device_has_settled_when_a_load_returns_and_replicas_are_copied_at_the_same_time() {
+    let driver = driver();
+    let load = |what: &What| load_with(&card(0, driver), what, &mut |_, _| {});
+    let model = loaded("llama", json!({}), load).expect("loads");
+    let here = std::thread::current().id();
+    assert_eq!(driver.settled(), [(Place::Cuda(0), here)]);
+    let others = [card(1, driver), card(2, driver)];
+    assert_eq!(copies(&model, &others, None).expect("copies").len(), 2);
+    let mut settled = driver.settled();
+    settled.sort_by_key(|(place, _)| place.to_string());
+    let [(Place::Cuda(1), first), (Place::Cuda(2), second)] = settled[..] else { panic!("{settled:?}") };
+    assert!(first != second && first != here && second != here);
+    driver.broken.store(true, Ordering::Relaxed);
+    let refused = loaded("llama", json!({}), load).err().expect("refused").to_string();
+    assert_eq!(refused, "device cuda:0: CUDA_ERROR_UNKNOWN");
+    assert!(copies(&model, &others, None).is_err());
+}
+
+#[test]
+fn a_device_that_answers_no_more_is_lost_and_one_that_does_is_not() {
+    let driver = driver();
+    let failing = |kernel: device::FlashKernel| {
+        let backend = Backend { flash: Some(kernel), ..card(0, driver) };
+        loaded("llama", json!({}), |what| load_with(&backend, what, &mut |_, _| {})).expect("loads")
+    };
+    let odd = failing(|_, _, _, _| candle_core::bail!("unlikely"));
+    let full = failing(|_, _, _, _| candle_core::bail!("CUDA_ERROR_OUT_OF_MEMORY"));
+    let pack = Pack::new(&[Arc::new(Encoding::for_test(vec![1, 2, 3]))]);
+    let outcome = |model: &Model| model.forward(&pack).expect_err("fails");
+    assert!(matches!(outcome(&odd), ModelError::Failed(_)));
+    assert!(matches!(outcome(&full), ModelError::OutOfMemory(_)));
+    driver.broken.store(true, Ordering::Relaxed);
+    assert!(matches!(outcome(&odd), ModelError::DeviceLost(words) if words.contains("unlikely")));
+    assert!(matches!(outcome(&full), ModelError::OutOfMemory(_)));
+}
+
+#[test]
+fn a_pack_that_was_made_ready_has_the_same_scores_on_whichever_device_it_runs() {
+    let driver = driver();
+    let several = loaded("mistral", json!({"sliding_window": 5}), |what| {
+        let model = load_with(&card(0, driver), what, &mut |_, _| {}).expect("loads");
+        let copies = copies(&model, &[card(1, driver)], None).expect("copies");
+        Replicas::new(model, copies)
+    });
+    let samples = [vec![1, 2, 3], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9]].map(|ids| Arc::new(Encoding::for_test(ids)));
+    let pack = || Pack::forest(&samples, |tokens| several.prefix_key(tokens));
+    let bits = |pack: &Pack, device: usize| -> Vec<u32> {
+        several.forward_on(device, pack).expect("scored").iter().map(|output| output.reward.to_bits()).collect()
+    };
+    let expected = bits(&pack(), 0);
+    let ready = pack();
+    several.prepare(1, &ready);
+    assert!(format!("{:?}", ready.ready()).contains("Some"));
+    assert_eq!(bits(&ready, 0), expected, "what is ready elsewhere is no use here");
+    assert!(format!("{:?}", ready.ready()).contains("Some"), "and stays");
+    assert_eq!(bits(&ready, 1), expected);
+    assert!(format!("{:?}", ready.ready()).contains("None"), "what was used is gone");
+    assert_eq!(bits(&ready, 1), expected);
+    let kernels = loaded("llama", json!({}), |what| load_with(&Backend::cpu(), what, &mut |_, _| {})).expect("loads");
+    kernels.prepare(0, &ready);
+    assert!(format!("{:?}", ready.ready()).contains("None"), "the host needs nothing");
+}
