@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::device::{Arithmetic, Place};
 use super::pack::MIN_ROWS;
 use super::plain::ELEMENTS;
+use super::transformer::ROW_BLOCK;
 use crate::checkpoint::{Architecture, Dtype};
 
 /// What computes.
@@ -107,6 +108,14 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     let qkv = queries + 2 * keys;
     let projected = row(h, f32s) + cast(h) + product(qkv, a.qkv_bias);
     let attention = product(qkv, false) / copies + attended(a, way, w, fixed, load);
+    // What stands behind attention goes in blocks of rows beside the stream and what attention gave, where it can.
+    if way == Way::Kernels && a.experts.is_none() {
+        let block = wide(load.tokens.clamp(MIN_ROWS, ROW_BLOCK)) * f32s;
+        let mlp = block * (3 * h + queries + up.max(80) + inner + 2 * h.max(80));
+        let convolution = a.convolution.as_ref().map_or(0, |convolution| 2 * row(h * wide(convolution.kernel), f32s) + product(h, true));
+        let largest = projected.max(attention).max(convolution).max(row(queries, f32s) + mlp);
+        return 2 * stream + convolution + largest + WORKSPACE;
+    }
     let output = row(queries, f32s) + cast(queries) + product(h, a.output_bias) + joined;
     let activated = if way == Way::Kernels { row(inner, w) } else { row(inner, w) + row(inner, f32s) + cast(inner) };
     let mlp = |up: u64, activated: u64| row(h, f32s) + cast(h) + product(up, a.mlp_bias) + activated + product(h, a.mlp_bias) + joined;

@@ -42,6 +42,14 @@ impl Ops {
         }
     }
 
+    /// `x` with the rows from `first` on replaced by those of `part`, which is as wide.
+    pub fn overwrite(self, x: Tensor, first: usize, part: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Plain => x.slice_assign(&[first..first + part.dim(0)?, 0..part.dim(1)?], part),
+            Self::Kernels => x.inplace_op2(part, &Overwrite { first }).map(|()| x),
+        }
+    }
+
     /// `x + bias` on the first columns of every row.
     pub fn add_bias(self, x: Tensor, bias: &Tensor) -> Result<Tensor> {
         match self {
@@ -212,6 +220,26 @@ impl InplaceOp2 for AddRows {
         let (y, y_stride, _) = rows(s2, l2)?;
         let (x, width) = rows_mut(s1, l1)?;
         linear::add_rows(x, width, y, y_stride);
+        Ok(())
+    }
+}
+
+struct Overwrite {
+    first: usize,
+}
+
+impl InplaceOp2 for Overwrite {
+    fn name(&self) -> &'static str {
+        "overwrite"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
+        let part = vector(s2, l2)?;
+        let (x, width) = rows_mut(s1, l1)?;
+        match x.get_mut(self.first * width..self.first * width + part.len()) {
+            Some(rows) if part.len().is_multiple_of(width) => rows.copy_from_slice(part),
+            _ => bail!("expected whole rows within {l1:?} from row {}, found {l2:?}", self.first),
+        }
         Ok(())
     }
 }

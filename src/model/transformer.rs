@@ -23,6 +23,11 @@ use block::{Block, Context, LayerDistances};
 use convolution::Convolution;
 use embedding::Embedding;
 
+/// Rows that go through the part of a layer behind its attention together, at most: enough for products at full speed. Packs
+/// of tests are small; theirs are cut as well.
+pub const ROW_BLOCK: usize = if cfg!(test) { 32 } else { 1024 };
+const _: () = assert!(ROW_BLOCK >= 2 * MIN_ROWS);
+
 /// Embedding, blocks and last norm: tokens to hidden states.
 #[derive(Debug)]
 pub struct Transformer {
@@ -140,17 +145,11 @@ impl Transformer {
                 x = x.index_select(&read, 0)?;
                 convolved = convolved.map(|convolved| convolved.index_select(&read, 0)).transpose()?;
             }
-            // Beside each other both parts read the stream as it was before either was added.
-            let beside = if architecture.residual == Residual::Parallel { Some(block.mlp(architecture, &x)?) } else { None };
-            x = block.attention_norms.add(architecture, x, block.output.forward_biased(&attended)?)?;
-            let inner = match beside {
-                Some(inner) => inner,
-                None => block.mlp(architecture, &x)?,
+            let convolved = convolved.take();
+            x = match self.row_blocks(block, x.dim(0)?) {
+                1 => self.behind_attention(block, x, &attended, convolved.as_ref())?,
+                blocks => self.in_row_blocks(blocks, block, x, &attended, convolved.as_ref())?,
             };
-            x = block.mlp_norms.add(architecture, x, inner)?;
-            if let Some((convolution, convolved)) = self.convolution.as_ref().zip(convolved.take()) {
-                x = convolution.join(architecture, x, convolved)?;
-            }
         }
         if let Some(norm) = &self.final_norm {
             x = norm.apply(architecture.norm, &x)?;
@@ -160,5 +159,43 @@ impl Transformer {
         }
         let hidden = x.narrow(0, 0, rows.len())?.to_dtype(DType::F32)?;
         hidden.to_vec2()
+    }
+
+    /// What stands behind a layer's attention goes row by row: the output layer, the MLP, the norms around them, and what joins
+    /// the stream there. `attended` and `convolved` have the rows of `x`.
+    fn behind_attention(&self, block: &Block, x: Tensor, attended: &Tensor, convolved: Option<&Tensor>) -> Result<Tensor> {
+        let architecture = &self.architecture;
+        // Beside each other both parts read the stream as it was before either was added.
+        let beside = if architecture.residual == Residual::Parallel { Some(block.mlp(architecture, &x)?) } else { None };
+        let x = block.attention_norms.add(architecture, x, block.output.forward_biased(attended)?)?;
+        let inner = match beside {
+            Some(inner) => inner,
+            None => block.mlp(architecture, &x)?,
+        };
+        let x = block.mlp_norms.add(architecture, x, inner)?;
+        match (&self.convolution, convolved) {
+            (Some(convolution), Some(convolved)) => convolution.join(architecture, x, convolved),
+            _ => Ok(x),
+        }
+    }
+
+    /// The same for so many runs of rows, one after another: what they need in between stays in the processor's caches, and is
+    /// not asked of the system and cleared for every layer anew. Every row is what it is in the whole.
+    fn in_row_blocks(&self, blocks: usize, block: &Block, mut x: Tensor, attended: &Tensor, convolved: Option<&Tensor>) -> Result<Tensor> {
+        let rows = x.dim(0)?;
+        for index in 0..blocks {
+            let (first, end) = (index * rows / blocks, (index + 1) * rows / blocks);
+            let of = |tensor: &Tensor| tensor.narrow(0, first, end - first);
+            let convolved = convolved.map(of).transpose()?;
+            let part = self.behind_attention(block, of(&x)?.force_contiguous()?, &of(attended)?, convolved.as_ref())?;
+            x = self.backend.ops.overwrite(x, first, &part)?;
+        }
+        Ok(x)
+    }
+
+    /// Into how many runs of rows a pack is cut behind the attention of a layer: on the CPU, where experts do not choose rows of
+    /// their own. A run never has fewer rows than a product needs to be the same in any company.
+    fn row_blocks(&self, block: &Block, rows: usize) -> usize {
+        if self.backend.ops == Ops::Kernels && !block.chooses_rows() { rows.div_ceil(ROW_BLOCK) } else { 1 }
     }
 }

@@ -67,13 +67,21 @@ pub fn attend<'a>(
     let parts: Vec<Vec<f32>> =
         if products * width <= ALONE { tasks.iter().map(run).collect() } else { tasks.par_iter().map(run).collect() };
     let mut output = vec![0.0f32; rows * width];
-    for (task, part) in tasks.into_iter().zip(parts) {
-        let first_column = task.kv_head * group * shape.head_dim;
-        for (row, values) in task.rows().zip(part.chunks_exact(group * shape.head_dim)) {
-            let start = row * width + first_column;
-            output[start..start + values.len()].copy_from_slice(values);
-        }
+    let columns = group * shape.head_dim;
+    // The key heads of the same queries stand beside each other; nodes, and queries within them, follow one another.
+    let (mut places, mut rest) = (Vec::with_capacity(tasks.len()), &mut output[..]);
+    for (tasks, parts) in tasks.chunks(shape.kv_heads).zip(parts.chunks(shape.kv_heads)) {
+        let (own, behind) = rest.split_at_mut(tasks[0].rows().len() * width);
+        places.push((own, parts));
+        rest = behind;
     }
+    places.into_par_iter().for_each(|(rows, parts)| {
+        for (row, output) in rows.chunks_exact_mut(width).enumerate() {
+            for (output, part) in output.chunks_exact_mut(columns).zip(parts) {
+                output.copy_from_slice(&part[row * columns..(row + 1) * columns]);
+            }
+        }
+    });
     (output, blocks)
 }
 

@@ -29,18 +29,21 @@ pub struct Rows<'a> {
 pub fn multiply_add<S: Simd>(simd: S, a: Rows, b: Rows, depth: usize, c: &mut [f32], stride: usize) {
     let lanes = S::F32_LANES;
     let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &a.values[row * a.stride..][..depth]);
+    let (vectors, _) = S::as_simd_f32s(b.values);
     for column in (0..stride).step_by(2 * lanes) {
         let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
         for (row, sums) in sums.iter_mut().enumerate() {
             let held = &c[row * stride + column..][..2 * lanes];
             *sums = [load(simd, &held[..lanes]), load(simd, &held[lanes..])];
         }
-        for k in 0..depth {
-            let b = &b.values[k * b.stride + column..][..2 * lanes];
-            let b = [load(simd, &b[..lanes]), load(simd, &b[lanes..])];
-            for (row, sums) in rows.iter().zip(&mut sums) {
-                let a = simd.splat_f32s(row[k]);
-                *sums = [simd.mul_add_f32s(a, b[0], sums[0]), simd.mul_add_f32s(a, b[1], sums[1])];
+        // All that is walked along the depth is zipped, so that no index is checked at every step.
+        let [a0, a1, a2, a3, a4, a5] = rows;
+        let along = vectors[column / lanes..].chunks(b.stride / lanes);
+        for ((((((b, a0), a1), a2), a3), a4), a5) in along.zip(a0).zip(a1).zip(a2).zip(a3).zip(a4).zip(a5) {
+            let &[low, high, ..] = b else { unreachable!("a row of whole pairs of vectors") };
+            for (a, sums) in [a0, a1, a2, a3, a4, a5].into_iter().zip(&mut sums) {
+                let a = simd.splat_f32s(*a);
+                *sums = [simd.mul_add_f32s(a, low, sums[0]), simd.mul_add_f32s(a, high, sums[1])];
             }
         }
         for (row, sums) in sums.into_iter().enumerate() {

@@ -151,6 +151,11 @@ impl Block {
         ops::attend(&qkv, &shape, distances, pack, memory)
     }
 
+    /// Whether its MLP gathers rows by what they hold.
+    pub fn chooses_rows(&self) -> bool {
+        matches!(self.mlp, Mlp::Mixture(_))
+    }
+
     /// The whole MLP; its columns may be more than the stream's.
     pub fn mlp(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
         let x = self.mlp_norms.before(architecture, x)?;

@@ -41,8 +41,8 @@ impl Convolution {
     }
 
     /// What the first layer gave, with the convolution, normed.
-    pub fn join(&self, architecture: &Architecture, x: Tensor, convolved: Tensor) -> Result<Tensor> {
-        self.norm.apply(architecture.norm, &self.ops.add(x, &convolved)?)
+    pub fn join(&self, architecture: &Architecture, x: Tensor, convolved: &Tensor) -> Result<Tensor> {
+        self.norm.apply(architecture.norm, &self.ops.add(x, convolved)?)
     }
 }
 
