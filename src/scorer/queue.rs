@@ -4,8 +4,9 @@
 //! line, so a flood of one tenant costs the others nothing but their turns. Within a tenant the highest priority goes
 //! first, then arrival. Ageing makes one level of priority worth a head start of a fixed time (the queue's `ageing`): a
 //! job of priority `p` that arrives at `t` is ordered as if it had arrived at `t - p * ageing`, so it is overtaken only by
-//! those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack stands, when the
-//! next one is made, as if it arrived just then: a large request is spread over packs and holds up nobody.
+//! those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack, to where its next
+//! sample had no room, stands, when the next one is made, as if it arrived just then: a large request is spread over packs
+//! and holds up nobody.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
@@ -119,7 +120,8 @@ struct Waiting {
     next: usize,
     /// The last pack that it gave a sample to.
     pack: u64,
-    /// What it has cost since it was given its place.
+    /// What it has taken of packs since it was given its place: what its samples cost, and the room that was too small for
+    /// the next of them.
     given: usize,
 }
 
@@ -306,6 +308,9 @@ impl Queue {
                 let cost = if beside { load.fresh } else { load.whole };
                 let fits = draw.cost + cost <= limits.max_tokens && draw.picks.len() < limits.max_samples;
                 if !fits && !draw.picks.is_empty() {
+                    if beside {
+                        job.given += limits.max_tokens.saturating_sub(draw.cost);
+                    }
                     return Turn::Full;
                 }
                 *lane = Some(here);

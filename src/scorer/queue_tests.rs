@@ -221,6 +221,21 @@ proptest! {
     }
 
     #[test]
+    fn a_request_of_any_sizes_goes_behind_others_after_each_pack_that_it_filled(
+        budget in 8usize..64, sizes in prop::collection::vec(1usize..=8, 300), packs in 1usize..5,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let large = push(&mut queue, job(now, 0, 0, &sizes));
+        for _ in 0..packs {
+            prop_assert!(queue.next_pack(now, limits(budget)).picks.iter().all(|pick| pick.job == large));
+            // It takes all that is left of a pack, and never all of it.
+            let small = push(&mut queue, job(now, 0, 0, &[8]));
+            let draw = queue.next_pack(now, limits(budget));
+            prop_assert!(names(&draw).contains(&(small, 0)), "{draw:?}");
+        }
+    }
+
+    #[test]
     fn nobody_starves_under_a_flood_of_higher_priority(difference in 1i32..5, flood in 1usize..4) {
         // One pack of one sample per tick, `flood` urgent arrivals per tick: more than the device can do.
         let (mut queue, start) = (Queue::new(ROOMY, AGEING), Instant::now());
