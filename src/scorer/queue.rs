@@ -1,12 +1,13 @@
 //! What runs next: the pure policy of the device queue. Time comes in as an argument.
 //!
 //! Tenants take turns: each gives out samples until it has used up its share of a pack, and then stands at the end of the
-//! line, so a flood of one tenant costs the others nothing but their turns. Within a tenant the highest priority goes
-//! first, then arrival. Ageing makes one level of priority worth a head start of a fixed time (the queue's `ageing`): a
-//! job of priority `p` that arrives at `t` is ordered as if it had arrived at `t - p * ageing`, so it is overtaken only by
-//! those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack, to where its next
-//! sample had no room, stands, when the next one is made, as if it arrived just then: a large request is spread over packs
-//! and holds up nobody.
+//! line, so a flood of one tenant costs the others nothing but their turns. One that leaves keeps its place until
+//! its turn is over and its debt is paid, so nothing is gained by sending one sample at a time. Within a tenant the highest
+//! priority goes first, then arrival. Ageing makes one level of priority worth a head start of a fixed time (the queue's
+//! `ageing`): a job of priority `p` that arrives at `t` is ordered as if it had arrived at `t - p * ageing`, so it is
+//! overtaken only by those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack,
+//! to where its next sample had no room, stands, when the next one is made, as if it arrived just then: a large request is
+//! spread over packs and holds up nobody.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
@@ -18,6 +19,8 @@ pub const PRIORITIES: RangeInclusive<i32> = -100..=100;
 /// A turn is this part of a pack: small enough that a pack has room for several tenants, large enough for a group of
 /// completions.
 const TURNS_PER_PACK: usize = 4;
+/// Tenants without jobs that are remembered for their debts, at most.
+const MAX_DEBTORS: usize = 4096;
 
 /// Names a job within one queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -137,6 +140,10 @@ struct Tenant {
 }
 
 impl Tenant {
+    fn owes(&self) -> bool {
+        self.credit.is_some_and(|credit| credit < 0)
+    }
+
     /// The lane of the first of its jobs.
     fn first_lane(&self) -> Option<u64> {
         self.lanes.iter().filter_map(|(lane, jobs)| Some((jobs.first_key_value()?.0, *lane))).min().map(|(_, lane)| lane)
@@ -163,7 +170,7 @@ pub struct Queue {
     packs: u64,
     jobs: HashMap<JobId, Waiting>,
     tenants: HashMap<Arc<str>, Tenant>,
-    /// Tenants that have jobs, in the order of their turns.
+    /// Tenants that have jobs or debts, in the order of their turns.
     line: BTreeMap<u64, Arc<str>>,
     deadlines: BTreeSet<(Instant, JobId)>,
     samples: usize,
@@ -270,6 +277,11 @@ impl Queue {
     pub fn next_pack(&mut self, now: Instant, limits: PackLimits) -> Draw {
         let mut draw = Draw { expired: self.expire(now), ..Draw::default() };
         self.packs += 1;
+        if self.is_empty() {
+            // Nobody waits for what is owed.
+            self.tenants.clear();
+            self.line.clear();
+        }
         let (mut lane, mut from) = (None, 0);
         while let Some((&turn, name)) = self.line.range(from..).next() {
             let name = name.clone();
@@ -288,7 +300,7 @@ impl Queue {
         let share = share(limits);
         let mut given = false;
         loop {
-            let Some(tenant) = self.tenants.get_mut(name) else { return Turn::Over };
+            let Some(tenant) = self.tenants.get_mut(name).filter(|tenant| !tenant.lanes.is_empty()) else { return Turn::Over };
             let Some(here) = lane.or_else(|| tenant.first_lane()) else { return Turn::Nothing };
             let Some((&key, &id)) = tenant.lanes.get(&here).and_then(BTreeMap::first_key_value) else {
                 return if given { Turn::Over } else { Turn::Nothing };
@@ -341,10 +353,15 @@ impl Queue {
         }
     }
 
-    /// The tenant stands at the end of the line, with what it may give out in its next turn.
+    /// The tenant stands at the end of the line, with what it may give out in its next turn; or leaves, if it has nothing to
+    /// give out and owes nothing.
     fn move_to_the_end(&mut self, name: &Arc<str>, limits: PackLimits) {
         let turn = self.number();
         if let Some(tenant) = self.tenants.get_mut(name) {
+            if tenant.lanes.is_empty() && !tenant.owes() {
+                self.forget(name);
+                return;
+            }
             self.line.remove(&tenant.turn);
             tenant.turn = turn;
             // Credit is not saved up, debt is.
@@ -360,6 +377,8 @@ impl Queue {
         if let Some(deadline) = job.deadline {
             self.deadlines.remove(&(deadline, id));
         }
+        // What it gave out before its turn is not given to it anew. Those that have jobs are no more than these.
+        let room = self.tenants.len() <= self.jobs.len() + MAX_DEBTORS;
         if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
             if let Some(jobs) = tenant.lanes.get_mut(&job.lane) {
                 jobs.remove(&job.key);
@@ -367,12 +386,17 @@ impl Queue {
                     tenant.lanes.remove(&job.lane);
                 }
             }
-            if tenant.lanes.is_empty() {
-                self.line.remove(&tenant.turn);
-                self.tenants.remove(&job.tenant);
+            if tenant.lanes.is_empty() && !(tenant.credit.is_some() && room) {
+                self.forget(&job.tenant);
             }
         }
         Some(job)
+    }
+
+    fn forget(&mut self, name: &Arc<str>) {
+        if let Some(tenant) = self.tenants.remove(name) {
+            self.line.remove(&tenant.turn);
+        }
     }
 }
 

@@ -123,6 +123,25 @@ fn samples_that_share_with_the_one_before_cost_what_is_new_and_stay_together() {
     assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 2 }).cost, 14);
 }
 
+#[test]
+fn debts_of_those_that_left_are_remembered_in_bounds_and_only_while_somebody_waits() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    push(&mut queue, of("patient", job(now, 0, 0, &[1; 40_000])));
+    for tenant in 0..MAX_DEBTORS + 10 {
+        push(&mut queue, of(&tenant.to_string(), job(now, 0, 0, &[8])));
+    }
+    let one = PackLimits { max_samples: 1, ..limits(8) };
+    while queue.jobs.len() > 1 {
+        assert!(!queue.next_pack(now, one).is_empty());
+        assert!(queue.tenants.len() <= queue.jobs.len() + MAX_DEBTORS);
+    }
+    assert!(queue.tenants.len() > 1, "debtors are remembered");
+    let last = *queue.jobs.keys().next().expect("one");
+    queue.remove(last);
+    queue.next_pack(now, one);
+    assert!(queue.tenants.is_empty() && queue.line.is_empty());
+}
+
 #[derive(Clone, Debug)]
 struct Arrival {
     /// Packs drawn before this job arrives.
@@ -278,6 +297,31 @@ proptest! {
             // A turn and the sample that ends it, and a sample that was larger than a pack.
             let apart = served.iter().max().expect("tenants") - served.iter().min().expect("tenants");
             prop_assert!(apart <= budget.div_ceil(TURNS_PER_PACK) + 2 * 40, "{served:?}");
+        }
+    }
+
+    #[test]
+    fn whoever_sends_one_sample_at_a_time_gets_no_more_than_those_that_wait(
+        size in 1usize..80, patient in prop::collection::vec(1usize..40, 1..4), budget in 16usize..80, packs in 20usize..60,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let mut whose = HashMap::new();
+        for (tenant, size) in patient.iter().enumerate() {
+            let backlog = job(now, 0, 0, &vec![*size; 2 * packs * (budget + 80)]);
+            whose.insert(push(&mut queue, of(&tenant.to_string(), backlog)), tenant);
+        }
+        let mut served = vec![0usize; patient.len() + 1];
+        let mut waits = false;
+        for _ in 0..packs {
+            if !std::mem::replace(&mut waits, true) {
+                whose.insert(push(&mut queue, of("one", job(now, 0, 0, &[size]))), patient.len());
+            }
+            for pick in queue.next_pack(now, limits(budget)).picks {
+                served[whose[&pick.job]] += pick.tokens;
+                waits &= whose[&pick.job] < patient.len();
+            }
+            let (one, others) = served.split_last().expect("tenants");
+            prop_assert!(*one <= others.iter().min().expect("tenants") + budget.div_ceil(TURNS_PER_PACK) + size + 40, "{served:?}");
         }
     }
 
