@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::budget::Budget;
-use super::forward::{Forwarded, Next, Trouble, forward};
+use super::forward::{Forwarded, Lost, Next, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::priority::stand_back;
 use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
@@ -186,7 +186,7 @@ impl Worker {
                 run()
             }
             Some(pool) => {
-                let (mut result, mut ahead) = (Err(Trouble::of_pack("the device's threads have ended".to_owned())), None);
+                let (mut result, mut ahead) = (Err(Lost("its threads have ended".to_owned())), None);
                 pool.in_place_scope(|scope| {
                     scope.spawn(|_| result = run());
                     ahead = self.collate();
@@ -208,36 +208,34 @@ impl Worker {
                 job.forward += took;
             }
         }
-        let mut closed = Vec::new();
-        match result {
+        let (mut closed, mut failed) = (Vec::new(), Vec::new());
+        let room = match result {
             Ok(Forwarded { outcomes, largest, misfits }) => {
-                let mut failed = Vec::new();
                 for (pick, outcome) in next.picks.iter().zip(outcomes) {
                     match outcome {
                         Ok(outputs) => closed.extend(state.record(*pick, Ok(outputs))),
+                        // The rest of its request would be scored for nothing.
                         Err(problem) => failed.extend(state.withdraw(*pick).map(|job| (job, problem))),
                     }
                 }
-                shared.show_depth(state);
-                drop(guard);
-                answer_all(closed, ended);
-                for (job, problem) in failed {
-                    job.fail(ScorerError::Forward(problem));
-                }
-                self.learn(&next, largest, misfits);
+                Some((largest, misfits))
             }
-            Err(trouble) => {
-                // The rest of these requests would be scored for nothing.
+            Err(Lost(problem)) => {
                 for pick in &next.picks {
-                    closed.extend(state.withdraw(*pick));
+                    failed.extend(state.withdraw(*pick).map(|job| (job, problem.clone())));
                 }
-                shared.show_depth(state);
-                drop(guard);
-                for job in closed {
-                    job.fail(ScorerError::Forward(trouble.words.clone()));
-                }
-                self.lost = trouble.device_lost;
+                None
             }
+        };
+        shared.show_depth(state);
+        drop(guard);
+        answer_all(closed, ended);
+        for (job, problem) in failed {
+            job.fail(ScorerError::Forward(problem));
+        }
+        match room {
+            Some((largest, misfits)) => self.learn(&next, largest, misfits),
+            None => self.lost = true,
         }
     }
 

@@ -161,7 +161,7 @@ fn all_models_of_a_lane_run_over_the_same_pack_in_order() {
 }
 
 #[test]
-fn a_panic_or_a_failure_costs_its_pack_and_the_worker_lives_on() {
+fn a_panic_or_a_failure_costs_its_request_and_the_worker_lives_on() {
     for (bad, words) in [(PANIC, "the forward pass panicked: asked to panic"), (FAIL, "asked to fail"), (FORGET, "expected 1 outputs")] {
         let mut bench = Bench::new(small());
         let fine = bench.submit(&[&[1; 8]]);
@@ -169,12 +169,45 @@ fn a_panic_or_a_failure_costs_its_pack_and_the_worker_lives_on() {
         let after = bench.submit(&[&[3; 8]]);
         while bench.worker.step() {}
         assert_eq!(values(now(fine)), [8.0]);
-        let error = now(broken).expect("answered").expect_err("its pack failed");
+        let error = now(broken).expect("answered").expect_err("its sample failed");
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(values(now(after)), [24.0]);
         assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 3, "the rest of the broken request is not run");
         assert!(bench.handle.is_alive());
     }
+}
+
+#[test]
+fn a_sample_that_fails_takes_down_no_stranger_in_its_pack() {
+    for (bad, outcome) in [(PANIC, "panic"), (FAIL, "error"), (FORGET, "error")] {
+        let mut bench = Bench::new(ScorerOptions::default());
+        let samples: Vec<_> = (0..40).map(|id| bench.submit(&[&[id; 8], &[if id == 23 { bad } else { 100 }; 8]])).collect();
+        assert!(bench.worker.step());
+        for (id, answer) in (0..).zip(samples) {
+            match id {
+                23 => drop(now(answer).expect("answered").expect_err("its sample failed")),
+                _ => assert_eq!(values(now(answer)), [8.0 * id as f32, 800.0]),
+            }
+        }
+        // The whole, and both halves of what holds it, down to its own request.
+        let forwards = bench.model.forwards.load(Ordering::Relaxed);
+        assert!(forwards <= 13, "{forwards}");
+        let metrics = &bench.worker.shared.metrics;
+        assert_eq!(metrics.packs.with_label_values(&[outcome]).get(), 1);
+        assert!(metrics.samples.get() >= 78, "{}", metrics.samples.get());
+        assert_eq!(bench.worker.budget.tokens(), 8192, "nothing is learned of the room");
+        assert!(bench.handle.is_alive());
+    }
+}
+
+#[test]
+fn a_model_that_always_fails_is_not_asked_for_every_sample() {
+    let mut bench = Bench::new(ScorerOptions::default());
+    let answers: Vec<_> = (0..500).map(|_| bench.submit(&[&[FAIL; 8]])).collect();
+    assert!(bench.worker.step());
+    assert!(answers.into_iter().all(|answer| now(answer).expect("answered").is_err()));
+    let forwards = bench.model.forwards.load(Ordering::Relaxed);
+    assert!(forwards < 50, "{forwards}");
 }
 
 #[test]
