@@ -1,18 +1,17 @@
 //! The line in front of a device: what waits, who waits for it, and the handle that puts work into it.
 
 use std::collections::HashMap;
+use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
-use super::{
-    JobId, Load, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock,
-};
+use super::load::loads;
+use super::{JobId, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock};
 use crate::clock::Clock;
-use crate::model::{Output, shared_prefix};
-use crate::text::Encoding;
+use crate::model::Output;
 
 pub(super) type Answer = Result<Reply, ScorerError>;
 
@@ -45,6 +44,8 @@ pub(super) struct Shared {
     pub metrics: ScorerMetrics,
     pub state: Mutex<State>,
     pub wake: Condvar,
+    /// Of the beginnings of samples.
+    pub hashes: RandomState,
     /// Turns true with [`State::gone`].
     pub gone: watch::Sender<bool>,
     /// Tokens of one pack, at most, as far as the devices have room.
@@ -201,7 +202,10 @@ impl ScorerHandle {
             priority: submission.priority,
             arrived,
             deadline: submission.deadline,
-            samples: loads(&submission),
+            samples: submission
+                .models
+                .first()
+                .map_or_else(Vec::new, |model| loads(&**model, submission.lane, &submission.encodings, &shared.hashes)),
         };
         let samples = new.samples.len();
         let queued = Some(tracing::debug_span!(parent: &submission.span, "queue", samples));
@@ -250,17 +254,4 @@ impl ScorerHandle {
         answer_all(closed, now);
         result
     }
-}
-
-/// What each sample costs a pack: by itself, and beside the one before it. What other requests have in common with it is
-/// found only when a pack is made, so a pack may cost less than it was taken for, never more.
-fn loads(submission: &Submission) -> Vec<Load> {
-    let Some(model) = submission.models.first() else { return Vec::new() };
-    let encodings = &submission.encodings;
-    let load = |(i, encoding): (usize, &Arc<Encoding>)| {
-        let (tokens, before) = (encoding.tokens(), i.checked_sub(1).map(|before| &encodings[before]));
-        let shared = before.map_or(0, |before| shared_prefix(&**model, before, encoding));
-        Load { tokens, whole: model.token_cost(0, tokens), fresh: model.token_cost(shared, tokens) }
-    };
-    encodings.iter().enumerate().map(load).collect()
 }

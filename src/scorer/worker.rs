@@ -7,6 +7,7 @@
 //! is done.
 
 use std::collections::HashMap;
+use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
@@ -56,7 +57,8 @@ fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (Scorer
     let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };
     let (gone, _) = watch::channel(false);
     let max_pack_tokens = AtomicUsize::new(options.max_pack_tokens);
-    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new(), gone, max_pack_tokens });
+    let (state, wake, hashes) = (Mutex::new(state), Condvar::new(), RandomState::new());
+    let shared = Arc::new(Shared { options, clock, metrics, state, wake, hashes, gone, max_pack_tokens });
     (ScorerHandle::new(shared.clone()), shared)
 }
 
