@@ -4,13 +4,16 @@
 //! begins with, too. Within the tenant whose turn it is that overtakes what stands before it. Of another tenant only the
 //! first job is taken, so nothing of its own is overtaken, and only until it owes a pack; it pays with turns, as always. As
 //! every turn begins with the first job of its tenant, nothing starves.
+//!
+//! The first sample that does not fit ends the turns, and begins the next pack of its lane. The room that it leaves is filled
+//! with samples that do fit: of its own tenant any, of every other those that come first, up to a pack of debt.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::load::Rest;
-use super::queue::TURNS_PER_PACK;
+use super::queue::{TURNS_PER_PACK, Tenant};
 use super::{Draw, JobId, Load, PackLimits, Pick, Queue};
 
 /// A pack may cost so many times its budget where what is above it rides along. Its tokens, which take the device's memory,
@@ -18,6 +21,9 @@ use super::{Draw, JobId, Load, PackLimits, Pick, Queue};
 const MOST_COST: usize = 2;
 /// Jobs that one pack looks at outside their turns, at most.
 const LOOKS: usize = 1024;
+
+/// A pack is full enough to be made before its time when at most this part of it is left.
+const UNFILLED: usize = 8;
 
 /// A pack that is being filled.
 struct Filling {
@@ -34,8 +40,8 @@ struct Filling {
 
 /// How a turn ended.
 enum Turn {
-    /// The pack is full; the turn goes on with the next one.
-    Full,
+    /// The next sample of this job does not fit; the turn goes on with the next pack.
+    Full(JobId),
     /// The tenant has nothing of this lane.
     Nothing,
     Over,
@@ -51,6 +57,10 @@ impl Filling {
         let most = if rest.akin { limits.max_tokens.saturating_mul(MOST_COST) } else { limits.max_tokens };
         let room = draw.computed + rest.tokens <= limits.max_tokens && draw.cost + rest.cost <= most;
         draw.picks.is_empty() || draw.picks.len() < limits.max_samples && room
+    }
+
+    fn has_room(&self) -> bool {
+        self.draw.picks.len() < self.limits.max_samples && self.draw.computed < self.limits.max_tokens
     }
 
     fn add(&mut self, pick: Pick, load: &Load, rest: Rest) {
@@ -77,13 +87,38 @@ impl Queue {
         while let Some((&turn, name)) = self.line.range(from..).next() {
             let name = name.clone();
             match self.turn(&mut pack, &name, now) {
-                Turn::Full => break,
+                Turn::Full(id) => {
+                    self.fill_up(&mut pack, turn, id);
+                    break;
+                }
                 Turn::Nothing => from = turn + 1,
                 Turn::Over => self.move_to_the_end(&name, limits),
             }
         }
         pack.draw.picks.sort_unstable();
         Draw { expired, ..pack.draw }
+    }
+
+    /// Whether what waits in the lane of the next pack all but fills it. Nothing is given out.
+    pub fn fills(&self, limits: PackLimits) -> bool {
+        let tenants = || self.line.values().filter_map(|name| self.tenants.get(name)).filter(|tenant| !tenant.lanes.is_empty());
+        let next = tenants().find(|tenant| tenant.credit.is_none_or(|credit| credit > 0)).or_else(|| tenants().next());
+        let Some((lane, _)) = next.and_then(Tenant::first) else { return false };
+        let jobs = tenants().filter_map(|tenant| tenant.lanes.get(&lane)).flat_map(BTreeMap::values);
+        let samples = jobs
+            .filter_map(|id| Some((*id, self.jobs.get(id)?)))
+            .flat_map(|(id, job)| (job.next..job.samples.len()).map(move |sample| (id, sample, &job.samples[sample])));
+        let mut pack = Filling::new(limits);
+        for (job, sample, load) in samples.take(limits.max_samples.saturating_add(LOOKS)) {
+            let rest = load.rest(&pack.there);
+            if pack.fits(rest) {
+                pack.add(Pick { job, sample, tokens: load.tokens }, load, rest);
+            }
+            if !pack.has_room() || limits.max_tokens.saturating_sub(pack.draw.cost) <= limits.max_tokens / UNFILLED {
+                return true;
+            }
+        }
+        false
     }
 
     /// What one tenant gives to the pack.
@@ -103,9 +138,10 @@ impl Queue {
             if over {
                 return Turn::Over;
             }
+            // What had no room in the last pack of this lane.
+            let id = if pack.draw.picks.is_empty() { self.front.remove(&here).unwrap_or(id) } else { id };
             if self.give(pack, id, false).is_none() {
-                self.leaves_unused(pack, id);
-                return Turn::Full;
+                return Turn::Full(id);
             }
             given = true;
             self.take_along(pack, name, id);
@@ -127,11 +163,45 @@ impl Queue {
         Some(())
     }
 
-    /// Room that is too small for the next sample of a job belongs to what the job has taken of the pack.
-    fn leaves_unused(&mut self, pack: &Filling, id: JobId) {
-        if let Some(job) = self.jobs.get_mut(&id).filter(|job| job.pack == self.packs) {
-            job.given += pack.limits.max_tokens.saturating_sub(pack.draw.cost);
+    /// Fills the room that was too small for the next sample of a job, whose tenant has this turn.
+    fn fill_up(&mut self, pack: &mut Filling, turn: u64, first: JobId) {
+        if let Some(job) = self.jobs.get_mut(&first) {
+            let room = pack.limits.max_tokens.saturating_sub(pack.draw.cost);
+            // What is too small for a job that has most of the pack belongs to what it has taken.
+            if job.pack == self.packs && 2 * job.given >= pack.limits.max_tokens {
+                job.given += room;
+            }
+            if job.given < pack.limits.max_tokens {
+                self.front.insert(job.lane, first);
+            }
         }
+        let names: Vec<Arc<str>> = self.line.range(turn..).take(pack.looks).map(|(_, name)| name.clone()).collect();
+        for (place, name) in names.iter().enumerate() {
+            let passed = if place == 0 { Some(first) } else { None };
+            while pack.has_room()
+                && pack.looks > 0
+                && let Some(id) = self.first_that_fits(pack, name, passed)
+                && self.give(pack, id, false).is_some()
+            {
+                self.take_along(pack, name, id);
+            }
+        }
+    }
+
+    /// The first job of a tenant that may fill a pack up, if its next sample fits. Behind the job `passed`, which begins the
+    /// next pack, or has filled this one, any.
+    fn first_that_fits(&self, pack: &mut Filling, name: &Arc<str>, passed: Option<JobId>) -> Option<JobId> {
+        let tenant = self.tenants.get(name).filter(|tenant| tenant.may_owe(pack.limits))?;
+        let (lane, first) = tenant.first().filter(|(lane, _)| pack.lane == Some(*lane))?;
+        let fits = |id: &&JobId| {
+            let next = self.jobs.get(id).and_then(|job| job.samples.get(job.next));
+            !self.has_filled_a_pack(**id, pack.limits) && next.is_some_and(|load| pack.fits(load.rest(&pack.there)))
+        };
+        let most = if passed == Some(first) { pack.looks } else { 1 };
+        let mut looks = 0;
+        let found = tenant.lanes.get(&lane)?.values().take(most).inspect(|_| looks += 1).find(fits).copied();
+        pack.looks -= looks;
+        found
     }
 
     /// Gives out what rides along with what `id`, whose turn it is or who rides along itself, has just given.

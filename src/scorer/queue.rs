@@ -170,6 +170,8 @@ pub struct Queue {
     pub(super) line: BTreeMap<u64, Arc<str>>,
     /// By mark: the jobs whose next sample is akin to all that has it, in order.
     pub(super) kin: Lists,
+    /// By lane: the job whose next sample had no room in the last pack, and begins the next one.
+    pub(super) front: HashMap<u64, JobId>,
     deadlines: BTreeSet<(Instant, JobId)>,
     samples: usize,
     tokens: usize,
@@ -188,6 +190,7 @@ impl Queue {
             tenants: HashMap::new(),
             line: BTreeMap::new(),
             kin: Lists::new(),
+            front: HashMap::new(),
             deadlines: BTreeSet::new(),
             samples: 0,
             tokens: 0,
@@ -302,6 +305,9 @@ impl Queue {
         if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
             tenant.credit = Some(tenant.credit.unwrap_or(share(limits)).saturating_sub_unsigned(cost as u64));
         }
+        if self.front.get(&job.lane) == Some(&id) {
+            self.front.remove(&job.lane);
+        }
         if job.next < job.samples.len() { self.enlist(id) } else { drop(self.take(id)) }
     }
 
@@ -340,6 +346,9 @@ impl Queue {
         self.tokens -= job.samples[job.next..].iter().map(|load| load.tokens).sum::<usize>();
         if let Some(deadline) = job.deadline {
             self.deadlines.remove(&(deadline, id));
+        }
+        if self.front.get(&job.lane) == Some(&id) {
+            self.front.remove(&job.lane);
         }
         // What it gave out before its turn is not given to it anew. Those that have jobs are no more than these.
         let room = self.tenants.len() <= self.jobs.len() + MAX_DEBTORS;

@@ -175,6 +175,33 @@ fn a_large_request_that_has_filled_a_pack_does_not_ride_before_others() {
 }
 
 #[test]
+fn a_sample_without_room_begins_the_next_pack_and_what_fits_takes_its_place() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    let small = push(&mut queue, of("a", job(now, 0, 0, &[4])));
+    let large = push(&mut queue, of("b", job(now, 0, 0, &[15])));
+    let behind = push(&mut queue, of("b", job(now, 0, 0, &[3, 2])));
+    let other = push(&mut queue, of("c", job(now, 0, 0, &[9, 1])));
+    let last = push(&mut queue, of("c", job(now, 0, 0, &[1])));
+    let draw = queue.next_pack(now, limits(16));
+    assert_eq!((names(&draw), draw.cost), (vec![(small, 0), (behind, 0), (behind, 1)], 9), "of others only what is first");
+    // It comes first although its tenant owes something by now.
+    assert_eq!(queue.tenants["b"].credit, Some(4 - 5));
+    let urgent = push(&mut queue, of("a", job(now, 0, 100, &[2])));
+    assert_eq!(names(&queue.next_pack(now, limits(16))), [(large, 0), (last, 0)]);
+    assert_eq!(names(&queue.next_pack(now, limits(16))), [(other, 0), (other, 1), (urgent, 0)]);
+}
+
+#[test]
+fn a_pack_that_is_filled_up_leaves_other_lanes_their_turn() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    push(&mut queue, of("a", job(now, 1, 0, &[4, 15, 15, 15])));
+    push(&mut queue, of("a", job(now, 1, 0, &[1; 30])));
+    let other = push(&mut queue, of("b", job(now, 2, 0, &[1])));
+    let packs: Vec<Draw> = (0..4).map(|_| queue.next_pack(now, limits(16))).collect();
+    assert!(packs.iter().any(|draw| names(draw) == [(other, 0)]), "{packs:?}");
+}
+
+#[test]
 fn debts_of_those_that_left_are_remembered_in_bounds_and_only_while_somebody_waits() {
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
     push(&mut queue, of("patient", job(now, 0, 0, &[1; 40_000])));
@@ -258,6 +285,7 @@ proptest! {
                 queue.remove(*id);
                 left.extend((0..new.samples.len()).map(|sample| (*id, sample)));
             }
+            let front = queue.front.clone();
             let draw = queue.next_pack(now, limits);
             let of_pick = |pick: &Pick| &jobs[&pick.job].0.samples[pick.sample];
             prop_assert!(draw.computed <= budget && draw.picks.len() <= max_samples);
@@ -282,7 +310,12 @@ proptest! {
             let mut seen = HashSet::new();
             let runs = draw.picks.chunk_by(|a, b| a.job == b.job);
             prop_assert!(runs.clone().all(|run| seen.insert(run[0].job)));
-            // A job that is untouched came before none of its tenant, lane and urgency that was begun, but for those that ride.
+            // What had no room in the last pack of its lane is in this one.
+            let begins = |id: &JobId| draw.picks.iter().any(|pick| pick.job == *id);
+            let waits = |lane: &u64, id: &JobId| !lanes.contains(lane) || draw.expired.iter().any(|pick| pick.job == *id);
+            prop_assert!(front.iter().all(|(lane, id)| waits(lane, id) || begins(id)), "{front:?} {draw:?}");
+            // A job that is untouched came before none of its tenant, lane and urgency that was begun, but for those that ride,
+            // and those that fill a pack up in which it has no room.
             let rides = |run: &&[Pick]| {
                 let kin = of_pick(&run[0]).kin();
                 let akin = |pick: &&Pick| pick.job != run[0].job && of_pick(pick).marks.iter().any(|mark| Some(mark.hash) == kin);
@@ -291,7 +324,9 @@ proptest! {
             let begun = runs.filter(|run| run[0].sample == 0 && !rides(run)).map(|run| &jobs[&run[0].job].0);
             let begun: Vec<&NewJob> = begun.collect();
             for (id, (new, cancelled)) in &jobs {
-                let untouched = !cancelled && !left.contains(&(*id, 0));
+                let with = together(draw.picks.iter().map(of_pick).chain(new.samples.first()));
+                let room = draw.picks.len() < max_samples && with.0.max(with.1) <= budget;
+                let untouched = !cancelled && !left.contains(&(*id, 0)) && room;
                 let before = |other: &&NewJob| {
                     new.tenant == other.tenant && new.lane == other.lane && new.priority >= other.priority && new.arrived < other.arrived
                 };
@@ -306,7 +341,7 @@ proptest! {
 
     #[test]
     fn a_request_of_any_sizes_goes_behind_others_after_each_pack_that_it_filled(
-        budget in 8usize..64, sizes in prop::collection::vec(1usize..=8, 300), packs in 1usize..5,
+        budget in 16usize..64, sizes in prop::collection::vec(1usize..=8, 300), packs in 1usize..5,
     ) {
         let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
         let large = push(&mut queue, job(now, 0, 0, &sizes));
@@ -359,9 +394,9 @@ proptest! {
             for pick in queue.next_pack(now, limits(budget)).picks {
                 served[whose[&pick.job]] += pick.tokens;
             }
-            // A turn and the sample that ends it, and a sample that was larger than a pack.
+            // A turn and the sample that ends it, a sample that was larger than a pack, and a pack of what was filled up.
             let apart = served.iter().max().expect("tenants") - served.iter().min().expect("tenants");
-            prop_assert!(apart <= budget.div_ceil(TURNS_PER_PACK) + 2 * 40, "{served:?}");
+            prop_assert!(apart <= budget.div_ceil(TURNS_PER_PACK) + 2 * 40 + budget, "{served:?}");
         }
     }
 
@@ -386,7 +421,9 @@ proptest! {
                 waits &= whose[&pick.job] < patient.len();
             }
             let (one, others) = served.split_last().expect("tenants");
-            prop_assert!(*one <= others.iter().min().expect("tenants") + budget.div_ceil(TURNS_PER_PACK) + size + 40, "{served:?}");
+            // A turn, the samples that end it, and a pack of what was filled up before its time.
+            let most = others.iter().min().expect("tenants") + budget.div_ceil(TURNS_PER_PACK) + size + 40 + budget;
+            prop_assert!(*one <= most, "{served:?}");
         }
     }
 
@@ -441,6 +478,39 @@ proptest! {
         let bound = floods.len() + 1;
         let served = (0..bound).any(|_| names(&queue.next_pack(now, limits(budget))).contains(&(small, 0)));
         prop_assert!(served, "not within {bound} packs");
+    }
+
+    #[test]
+    fn filling_up_overtakes_nobody_for_long_and_leaves_little_room(
+        large in prop::collection::vec(17usize..=32, 1..3), small in 2usize..6, budget in 32usize..50, lanes in 1u64..2,
+    ) {
+        // Large samples do not fit beside each other; small ones of the same tenants arrive faster than they are scored.
+        let (mut queue, start) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let mut patient: HashSet<JobId> = HashSet::new();
+        for (tenant, size) in large.iter().enumerate() {
+            push(&mut queue, of(TENANTS[tenant], job(start, 0, 0, &vec![small; 4 * budget])));
+            let new = of(TENANTS[tenant], job(start, tenant as u64 % lanes, 0, &[*size]));
+            patient.insert(push(&mut queue, new));
+        }
+        // Behind the first small ones, of which a tenant gives a quarter of a pack in a turn; and a turn is cut short by as much
+        // as filled up a pack before.
+        let bound = 20 * large.len();
+        for i in 0..bound {
+            let now = start + Duration::from_millis(10) * i as u32;
+            for tenant in 0..large.len() {
+                push(&mut queue, of(TENANTS[tenant], job(now, 0, 0, &vec![small; budget / small])));
+            }
+            let draw = queue.next_pack(now, limits(budget));
+            if draw.picks.iter().any(|pick| pick.tokens == small) {
+                // Whoever waits has small ones, but those that owe a pack take no more.
+                let owes = queue.tenants.values().filter(|tenant| !tenant.may_owe(limits(budget))).count();
+                prop_assert!(budget - draw.cost < small || owes > 0 || lanes > 1, "{draw:?}");
+            }
+            for pick in draw.picks {
+                patient.remove(&pick.job);
+            }
+        }
+        prop_assert!(patient.is_empty(), "{patient:?} still queued after {bound} packs");
     }
 
     #[test]

@@ -129,9 +129,8 @@ impl Worker {
 
     fn draw(&self, mut guard: MutexGuard<'_, State>) -> (bool, Option<Next>) {
         let (shared, now) = (&self.shared, self.shared.clock.now());
-        let limits = PackLimits { max_tokens: self.budget.tokens(), max_samples: shared.options.max_pack_samples };
         let state = &mut *guard;
-        let draw = state.queue.next_pack(now, limits);
+        let draw = state.queue.next_pack(now, self.limits());
         let closed = shared.settle(state, &draw.expired);
         shared.show_depth(state);
         let drew = !draw.is_empty();
@@ -149,7 +148,11 @@ impl Worker {
     /// The next pack, if what waits fills one.
     fn collate(&self) -> Option<Next> {
         let state = lock(&self.shared.state);
-        if state.queue.tokens() < self.budget.tokens() { None } else { self.draw(state).1 }
+        if state.queue.fills(self.limits()) { self.draw(state).1 } else { None }
+    }
+
+    fn limits(&self) -> PackLimits {
+        PackLimits { max_tokens: self.budget.tokens(), max_samples: self.shared.options.max_pack_samples }
     }
 
     /// A pack that was made ready, without what has become too late or been withdrawn since.

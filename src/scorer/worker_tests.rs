@@ -178,6 +178,23 @@ fn a_panic_or_a_failure_costs_its_request_and_the_worker_lives_on() {
 }
 
 #[test]
+fn a_pack_is_made_before_its_time_only_if_its_own_lane_fills_it() {
+    let mut bench = Bench::new(small());
+    let submit =
+        |bench: &Bench, lane, sample: &[u32]| bench.handle.submit(Submission { lane, ..bench.submission(&[sample]) }).expect("room");
+    let first = submit(&bench, 0, &[1; 8]);
+    let second = submit(&bench, 1, &[2; 3]);
+    let third = submit(&bench, 0, &[3; 8]);
+    assert!(bench.worker.step());
+    // There is room beside the second one, which comes next.
+    let late = submit(&bench, 1, &[4; 5]);
+    assert!(bench.worker.step());
+    assert_eq!([now(first), now(second), now(late)].map(values), [[8.0], [6.0], [20.0]]);
+    assert!(now(third).is_none());
+    assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 2);
+}
+
+#[test]
 fn a_sample_that_fails_takes_down_no_stranger_in_its_pack() {
     for (bad, outcome) in [(PANIC, "panic"), (FAIL, "error"), (FORGET, "error")] {
         let mut bench = Bench::new(ScorerOptions::default());
