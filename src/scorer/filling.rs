@@ -130,6 +130,10 @@ impl Queue {
             let Some(&id) = tenant.lanes.get(&here).and_then(BTreeMap::first_key_value).map(|(_, id)| id) else {
                 return if given { Turn::Over } else { Turn::Nothing };
             };
+            // Its place in the line is for the first of its jobs: other lanes have its turns for one pack and no longer.
+            if tenant.strayed.is_some_and(|pack| pack < self.packs) && tenant.first().is_some_and(|(lane, _)| lane != here) {
+                return Turn::Nothing;
+            }
             let over = *tenant.credit.get_or_insert(share(pack.limits)) <= 0;
             if self.has_filled_a_pack(id, pack.limits) {
                 self.move_back(id, now);

@@ -136,6 +136,8 @@ pub(super) struct Tenant {
     pub credit: Option<i64>,
     /// Its jobs by lane, in order.
     pub lanes: Lists,
+    /// The first pack that it gave to since another lane had the first of its jobs.
+    pub strayed: Option<u64>,
 }
 
 impl Tenant {
@@ -244,7 +246,7 @@ impl Queue {
         if !self.tenants.contains_key(&job.tenant) {
             let turn = self.number();
             self.line.insert(turn, job.tenant.clone());
-            self.tenants.insert(job.tenant.clone(), Tenant { turn, credit: None, lanes: Lists::new() });
+            self.tenants.insert(job.tenant.clone(), Tenant { turn, credit: None, lanes: Lists::new(), strayed: None });
         }
         let NewJob { lane, tenant, deadline, samples, .. } = job;
         self.jobs.insert(id, Waiting { lane, tenant, key, priority, deadline, samples, next: 0, pack: 0, given: 0 });
@@ -295,6 +297,8 @@ impl Queue {
 
     /// The next sample of a job is in the pack at hand, at this cost.
     pub(super) fn hand_over(&mut self, id: JobId, cost: usize, limits: PackLimits) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let strays = self.tenants.get(&job.tenant).and_then(Tenant::first).is_some_and(|(lane, _)| lane != job.lane);
         self.delist(id);
         let Some(job) = self.jobs.get_mut(&id) else { return };
         self.samples -= 1;
@@ -304,6 +308,7 @@ impl Queue {
         job.given += cost;
         if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
             tenant.credit = Some(tenant.credit.unwrap_or(share(limits)).saturating_sub_unsigned(cost as u64));
+            tenant.strayed = if strays { tenant.strayed.or(Some(self.packs)) } else { None };
         }
         if self.front.get(&job.lane) == Some(&id) {
             self.front.remove(&job.lane);

@@ -482,7 +482,7 @@ proptest! {
 
     #[test]
     fn filling_up_overtakes_nobody_for_long_and_leaves_little_room(
-        large in prop::collection::vec(17usize..=32, 1..3), small in 2usize..6, budget in 32usize..50, lanes in 1u64..2,
+        large in prop::collection::vec(17usize..=32, 1..3), small in 2usize..6, budget in 32usize..50, lanes in 1u64..3,
     ) {
         // Large samples do not fit beside each other; small ones of the same tenants arrive faster than they are scored.
         let (mut queue, start) = (Queue::new(ROOMY, AGEING), Instant::now());
