@@ -1,6 +1,6 @@
 //! The line in front of a device: what waits, who waits for it, and the handle that puts work into it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
+use super::forward::Next;
 use super::load::loads;
 use super::{JobId, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock};
 use crate::clock::Clock;
@@ -22,14 +23,21 @@ pub(super) struct Job {
     /// Until a pack has the first of its samples.
     pub queued: Option<tracing::Span>,
     pub outcomes: Vec<Option<Result<Vec<Output>, SampleError>>>,
+    /// Samples whose outcome is still to come.
     open: usize,
-    pub forward: Duration,
+    /// Those of them that a device works at.
+    running: usize,
+    /// Nobody waits for it any more; it stays until no device works at it.
+    pub abandoned: bool,
+    forward: Duration,
     reply: oneshot::Sender<Answer>,
 }
 
 pub(super) struct State {
     pub queue: Queue,
     pub jobs: HashMap<JobId, Job>,
+    /// Full packs that were made ready while the devices were busy, for whichever of them is the first to have time.
+    pub ahead: VecDeque<Next>,
     /// Workers that run.
     pub workers: usize,
     /// A worker has ended before its time, so not all would be answered.
@@ -66,6 +74,38 @@ impl Shared {
 }
 
 impl State {
+    /// Notes that a device works at these samples.
+    pub fn start(&mut self, picks: &[Pick]) {
+        for pick in picks {
+            if let Some(job) = self.jobs.get_mut(&pick.job) {
+                job.running += 1;
+                job.open += usize::from(job.abandoned);
+            }
+        }
+    }
+
+    /// Notes that a device has let go of these samples, after it took so long.
+    pub fn stop(&mut self, picks: &[Pick], took: Duration) {
+        for (index, pick) in picks.iter().enumerate() {
+            if let Some(job) = self.jobs.get_mut(&pick.job) {
+                job.running -= 1;
+                // Those of a job stand side by side.
+                if index == 0 || picks[index - 1].job != pick.job {
+                    job.forward += took;
+                }
+            }
+        }
+    }
+
+    /// Takes back what no device works at. Says whether there was any, and gives the job back unless a device works at it.
+    fn abandon(&mut self, id: JobId) -> (bool, Option<Job>) {
+        self.queue.remove(id);
+        let Some(job) = self.jobs.get_mut(&id) else { return (false, None) };
+        let skipped = job.open > job.running;
+        (job.open, job.abandoned) = (job.running, true);
+        (skipped, if job.running == 0 { self.jobs.remove(&id) } else { None })
+    }
+
     /// Notes what became of one sample; gives the job back when it was its last. Nothing happens to a job that is gone.
     pub fn record(&mut self, pick: Pick, outcome: Result<Vec<Output>, SampleError>) -> Option<Job> {
         let job = self.jobs.get_mut(&pick.job)?;
@@ -123,7 +163,8 @@ impl Drop for Line {
     }
 }
 
-/// Somebody waits for this job. Dropped before its answer, what has not been run is withdrawn at once.
+/// Somebody waits for this job. Dropped before its answer, what no device works at is withdrawn at once, and its permit is
+/// given back when none does.
 struct Ticket {
     shared: Arc<Shared>,
     job: JobId,
@@ -132,9 +173,8 @@ struct Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut state = lock(&self.shared.state);
-        let withdrawn = state.jobs.remove(&self.job);
-        if withdrawn.is_some() {
-            state.queue.remove(self.job);
+        let (skipped, withdrawn) = state.abandon(self.job);
+        if skipped {
             self.shared.metrics.skipped.with_label_values(&["cancelled"]).inc();
             self.shared.show_depth(&state);
         }
@@ -209,7 +249,17 @@ impl ScorerHandle {
         };
         let samples = new.samples.len();
         let queued = Some(tracing::debug_span!(parent: &submission.span, "queue", samples));
-        let job = Job { submission, arrived, queued, outcomes: vec![None; samples], open: samples, forward: Duration::ZERO, reply };
+        let job = Job {
+            submission,
+            arrived,
+            queued,
+            outcomes: vec![None; samples],
+            open: samples,
+            running: 0,
+            abandoned: false,
+            forward: Duration::ZERO,
+            reply,
+        };
         let ticket = self.enqueue(new, job)?;
         Ok(async move {
             let answer = answer.await.unwrap_or(Err(ScorerError::WorkerGone));
@@ -231,14 +281,12 @@ impl ScorerHandle {
             return Err(ScorerError::WorkerGone);
         }
         let mut closed = Vec::new();
-        let mut pushed = state.queue.push(new.clone());
-        if pushed.is_err() {
+        if state.queue.room_for(&new).is_err() {
             // What came too late makes room first.
             let expired = state.queue.expire(now);
             closed = shared.settle(state, &expired);
-            pushed = state.queue.push(new);
         }
-        let result = match pushed {
+        let result = match state.queue.push(new) {
             Ok(id) => {
                 state.jobs.insert(id, job);
                 Ok(Some(Ticket { shared: shared.clone(), job: id }))

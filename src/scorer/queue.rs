@@ -225,13 +225,16 @@ impl Queue {
         (arrived - i128::from(priority) * self.ageing.as_nanos() as i128, self.number())
     }
 
-    /// Takes a job in, whole or not at all.
-    pub fn push(&mut self, job: NewJob) -> Result<JobId, QueueFull> {
+    /// Whether there is room for a job as a whole.
+    pub fn room_for(&self, job: &NewJob) -> Result<(), QueueFull> {
         let tokens: usize = job.samples.iter().map(|load| load.tokens).sum();
         let full = self.samples + job.samples.len() > self.bounds.max_samples || self.tokens + tokens > self.bounds.max_tokens;
-        if full && !self.is_empty() {
-            return Err(QueueFull { samples: self.samples, tokens: self.tokens });
-        }
+        if full && !self.is_empty() { Err(QueueFull { samples: self.samples, tokens: self.tokens }) } else { Ok(()) }
+    }
+
+    /// Takes a job in, whole or not at all.
+    pub fn push(&mut self, job: NewJob) -> Result<JobId, QueueFull> {
+        self.room_for(&job)?;
         let priority = job.priority.clamp(*PRIORITIES.start(), *PRIORITIES.end());
         let key = self.key(priority, job.arrived);
         let id = JobId(key.1);
@@ -239,7 +242,7 @@ impl Queue {
             return Ok(id);
         }
         self.samples += job.samples.len();
-        self.tokens += tokens;
+        self.tokens += job.samples.iter().map(|load| load.tokens).sum::<usize>();
         if let Some(deadline) = job.deadline {
             self.deadlines.insert((deadline, id));
         }

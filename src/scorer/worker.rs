@@ -6,7 +6,7 @@
 //! has room left is better filled by what arrives in the meantime. Each submission is answered once, when its last sample
 //! is done.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -34,8 +34,6 @@ pub struct Worker {
     /// The device answers no more, so nothing else is tried.
     lost: bool,
     pool: Option<rayon::ThreadPool>,
-    /// A full pack that was made ready while the device was busy.
-    ahead: Option<Next>,
 }
 
 /// A handle and its worker, which does nothing by itself and runs forwards on the thread that steps it.
@@ -54,7 +52,7 @@ fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (Scorer
     metrics.max_pack_tokens.set(i64::try_from(options.max_pack_tokens).unwrap_or(i64::MAX));
     let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
     let queue = Queue::new(bounds, options.ageing);
-    let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };
+    let state = State { queue, jobs: HashMap::new(), ahead: VecDeque::new(), workers: options.devices, gone: false, hung_up: false };
     let (gone, _) = watch::channel(false);
     let max_pack_tokens = AtomicUsize::new(options.max_pack_tokens);
     let (state, wake, hashes) = (Mutex::new(state), Condvar::new(), RandomState::new());
@@ -86,7 +84,7 @@ pub fn spawn(
 impl Worker {
     fn new(shared: Arc<Shared>, device: usize) -> Self {
         let budget = Budget::new(shared.options.max_pack_tokens);
-        Self { shared, device, budget, lost: false, pool: None, ahead: None }
+        Self { shared, device, budget, lost: false, pool: None }
     }
 
     /// Settles what is expired and runs one pack; false if there was nothing to do. Never waits.
@@ -94,7 +92,8 @@ impl Worker {
         if self.lost {
             return false;
         }
-        if let Some(next) = self.ahead.take() {
+        let ahead = lock(&self.shared.state).ahead.pop_front();
+        if let Some(next) = ahead {
             if let Some(next) = self.still_wanted(next) {
                 self.execute(next);
             }
@@ -116,7 +115,7 @@ impl Worker {
                 return;
             }
             let state = lock(&self.shared.state);
-            if !state.queue.is_empty() {
+            if !state.queue.is_empty() || !state.ahead.is_empty() {
                 continue;
             }
             if state.hung_up {
@@ -145,10 +144,17 @@ impl Worker {
         (drew, found.map(|(picks, models, encodings, span)| Next::new(picks, models, encodings, span)))
     }
 
-    /// The next pack, if what waits fills one.
-    fn collate(&self) -> Option<Next> {
+    /// Makes the next pack ready, if what waits fills one.
+    fn collate(&self) {
         let state = lock(&self.shared.state);
-        if state.queue.fills(self.limits()) { self.draw(state).1 } else { None }
+        if state.ahead.len() >= state.workers || !state.queue.fills(self.limits()) {
+            return;
+        }
+        if let (_, Some(next)) = self.draw(state) {
+            lock(&self.shared.state).ahead.push_back(next);
+            // Another device may have come to its end meanwhile.
+            self.shared.wake.notify_one();
+        }
     }
 
     fn limits(&self) -> PackLimits {
@@ -164,6 +170,7 @@ impl Worker {
         let (mut kept, mut expired) = (Vec::new(), Vec::new());
         for (index, pick) in next.picks.iter().enumerate() {
             match state.jobs.get(&pick.job) {
+                Some(job) if job.abandoned => {}
                 Some(job) if late(job) => expired.push(*pick),
                 Some(_) => kept.push(index),
                 None => {}
@@ -185,18 +192,18 @@ impl Worker {
         let (shared, started) = (self.shared.clone(), self.shared.clock.now());
         let device = self.device;
         let run = || next.span.in_scope(|| forward(&next, device, &shared.metrics));
+        lock(&shared.state).start(&next.picks);
         let result = match &self.pool {
             None => {
-                self.ahead = self.collate();
+                self.collate();
                 run()
             }
             Some(pool) => {
-                let (mut result, mut ahead) = (Err(Lost("its threads have ended".to_owned())), None);
+                let mut result = Err(Lost("its threads have ended".to_owned()));
                 pool.in_place_scope(|scope| {
                     scope.spawn(|_| result = run());
-                    ahead = self.collate();
+                    self.collate();
                 });
-                self.ahead = ahead;
                 result
             }
         };
@@ -205,14 +212,7 @@ impl Worker {
         shared.metrics.forward_seconds.observe(took.as_secs_f64());
         let mut guard = lock(&shared.state);
         let state = &mut *guard;
-        let mut last = None;
-        for pick in &next.picks {
-            if last.replace(pick.job) != Some(pick.job)
-                && let Some(job) = state.jobs.get_mut(&pick.job)
-            {
-                job.forward += took;
-            }
-        }
+        state.stop(&next.picks, took);
         let (mut closed, mut failed) = (Vec::new(), Vec::new());
         let room = match result {
             Ok(Forwarded { outcomes, largest, misfits }) => {
@@ -268,13 +268,13 @@ impl Drop for Worker {
         }
         // Dropping the jobs tells every caller that nobody will answer.
         state.gone = true;
-        let jobs = std::mem::take(&mut state.jobs);
+        let (jobs, ahead) = (std::mem::take(&mut state.jobs), std::mem::take(&mut state.ahead));
         for id in jobs.keys() {
             state.queue.remove(*id);
         }
         self.shared.show_depth(&state);
         drop(state);
-        drop(jobs);
+        drop((jobs, ahead));
         self.shared.gone.send_replace(true);
     }
 }

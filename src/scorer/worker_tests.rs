@@ -23,6 +23,8 @@ struct Sum {
     broken: AtomicBool,
     /// The device of every forward, in order.
     devices: Mutex<Vec<usize>>,
+    /// What happens in the next forward.
+    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 const PANIC: u32 = 1001;
@@ -33,6 +35,9 @@ impl RewardModel for Sum {
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         self.forwards.fetch_add(1, Ordering::Relaxed);
         self.clock.advance(Duration::from_millis(10));
+        if let Some(meanwhile) = lock(&self.meanwhile).take() {
+            meanwhile();
+        }
         if self.broken.load(Ordering::Relaxed) {
             return Err(ModelError::DeviceLost("CUDA_ERROR_ILLEGAL_ADDRESS".to_owned()));
         }
@@ -304,12 +309,55 @@ fn the_threads_of_several_devices_finish_what_is_queued_and_end_with_the_last_ha
 fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
     let priority = || rustix::process::getpriority_process(None).expect("a priority");
     let before = priority();
-    let behind = std::thread::spawn(move || {
-        stand_back(3);
-        priority()
-    });
-    assert_eq!(behind.join().expect("no panic"), (before + 3).min(19));
+    let options = ScorerOptions { threads: 1, nice: 3, ..small() };
+    let (handle, threads) = spawn(options, Clock::system(), ScorerMetrics::unregistered()).expect("threads");
+    let bench = Bench::new(options);
+    let found = Arc::new(Mutex::new(None));
+    let in_forward = found.clone();
+    let here = move || *lock(&in_forward) = Some((std::thread::current().name().map(str::to_owned), priority()));
+    *lock(&bench.model.meanwhile) = Some(Box::new(here));
+    let answer = handle.submit(bench.submission(&[&[1]])).expect("room");
+    drop(handle);
+    for thread in threads {
+        thread.join().expect("no panic");
+    }
+    assert_eq!(values(now(answer)), [1.0]);
+    assert_eq!(lock(&found).take(), Some((Some("warm-device-0".to_owned()), (before + 3).min(19))));
     assert_eq!(priority(), before);
+}
+
+#[test]
+fn a_pack_that_was_made_ready_goes_to_the_first_device_that_has_time() {
+    let clock = Clock::manual();
+    let (handle, mut workers) = crew(ScorerOptions { devices: 2, ..small() }, clock.clone(), ScorerMetrics::unregistered());
+    let bench = Bench { model: Arc::default(), handle, worker: workers.remove(0), clock };
+    let (first, second) = (bench.submit(&[&[1; 8]]), bench.submit(&[&[2; 8]]));
+    let (mut one, mut other) = (bench.worker, workers.remove(0));
+    assert!(one.step() && other.step());
+    assert_eq!((values(now(first)), values(now(second))), (vec![8.0], vec![16.0]));
+    assert_eq!(*lock(&bench.model.devices), [0, 1]);
+}
+
+#[test]
+fn who_cancels_during_a_forward_gives_the_permit_back_when_the_device_has_let_go() {
+    for (samples, skipped) in [(vec![&[1u32; 8][..]], 0), (vec![&[1; 8], &[2; 8]], 1)] {
+        let mut bench = Bench::new(small());
+        let admission = crate::scorer::Admission::new(Default::default(), ScorerMetrics::unregistered());
+        let permit = admission.admit(0).expect("room");
+        let gone = bench.handle.submit(Submission { permit, ..bench.submission(&samples) }).expect("room");
+        let in_flight = admission.in_flight();
+        let (handle, seen) = (bench.handle.clone(), Arc::new(Mutex::new(None)));
+        let in_forward = seen.clone();
+        *lock(&bench.model.meanwhile) = Some(Box::new(move || {
+            drop(gone);
+            *lock(&in_forward) = Some((*in_flight.borrow(), handle.is_idle()));
+        }));
+        while bench.worker.step() {}
+        assert_eq!(*lock(&seen), Some((1, false)));
+        assert_eq!((*admission.in_flight().borrow(), bench.handle.is_idle()), (0, true));
+        assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 1, "the rest is not run");
+        assert_eq!(bench.worker.shared.metrics.skipped.with_label_values(&["cancelled"]).get(), skipped);
+    }
 }
 
 #[test]
