@@ -1,8 +1,6 @@
 //! What a sample costs a pack: its tokens, and its attention in terms of tokens. Pure.
 
-use super::{MIN_SHARED, RewardModel, trie::common_prefix};
 use crate::checkpoint::Architecture;
-use crate::text::Encoding;
 
 /// What computing the tokens at positions `from..to` of a sample takes, in tokens that attend to nothing.
 pub fn token_cost(architecture: &Architecture, from: usize, to: usize) -> usize {
@@ -25,17 +23,6 @@ fn seen_before(tokens: usize, window: usize) -> f64 {
     let (tokens, window) = (tokens as f64, window as f64);
     let short = tokens.min(window);
     short * (short + 1.0) / 2.0 + (tokens - short) * short
-}
-
-/// Tokens of a sample that are computed already where `other` is in the same pack, at least.
-pub fn shared_prefix(model: &dyn RewardModel, other: &Encoding, sample: &Encoding) -> usize {
-    let key = model.prefix_key(sample.tokens());
-    if key.is_none() || key != model.prefix_key(other.tokens()) || sample.type_ids().is_some() || other.type_ids().is_some() {
-        return 0;
-    }
-    let common = common_prefix(other.ids(), sample.ids());
-    // Sharing may end a little early: a cut must leave enough to pay for it.
-    if common == sample.tokens() && common == other.tokens() { common } else { common.saturating_sub(MIN_SHARED - 1) }
 }
 
 #[cfg(test)]

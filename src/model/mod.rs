@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use crate::checkpoint::{Architecture, CHUNK_ELEMENTS, Dtype, Layout, Manifest, Places, Readout, SourceError, TensorInfo, TensorSource};
 pub use apart::{Apart, ApartBytes, Origins, SharedBase, apart_bytes};
-pub use cost::{shared_prefix, token_cost};
+pub use cost::token_cost;
 pub use device::{
     Arithmetic, Card, DeviceChoice, DeviceError, Devices, FlashCheck, Inventory, Place, Support, card, flash_checks, has_room, inventory,
     run_when_idle, settle,
@@ -38,6 +38,7 @@ use prefixes::{Memory, Prefixes};
 use ready::Owner;
 use replicas::{Replicas, copies};
 use transformer::Transformer;
+pub use trie::common_prefix;
 use weights::Loader;
 
 /// A loaded reward model on one device. Immutable, so it may be shared by any number of jobs; `forward` is called by the

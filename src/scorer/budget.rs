@@ -50,40 +50,36 @@ impl Budget {
     }
 }
 
-/// How a run in parts went.
+/// Why a part gave nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parts<T, E> {
-    /// Per item, in order: `Err` where it did not fit even alone.
-    pub outcomes: Vec<Result<T, E>>,
-    /// The largest part that did fit, by size; 0 if none did.
-    pub largest: usize,
-    /// Attempts that did not fit.
-    pub misfits: usize,
+pub enum Miss<E, F> {
+    /// Its halves may give something.
+    Halve(E),
+    /// Its halves would give nothing either.
+    Keep(E),
+    /// Nor would anything else.
+    End(F),
 }
 
-/// Runs items of these sizes at once, or, where `attempt` says that there is no room, by halves. `attempt` gives an outcome
-/// for every item of a range, `Err(Ok(error))` where the range does not fit and `Err(Err(error))` where nothing will help.
-pub fn in_parts<T, E, F>(sizes: &[usize], mut attempt: impl FnMut(Range<usize>) -> Result<Vec<T>, Result<E, F>>) -> Result<Parts<T, E>, F> {
-    let mut parts = Parts { outcomes: Vec::with_capacity(sizes.len()), largest: 0, misfits: 0 };
+/// Runs items of these sizes at once, or, where `attempt` says so, by halves. `attempt` gives an outcome for every item of a
+/// range. Gives, in order, `Err` for the items of a part that was not halved any further.
+pub fn in_parts<T, E: Clone, F>(
+    sizes: &[usize],
+    mut attempt: impl FnMut(Range<usize>) -> Result<Vec<T>, Miss<E, F>>,
+) -> Result<Vec<Result<T, E>>, F> {
+    let mut parts = Vec::with_capacity(sizes.len());
     // The ranges that are still to be run, the next one last.
     let mut waiting: Vec<Range<usize>> = std::iter::once(0..sizes.len()).collect();
     while let Some(range) = waiting.pop() {
         match attempt(range.clone()) {
-            Ok(outcomes) => {
-                parts.largest = parts.largest.max(sizes[range].iter().sum());
-                parts.outcomes.extend(outcomes.into_iter().map(Ok));
-            }
-            Err(Err(fatal)) => return Err(fatal),
-            Err(Ok(no_room)) => {
-                parts.misfits += 1;
-                if range.len() <= 1 {
-                    parts.outcomes.push(Err(no_room));
-                    continue;
-                }
+            Ok(outcomes) => parts.extend(outcomes.into_iter().map(Ok)),
+            Err(Miss::End(end)) => return Err(end),
+            Err(Miss::Halve(_)) if range.len() > 1 => {
                 let cut = range.start + half(&sizes[range.clone()]);
                 waiting.push(cut..range.end);
                 waiting.push(range.start..cut);
             }
+            Err(Miss::Halve(miss) | Miss::Keep(miss)) => parts.extend(range.map(|_| Err(miss.clone()))),
         }
     }
     Ok(parts)
@@ -107,8 +103,8 @@ mod tests {
     use super::*;
 
     /// A device with room for so many.
-    fn device(room: usize, sizes: &[usize]) -> impl FnMut(Range<usize>) -> Result<Vec<usize>, Result<&'static str, ()>> {
-        move |range| if sizes[range.clone()].iter().sum::<usize>() <= room { Ok(range.collect()) } else { Err(Ok("no room")) }
+    fn device(room: usize, sizes: &[usize]) -> impl FnMut(Range<usize>) -> Result<Vec<usize>, Miss<&'static str, ()>> {
+        move |range| if sizes[range.clone()].iter().sum::<usize>() <= room { Ok(range.collect()) } else { Err(Miss::Halve("no room")) }
     }
 
     proptest! {
@@ -116,9 +112,7 @@ mod tests {
         fn whatever_fits_alone_is_run_once_and_in_order(sizes in prop::collection::vec(1usize..100, 1..30), room in 1usize..400) {
             let parts = in_parts(&sizes, device(room, &sizes)).expect("nothing is fatal");
             let expected: Vec<_> = sizes.iter().enumerate().map(|(i, size)| if *size <= room { Ok(i) } else { Err("no room") }).collect();
-            prop_assert_eq!(parts.outcomes, expected);
-            prop_assert!(parts.largest <= room);
-            prop_assert_eq!(parts.misfits == 0, sizes.iter().sum::<usize>() <= room);
+            prop_assert_eq!(parts, expected);
         }
 
         #[test]
@@ -158,11 +152,21 @@ mod tests {
     }
 
     #[test]
+    fn a_part_that_is_kept_whole_costs_its_items_and_no_other() {
+        let parts = in_parts(&[1, 1, 1, 1], |range| match range.len() {
+            4 => Err(Miss::Halve("broken")),
+            _ if range.start == 0 => Err::<_, Miss<_, ()>>(Miss::Keep("broken")),
+            _ => Ok(range.collect()),
+        });
+        assert_eq!(parts, Ok(vec![Err("broken"), Err("broken"), Ok(2), Ok(3)]));
+    }
+
+    #[test]
     fn what_nothing_helps_against_ends_the_run() {
         let mut attempts = 0;
         let run = in_parts(&[1, 1, 1, 1], |range| {
             attempts += 1;
-            if range.len() > 2 { Err(Ok(())) } else { Err::<Vec<()>, _>(Err("lost")) }
+            if range.len() > 2 { Err(Miss::Halve(())) } else { Err::<Vec<()>, _>(Miss::End("lost")) }
         });
         assert_eq!((run, attempts), (Err("lost"), 2));
     }

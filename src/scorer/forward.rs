@@ -1,12 +1,18 @@
-//! A pack through the models of its lane on one device, in parts where there is no room for the whole.
+//! A pack through the models of its lane on one device, in parts where there is no room for the whole, or where one sample
+//! fails: it costs its own request, not those that happen to ride with it.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::budget::in_parts;
+use super::budget::{Miss, in_parts};
 use super::{Pick, ScorerMetrics};
 use crate::model::{ModelError, Output, Pack, RewardModel};
 use crate::text::Encoding;
+
+/// Parts of one pack that may fail and be halved all the same: enough to find three bad samples among a thousand. A model that
+/// fails whatever it is given is found out soon.
+const TRIES: usize = 32;
 
 /// A pack to run, and whose samples it holds.
 pub struct Next {
@@ -37,7 +43,7 @@ impl Next {
 
 /// What a pack gave.
 pub struct Forwarded {
-    /// Per sample, one output per model; `Err` where the device has no room for it alone.
+    /// Per sample, one output per model; `Err` where the device has no room for it alone, or its forward failed.
     pub outcomes: Vec<Result<Vec<Output>, String>>,
     /// Tokens of the largest part that was run at once.
     pub largest: usize,
@@ -45,15 +51,25 @@ pub struct Forwarded {
     pub misfits: usize,
 }
 
-/// Why a pack as a whole gave nothing.
-pub struct Trouble {
-    pub words: String,
-    pub device_lost: bool,
+/// The device answers no more, for this reason.
+pub struct Lost(pub String);
+
+/// Why a part gave nothing.
+enum Fault {
+    NoRoom(String),
+    Failed(String),
+    Panicked(String),
+    Lost(String),
 }
 
-impl Trouble {
-    pub fn of_pack(words: String) -> Self {
-        Self { words, device_lost: false }
+impl From<ModelError> for Fault {
+    fn from(error: ModelError) -> Self {
+        let words = error.to_string();
+        match error {
+            ModelError::OutOfMemory(_) => Self::NoRoom(words),
+            ModelError::Failed(_) => Self::Failed(words),
+            ModelError::DeviceLost(_) => Self::Lost(words),
+        }
     }
 }
 
@@ -76,62 +92,80 @@ impl Tokens {
     }
 }
 
-/// All models over one pack, or over parts of it where the device has no room for the whole.
-pub fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Forwarded, Trouble> {
+/// All models over one pack, or over parts of it where the device has no room for the whole, or the whole fails.
+pub fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Forwarded, Lost> {
     let sizes: Vec<usize> = next.picks.iter().map(|pick| pick.tokens).collect();
-    let run = || -> Result<(Forwarded, Vec<Tokens>), Trouble> {
-        let whole = next.pack.as_ref().map_err(|problem| Trouble::of_pack(problem.clone()))?;
-        let mut tokens = vec![Tokens::default(); next.models.len()];
-        let parts = in_parts(&sizes, |range| {
-            let part;
-            let pack = if range.len() == sizes.len() {
-                whole
-            } else {
-                part = Pack::forest(&next.encodings[range.clone()], |tokens| next.models.first()?.prefix_key(tokens));
-                &part
-            };
-            let outputs = forward_pack(&next.models, device, pack).map_err(|error| match error {
-                ModelError::OutOfMemory(_) => Ok(error.to_string()),
-                ModelError::DeviceLost(_) => Err(Trouble { words: error.to_string(), device_lost: true }),
-                ModelError::Failed(_) => Err(Trouble::of_pack(error.to_string())),
-            })?;
-            if outputs.len() != range.len() {
-                return Err(Err(Trouble::of_pack(format!("expected {} outputs of the model, found {}", range.len(), outputs.len()))));
+    let mut tokens = vec![Tokens::default(); next.models.len()];
+    let (mut largest, mut misfits, mut failures) = (0, 0, 0);
+    // How the first part that failed did so, and the words for it.
+    let mut failed: Option<(&str, String)> = None;
+    let parts = in_parts(&sizes, |range| {
+        let whole: usize = sizes[range.clone()].iter().sum();
+        let run = || forward_part(next, device, range.clone(), whole, &mut tokens);
+        let caught = catch_unwind(AssertUnwindSafe(run));
+        let result = caught.unwrap_or_else(|panic| Err(Fault::Panicked(panic_message(panic.as_ref()).to_owned())));
+        let (outcome, words) = match result {
+            Ok(outputs) => {
+                largest = largest.max(whole);
+                return Ok(outputs);
             }
-            let whole: usize = sizes[range].iter().sum();
-            for (model, tokens) in tokens.iter_mut().enumerate() {
-                tokens.add(pack, whole, |sample| outputs[sample].get(model).map_or(0, |output| output.cached_tokens));
+            Err(Fault::Lost(words)) => return Err(Miss::End(Lost(words))),
+            Err(Fault::NoRoom(words)) => {
+                misfits += 1;
+                return Err(Miss::Halve(words));
             }
-            Ok(outputs)
-        })?;
-        Ok((Forwarded { outcomes: parts.outcomes, largest: parts.largest, misfits: parts.misfits }, tokens))
-    };
-    let caught = catch_unwind(AssertUnwindSafe(run));
-    let tokens = sizes.iter().sum::<usize>();
+            Err(Fault::Failed(words)) => ("error", words),
+            Err(Fault::Panicked(words)) => ("panic", format!("the forward pass panicked: {words}")),
+        };
+        failed.get_or_insert_with(|| (outcome, words.clone()));
+        failures += 1;
+        // A request fails with any of its samples, so parts of one request are not looked into.
+        let strangers = next.picks[range.start].job != next.picks[range.end - 1].job;
+        Err(if strangers && failures <= TRIES { Miss::Halve(words) } else { Miss::Keep(words) })
+    });
     metrics.pack_samples.observe(next.picks.len() as f64);
-    let outcome = match &caught {
-        Ok(Ok((forwarded, tokens))) => {
-            metrics.pack_tokens.observe(tokens.first().map_or(0, |tokens| tokens.computed) as f64);
-            metrics.samples.inc_by(forwarded.outcomes.iter().filter(|outcome| outcome.is_ok()).count() as u64);
-            for Tokens { computed, shared, cached } in tokens {
-                metrics.tokens_computed.inc_by(*computed as u64);
-                metrics.tokens_shared.inc_by(*shared as u64);
-                metrics.tokens_cached.inc_by(*cached as u64);
-            }
-            if forwarded.misfits == 0 { "ok" } else { "split" }
-        }
-        Ok(Err(_)) => "error",
-        Err(_) => "panic",
+    let outcome = match (&parts, &failed) {
+        (Err(_), _) => "error",
+        (_, Some((outcome, _))) => outcome,
+        _ if misfits > 0 => "split",
+        _ => "ok",
     };
     metrics.packs.with_label_values(&[outcome]).inc();
-    let result = caught.unwrap_or_else(|panic| {
-        let words = panic_message(panic.as_ref());
-        Err(Trouble::of_pack(format!("the forward pass panicked: {words}")))
-    });
-    if let Err(Trouble { words, device_lost }) = &result {
-        tracing::error!(problem = words, samples = next.picks.len(), tokens, device, device_lost, "a pack failed");
+    let (samples, sent) = (next.picks.len(), sizes.iter().sum::<usize>());
+    let outcomes = parts.inspect_err(|Lost(problem)| tracing::error!(problem, samples, tokens = sent, device, "the device is lost"))?;
+    let scored = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    if let Some((_, problem)) = failed {
+        tracing::error!(problem, samples, scored, parts = failures, tokens = sent, device, "a pack failed");
     }
-    result.map(|(forwarded, _)| forwarded)
+    if scored > 0 {
+        metrics.pack_tokens.observe(tokens.first().map_or(0, |tokens| tokens.computed) as f64);
+    }
+    metrics.samples.inc_by(scored as u64);
+    for Tokens { computed, shared, cached } in tokens {
+        metrics.tokens_computed.inc_by(computed as u64);
+        metrics.tokens_shared.inc_by(shared as u64);
+        metrics.tokens_cached.inc_by(cached as u64);
+    }
+    Ok(Forwarded { outcomes, largest, misfits })
+}
+
+/// All models over some samples of a pack, of `whole` tokens; `tokens` gets what each of them did with these.
+fn forward_part(next: &Next, device: usize, range: Range<usize>, whole: usize, tokens: &mut [Tokens]) -> Result<Vec<Vec<Output>>, Fault> {
+    let part;
+    let pack = if range.len() == next.picks.len() {
+        next.pack.as_ref().map_err(|problem| Fault::Failed(problem.clone()))?
+    } else {
+        part = Pack::forest(&next.encodings[range.clone()], |tokens| next.models.first()?.prefix_key(tokens));
+        &part
+    };
+    let outputs = forward_pack(&next.models, device, pack)?;
+    if outputs.len() != range.len() {
+        return Err(Fault::Failed(format!("expected {} outputs of the model, found {}", range.len(), outputs.len())));
+    }
+    for (model, tokens) in tokens.iter_mut().enumerate() {
+        tokens.add(pack, whole, |sample| outputs[sample].get(model).map_or(0, |output| output.cached_tokens));
+    }
+    Ok(outputs)
 }
 
 /// All models over one pack: per sample, one output per model.

@@ -10,8 +10,8 @@ use crate::text::Encoding;
 /// Settings of a scorer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScorerOptions {
-    /// Tokens of one forward pass at most, shared ones counted once and attention counted in; at least the longest sample
-    /// of every model.
+    /// Tokens of one forward pass at most, shared ones counted once; at least the longest sample of every model. With
+    /// attention counted in, samples that have more in common with the others than apart may bring that to twice as much.
     pub max_pack_tokens: usize,
     pub max_pack_samples: usize,
     pub max_queue_samples: usize,

@@ -1,18 +1,18 @@
 //! The line in front of a device: what waits, who waits for it, and the handle that puts work into it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 
-use super::{
-    JobId, Load, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock,
-};
+use super::forward::Next;
+use super::load::loads;
+use super::{JobId, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock};
 use crate::clock::Clock;
-use crate::model::{Output, shared_prefix};
-use crate::text::Encoding;
+use crate::model::Output;
 
 pub(super) type Answer = Result<Reply, ScorerError>;
 
@@ -23,14 +23,21 @@ pub(super) struct Job {
     /// Until a pack has the first of its samples.
     pub queued: Option<tracing::Span>,
     pub outcomes: Vec<Option<Result<Vec<Output>, SampleError>>>,
+    /// Samples whose outcome is still to come.
     open: usize,
-    pub forward: Duration,
+    /// Those of them that a device works at.
+    running: usize,
+    /// Nobody waits for it any more; it stays until no device works at it.
+    pub abandoned: bool,
+    forward: Duration,
     reply: oneshot::Sender<Answer>,
 }
 
 pub(super) struct State {
     pub queue: Queue,
     pub jobs: HashMap<JobId, Job>,
+    /// Full packs that were made ready while the devices were busy, for whichever of them is the first to have time.
+    pub ahead: VecDeque<Next>,
     /// Workers that run.
     pub workers: usize,
     /// A worker has ended before its time, so not all would be answered.
@@ -45,6 +52,8 @@ pub(super) struct Shared {
     pub metrics: ScorerMetrics,
     pub state: Mutex<State>,
     pub wake: Condvar,
+    /// Of the beginnings of samples.
+    pub hashes: RandomState,
     /// Turns true with [`State::gone`].
     pub gone: watch::Sender<bool>,
     /// Tokens of one pack, at most, as far as the devices have room.
@@ -65,6 +74,38 @@ impl Shared {
 }
 
 impl State {
+    /// Notes that a device works at these samples.
+    pub fn start(&mut self, picks: &[Pick]) {
+        for pick in picks {
+            if let Some(job) = self.jobs.get_mut(&pick.job) {
+                job.running += 1;
+                job.open += usize::from(job.abandoned);
+            }
+        }
+    }
+
+    /// Notes that a device has let go of these samples, after it took so long.
+    pub fn stop(&mut self, picks: &[Pick], took: Duration) {
+        for (index, pick) in picks.iter().enumerate() {
+            if let Some(job) = self.jobs.get_mut(&pick.job) {
+                job.running -= 1;
+                // Those of a job stand side by side.
+                if index == 0 || picks[index - 1].job != pick.job {
+                    job.forward += took;
+                }
+            }
+        }
+    }
+
+    /// Takes back what no device works at. Says whether there was any, and gives the job back unless a device works at it.
+    fn abandon(&mut self, id: JobId) -> (bool, Option<Job>) {
+        self.queue.remove(id);
+        let Some(job) = self.jobs.get_mut(&id) else { return (false, None) };
+        let skipped = job.open > job.running;
+        (job.open, job.abandoned) = (job.running, true);
+        (skipped, if job.running == 0 { self.jobs.remove(&id) } else { None })
+    }
+
     /// Notes what became of one sample; gives the job back when it was its last. Nothing happens to a job that is gone.
     pub fn record(&mut self, pick: Pick, outcome: Result<Vec<Output>, SampleError>) -> Option<Job> {
         let job = self.jobs.get_mut(&pick.job)?;
@@ -122,7 +163,8 @@ impl Drop for Line {
     }
 }
 
-/// Somebody waits for this job. Dropped before its answer, what has not been run is withdrawn at once.
+/// Somebody waits for this job. Dropped before its answer, what no device works at is withdrawn at once, and its permit is
+/// given back when none does.
 struct Ticket {
     shared: Arc<Shared>,
     job: JobId,
@@ -131,9 +173,8 @@ struct Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut state = lock(&self.shared.state);
-        let withdrawn = state.jobs.remove(&self.job);
-        if withdrawn.is_some() {
-            state.queue.remove(self.job);
+        let (skipped, withdrawn) = state.abandon(self.job);
+        if skipped {
             self.shared.metrics.skipped.with_label_values(&["cancelled"]).inc();
             self.shared.show_depth(&state);
         }
@@ -201,11 +242,24 @@ impl ScorerHandle {
             priority: submission.priority,
             arrived,
             deadline: submission.deadline,
-            samples: loads(&submission),
+            samples: submission
+                .models
+                .first()
+                .map_or_else(Vec::new, |model| loads(&**model, submission.lane, &submission.encodings, &shared.hashes)),
         };
         let samples = new.samples.len();
         let queued = Some(tracing::debug_span!(parent: &submission.span, "queue", samples));
-        let job = Job { submission, arrived, queued, outcomes: vec![None; samples], open: samples, forward: Duration::ZERO, reply };
+        let job = Job {
+            submission,
+            arrived,
+            queued,
+            outcomes: vec![None; samples],
+            open: samples,
+            running: 0,
+            abandoned: false,
+            forward: Duration::ZERO,
+            reply,
+        };
         let ticket = self.enqueue(new, job)?;
         Ok(async move {
             let answer = answer.await.unwrap_or(Err(ScorerError::WorkerGone));
@@ -227,14 +281,12 @@ impl ScorerHandle {
             return Err(ScorerError::WorkerGone);
         }
         let mut closed = Vec::new();
-        let mut pushed = state.queue.push(new.clone());
-        if pushed.is_err() {
+        if state.queue.room_for(&new).is_err() {
             // What came too late makes room first.
             let expired = state.queue.expire(now);
             closed = shared.settle(state, &expired);
-            pushed = state.queue.push(new);
         }
-        let result = match pushed {
+        let result = match state.queue.push(new) {
             Ok(id) => {
                 state.jobs.insert(id, job);
                 Ok(Some(Ticket { shared: shared.clone(), job: id }))
@@ -250,17 +302,4 @@ impl ScorerHandle {
         answer_all(closed, now);
         result
     }
-}
-
-/// What each sample costs a pack: by itself, and beside the one before it. What other requests have in common with it is
-/// found only when a pack is made, so a pack may cost less than it was taken for, never more.
-fn loads(submission: &Submission) -> Vec<Load> {
-    let Some(model) = submission.models.first() else { return Vec::new() };
-    let encodings = &submission.encodings;
-    let load = |(i, encoding): (usize, &Arc<Encoding>)| {
-        let (tokens, before) = (encoding.tokens(), i.checked_sub(1).map(|before| &encodings[before]));
-        let shared = before.map_or(0, |before| shared_prefix(&**model, before, encoding));
-        Load { tokens, whole: model.token_cost(0, tokens), fresh: model.token_cost(shared, tokens) }
-    };
-    encodings.iter().enumerate().map(load).collect()
 }

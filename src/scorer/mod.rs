@@ -2,9 +2,11 @@
 
 mod admission;
 mod budget;
+mod filling;
 mod forward;
 mod job;
 mod line;
+mod load;
 mod metrics;
 mod pace;
 mod priority;
@@ -16,11 +18,12 @@ pub use admission::{Admission, AdmissionOptions, Permit, Shed, ShedReason};
 pub(crate) use forward::panic_message;
 pub use job::{Reply, SampleError, ScorerError, ScorerOptions, Submission};
 pub use line::ScorerHandle;
+pub use load::{Load, Mark};
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
 pub(crate) use priority::stand_last;
 #[cfg(all(test, target_os = "linux"))]
 pub(crate) use priority::stands_last;
-pub use queue::{Draw, JobId, Load, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
+pub use queue::{Draw, JobId, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub use shares::Caller;
 pub use worker::{Worker, crew, pair, spawn};
 

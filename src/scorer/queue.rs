@@ -1,43 +1,33 @@
 //! What runs next: the pure policy of the device queue. Time comes in as an argument.
 //!
 //! Tenants take turns: each gives out samples until it has used up its share of a pack, and then stands at the end of the
-//! line, so a flood of one tenant costs the others nothing but their turns. Within a tenant the highest priority goes
-//! first, then arrival. Ageing makes one level of priority worth a head start of a fixed time (the queue's `ageing`): a
-//! job of priority `p` that arrives at `t` is ordered as if it had arrived at `t - p * ageing`, so it is overtaken only by
-//! those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack stands, when the
-//! next one is made, as if it arrived just then: a large request is spread over packs and holds up nobody.
+//! line, so a flood of one tenant costs the others nothing but their turns. One that leaves keeps its place until
+//! its turn is over and its debt is paid, so nothing is gained by sending one sample at a time. Within a tenant the highest
+//! priority goes first, then arrival. Ageing makes one level of priority worth a head start of a fixed time (the queue's
+//! `ageing`): a job of priority `p` that arrives at `t` is ordered as if it had arrived at `t - p * ageing`, so it is
+//! overtaken only by those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack,
+//! to where its next sample had no room, stands, when the next one is made, as if it arrived just then: a large request is
+//! spread over packs and holds up nobody.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::Load;
+use super::filling::share;
+
 /// The priorities that count; what lies outside counts as the nearest of them.
 pub const PRIORITIES: RangeInclusive<i32> = -100..=100;
 /// A turn is this part of a pack: small enough that a pack has room for several tenants, large enough for a group of
 /// completions.
-const TURNS_PER_PACK: usize = 4;
+pub(super) const TURNS_PER_PACK: usize = 4;
+/// Tenants without jobs that are remembered for their debts, at most.
+const MAX_DEBTORS: usize = 4096;
 
 /// Names a job within one queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId(u64);
-
-/// What one sample asks of the queue and of a pack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Load {
-    pub tokens: usize,
-    /// What it costs a pack, in tokens, if nothing of it is shared.
-    pub whole: usize,
-    /// What it costs if the sample before it in its job is in the same pack.
-    pub fresh: usize,
-}
-
-impl Load {
-    /// A sample that shares nothing and costs its tokens.
-    pub fn plain(tokens: usize) -> Self {
-        Self { tokens, whole: tokens, fresh: tokens }
-    }
-}
 
 /// What the policy has to know of a job.
 #[derive(Clone, Debug)]
@@ -65,7 +55,8 @@ pub struct QueueBounds {
 /// What a pack holds at most. A single sample above the budget gets a pack of its own rather than block the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackLimits {
-    /// What its samples may cost, in tokens.
+    /// Tokens that are computed, and what its samples may cost: samples that have more in common with the others than apart
+    /// may bring that to twice as much.
     pub max_tokens: usize,
     pub max_samples: usize,
 }
@@ -94,8 +85,10 @@ pub struct Draw {
     pub picks: Vec<Pick>,
     /// Samples whose deadline has passed; they left the queue.
     pub expired: Vec<Pick>,
-    /// What the picks cost together, in tokens.
+    /// What the picks cost together, in tokens, at most.
     pub cost: usize,
+    /// Tokens that are computed for them, at most.
+    pub computed: usize,
 }
 
 impl Draw {
@@ -105,49 +98,63 @@ impl Draw {
 }
 
 /// Virtual arrival in nanoseconds, then the order in which jobs were given this place.
-type Key = (i128, u64);
+pub(super) type Key = (i128, u64);
+
+/// Jobs in order, by what the list is of.
+type Lists = BTreeMap<u64, BTreeMap<Key, JobId>>;
 
 #[derive(Debug)]
-struct Waiting {
-    lane: u64,
-    tenant: Arc<str>,
+pub(super) struct Waiting {
+    pub lane: u64,
+    pub tenant: Arc<str>,
     key: Key,
     priority: i32,
     deadline: Option<Instant>,
-    samples: Vec<Load>,
+    pub samples: Vec<Load>,
     /// The first sample that has not been given out.
-    next: usize,
+    pub next: usize,
     /// The last pack that it gave a sample to.
-    pack: u64,
-    /// What it has cost since it was given its place.
-    given: usize,
+    pub pack: u64,
+    /// What it has taken of packs since it was given its place: what its samples cost, and the room that was too small for
+    /// the next of them.
+    pub given: usize,
+}
+
+impl Waiting {
+    /// The mark by which its next sample is found.
+    fn kin(&self) -> Option<u64> {
+        self.samples.get(self.next)?.kin()
+    }
 }
 
 #[derive(Debug)]
-struct Tenant {
+pub(super) struct Tenant {
     /// Its place in the line.
     turn: u64,
     /// Tokens that it may still give out in its turn; none before its first. Below zero where the last sample was larger
     /// than what was left: the next turn is shorter by that.
-    credit: Option<i64>,
+    pub credit: Option<i64>,
     /// Its jobs by lane, in order.
-    lanes: BTreeMap<u64, BTreeMap<Key, JobId>>,
+    pub lanes: Lists,
+    /// The first pack that it gave to since another lane had the first of its jobs.
+    pub strayed: Option<u64>,
 }
 
 impl Tenant {
-    /// The lane of the first of its jobs.
-    fn first_lane(&self) -> Option<u64> {
-        self.lanes.iter().filter_map(|(lane, jobs)| Some((jobs.first_key_value()?.0, *lane))).min().map(|(_, lane)| lane)
+    fn owes(&self) -> bool {
+        self.credit.is_some_and(|credit| credit < 0)
     }
-}
 
-/// How a turn ended.
-enum Turn {
-    /// The pack is full; the turn goes on with the next one.
-    Full,
-    /// The tenant has nothing of this lane.
-    Nothing,
-    Over,
+    /// Whether it may take more than its turns give it now, and pay for that with the next ones: up to a pack.
+    pub fn may_owe(&self, limits: PackLimits) -> bool {
+        self.credit.is_none_or(|credit| credit.saturating_add_unsigned(limits.max_tokens as u64) > 0)
+    }
+
+    /// The first of its jobs, and its lane.
+    pub fn first(&self) -> Option<(u64, JobId)> {
+        let first = |(lane, jobs): (&u64, &BTreeMap<Key, JobId>)| Some((*jobs.first_key_value()?.0, *lane, *jobs.first_key_value()?.1));
+        self.lanes.iter().filter_map(first).min().map(|(_, lane, id)| (lane, id))
+    }
 }
 
 /// The queue of one device.
@@ -158,11 +165,15 @@ pub struct Queue {
     origin: Option<Instant>,
     /// Numbers for jobs, places and turns.
     serial: u64,
-    packs: u64,
-    jobs: HashMap<JobId, Waiting>,
-    tenants: HashMap<Arc<str>, Tenant>,
-    /// Tenants that have jobs, in the order of their turns.
-    line: BTreeMap<u64, Arc<str>>,
+    pub(super) packs: u64,
+    pub(super) jobs: HashMap<JobId, Waiting>,
+    pub(super) tenants: HashMap<Arc<str>, Tenant>,
+    /// Tenants that have jobs or debts, in the order of their turns.
+    pub(super) line: BTreeMap<u64, Arc<str>>,
+    /// By mark: the jobs whose next sample is akin to all that has it, in order.
+    pub(super) kin: Lists,
+    /// By lane: the job whose next sample had no room in the last pack, and begins the next one.
+    pub(super) front: HashMap<u64, JobId>,
     deadlines: BTreeSet<(Instant, JobId)>,
     samples: usize,
     tokens: usize,
@@ -180,6 +191,8 @@ impl Queue {
             jobs: HashMap::new(),
             tenants: HashMap::new(),
             line: BTreeMap::new(),
+            kin: Lists::new(),
+            front: HashMap::new(),
             deadlines: BTreeSet::new(),
             samples: 0,
             tokens: 0,
@@ -212,13 +225,16 @@ impl Queue {
         (arrived - i128::from(priority) * self.ageing.as_nanos() as i128, self.number())
     }
 
-    /// Takes a job in, whole or not at all.
-    pub fn push(&mut self, job: NewJob) -> Result<JobId, QueueFull> {
+    /// Whether there is room for a job as a whole.
+    pub fn room_for(&self, job: &NewJob) -> Result<(), QueueFull> {
         let tokens: usize = job.samples.iter().map(|load| load.tokens).sum();
         let full = self.samples + job.samples.len() > self.bounds.max_samples || self.tokens + tokens > self.bounds.max_tokens;
-        if full && !self.is_empty() {
-            return Err(QueueFull { samples: self.samples, tokens: self.tokens });
-        }
+        if full && !self.is_empty() { Err(QueueFull { samples: self.samples, tokens: self.tokens }) } else { Ok(()) }
+    }
+
+    /// Takes a job in, whole or not at all.
+    pub fn push(&mut self, job: NewJob) -> Result<JobId, QueueFull> {
+        self.room_for(&job)?;
         let priority = job.priority.clamp(*PRIORITIES.start(), *PRIORITIES.end());
         let key = self.key(priority, job.arrived);
         let id = JobId(key.1);
@@ -226,20 +242,18 @@ impl Queue {
             return Ok(id);
         }
         self.samples += job.samples.len();
-        self.tokens += tokens;
+        self.tokens += job.samples.iter().map(|load| load.tokens).sum::<usize>();
         if let Some(deadline) = job.deadline {
             self.deadlines.insert((deadline, id));
         }
         if !self.tenants.contains_key(&job.tenant) {
             let turn = self.number();
             self.line.insert(turn, job.tenant.clone());
-            self.tenants.insert(job.tenant.clone(), Tenant { turn, credit: None, lanes: BTreeMap::new() });
-        }
-        if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
-            tenant.lanes.entry(job.lane).or_default().insert(key, id);
+            self.tenants.insert(job.tenant.clone(), Tenant { turn, credit: None, lanes: Lists::new(), strayed: None });
         }
         let NewJob { lane, tenant, deadline, samples, .. } = job;
         self.jobs.insert(id, Waiting { lane, tenant, key, priority, deadline, samples, next: 0, pack: 0, given: 0 });
+        self.enlist(id);
         Ok(id)
     }
 
@@ -263,83 +277,68 @@ impl Queue {
         expired
     }
 
-    /// Removes what came too late, then gives out the next pack: in the lane of the first job of the tenant whose turn it
-    /// is, turn by turn, until the next sample does not fit.
-    pub fn next_pack(&mut self, now: Instant, limits: PackLimits) -> Draw {
-        let mut draw = Draw { expired: self.expire(now), ..Draw::default() };
-        self.packs += 1;
-        let (mut lane, mut from) = (None, 0);
-        while let Some((&turn, name)) = self.line.range(from..).next() {
-            let name = name.clone();
-            match self.turn(&name, &mut lane, now, limits, &mut draw) {
-                Turn::Full => break,
-                Turn::Nothing => from = turn + 1,
-                Turn::Over => self.move_to_the_end(&name, limits),
-            }
+    /// Puts a job where it is to be found.
+    fn enlist(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
+            tenant.lanes.entry(job.lane).or_default().insert(job.key, id);
         }
-        draw.picks.sort_unstable();
-        draw
+        if let Some(mark) = job.kin() {
+            self.kin.entry(mark).or_default().insert(job.key, id);
+        }
     }
 
-    /// What one tenant gives to the pack.
-    fn turn(&mut self, name: &Arc<str>, lane: &mut Option<u64>, now: Instant, limits: PackLimits, draw: &mut Draw) -> Turn {
-        let share = share(limits);
-        let mut given = false;
-        loop {
-            let Some(tenant) = self.tenants.get_mut(name) else { return Turn::Over };
-            let Some(here) = lane.or_else(|| tenant.first_lane()) else { return Turn::Nothing };
-            let Some((&key, &id)) = tenant.lanes.get(&here).and_then(BTreeMap::first_key_value) else {
-                return if given { Turn::Over } else { Turn::Nothing };
-            };
-            let Some(job) = self.jobs.get_mut(&id) else { return Turn::Over };
-            if job.given >= limits.max_tokens && job.pack < self.packs {
-                self.move_back(name, key, id, now);
-                continue;
-            }
-            let credit = tenant.credit.get_or_insert(share);
-            while let Some(&load) = job.samples.get(job.next) {
-                let beside = job.pack == self.packs;
-                // A turn does not end between samples that have more in common than apart.
-                if *credit <= 0 && !(beside && 2 * load.fresh <= load.whole) {
-                    return Turn::Over;
-                }
-                let cost = if beside { load.fresh } else { load.whole };
-                let fits = draw.cost + cost <= limits.max_tokens && draw.picks.len() < limits.max_samples;
-                if !fits && !draw.picks.is_empty() {
-                    return Turn::Full;
-                }
-                *lane = Some(here);
-                given = true;
-                draw.cost += cost;
-                draw.picks.push(Pick { job: id, sample: job.next, tokens: load.tokens });
-                *credit = credit.saturating_sub_unsigned(cost as u64);
-                self.samples -= 1;
-                self.tokens -= load.tokens;
-                job.next += 1;
-                job.pack = self.packs;
-                job.given += cost;
-            }
-            self.take(id);
+    fn delist(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
+            remove_from(&mut tenant.lanes, job.lane, job.key);
         }
+        if let Some(mark) = job.kin() {
+            remove_from(&mut self.kin, mark, job.key);
+        }
+    }
+
+    /// The next sample of a job is in the pack at hand, at this cost.
+    pub(super) fn hand_over(&mut self, id: JobId, cost: usize, limits: PackLimits) {
+        let Some(job) = self.jobs.get(&id) else { return };
+        let strays = self.tenants.get(&job.tenant).and_then(Tenant::first).is_some_and(|(lane, _)| lane != job.lane);
+        self.delist(id);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        self.samples -= 1;
+        self.tokens -= job.samples[job.next].tokens;
+        job.next += 1;
+        job.pack = self.packs;
+        job.given += cost;
+        if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
+            tenant.credit = Some(tenant.credit.unwrap_or(share(limits)).saturating_sub_unsigned(cost as u64));
+            tenant.strayed = if strays { tenant.strayed.or(Some(self.packs)) } else { None };
+        }
+        if self.front.get(&job.lane) == Some(&id) {
+            self.front.remove(&job.lane);
+        }
+        if job.next < job.samples.len() { self.enlist(id) } else { drop(self.take(id)) }
     }
 
     /// The job goes on as if it had arrived now.
-    fn move_back(&mut self, name: &Arc<str>, old: Key, id: JobId, now: Instant) {
-        let Some((priority, lane)) = self.jobs.get(&id).map(|job| (job.priority, job.lane)) else { return };
+    pub(super) fn move_back(&mut self, id: JobId, now: Instant) {
+        let Some(priority) = self.jobs.get(&id).map(|job| job.priority) else { return };
         let key = self.key(priority, now);
-        if let Some(jobs) = self.tenants.get_mut(name).and_then(|tenant| tenant.lanes.get_mut(&lane)) {
-            jobs.remove(&old);
-            jobs.insert(key, id);
-        }
+        self.delist(id);
         if let Some(job) = self.jobs.get_mut(&id) {
             (job.key, job.given) = (key, 0);
         }
+        self.enlist(id);
     }
 
-    /// The tenant stands at the end of the line, with what it may give out in its next turn.
-    fn move_to_the_end(&mut self, name: &Arc<str>, limits: PackLimits) {
+    /// The tenant stands at the end of the line, with what it may give out in its next turn; or leaves, if it has nothing to
+    /// give out and owes nothing.
+    pub(super) fn move_to_the_end(&mut self, name: &Arc<str>, limits: PackLimits) {
         let turn = self.number();
         if let Some(tenant) = self.tenants.get_mut(name) {
+            if tenant.lanes.is_empty() && !tenant.owes() {
+                self.forget(name);
+                return;
+            }
             self.line.remove(&tenant.turn);
             tenant.turn = turn;
             // Credit is not saved up, debt is.
@@ -349,31 +348,38 @@ impl Queue {
     }
 
     fn take(&mut self, id: JobId) -> Option<Waiting> {
+        self.delist(id);
         let job = self.jobs.remove(&id)?;
         self.samples -= job.samples.len() - job.next;
         self.tokens -= job.samples[job.next..].iter().map(|load| load.tokens).sum::<usize>();
         if let Some(deadline) = job.deadline {
             self.deadlines.remove(&(deadline, id));
         }
-        if let Some(tenant) = self.tenants.get_mut(&job.tenant) {
-            if let Some(jobs) = tenant.lanes.get_mut(&job.lane) {
-                jobs.remove(&job.key);
-                if jobs.is_empty() {
-                    tenant.lanes.remove(&job.lane);
-                }
-            }
-            if tenant.lanes.is_empty() {
-                self.line.remove(&tenant.turn);
-                self.tenants.remove(&job.tenant);
-            }
+        if self.front.get(&job.lane) == Some(&id) {
+            self.front.remove(&job.lane);
+        }
+        // What it gave out before its turn is not given to it anew. Those that have jobs are no more than these.
+        let room = self.tenants.len() <= self.jobs.len() + MAX_DEBTORS;
+        if self.tenants.get(&job.tenant).is_some_and(|tenant| tenant.lanes.is_empty() && !(tenant.credit.is_some() && room)) {
+            self.forget(&job.tenant);
         }
         Some(job)
     }
+
+    fn forget(&mut self, name: &Arc<str>) {
+        if let Some(tenant) = self.tenants.remove(name) {
+            self.line.remove(&tenant.turn);
+        }
+    }
 }
 
-/// What a tenant gives out in one turn.
-fn share(limits: PackLimits) -> i64 {
-    i64::try_from(limits.max_tokens.div_ceil(TURNS_PER_PACK)).unwrap_or(i64::MAX).max(1)
+fn remove_from(lists: &mut Lists, list: u64, key: Key) {
+    if let Some(jobs) = lists.get_mut(&list) {
+        jobs.remove(&key);
+        if jobs.is_empty() {
+            lists.remove(&list);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@ use std::collections::HashSet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::scorer::Mark;
 
 const AGEING: Duration = Duration::from_secs(1);
 const ROOMY: QueueBounds = QueueBounds { max_samples: 1 << 20, max_tokens: 1 << 30 };
@@ -18,6 +19,25 @@ fn job(arrived: Instant, lane: u64, priority: i32, tokens: &[usize]) -> NewJob {
 
 fn of(tenant: &str, job: NewJob) -> NewJob {
     NewJob { tenant: tenant.into(), ..job }
+}
+
+/// A sample that begins with so many tokens of a prompt. Every token costs a fifth more for every token before it.
+fn load(lane: u64, prompt: u64, shared: usize, tokens: usize) -> Load {
+    let cost = |tokens: usize| tokens + tokens * tokens / 10;
+    let mark = |hash: u64, tokens| Mark { hash: 10 * hash + lane, tokens, cost: cost(tokens) };
+    // All prompts begin with the same token.
+    let marks = if shared > 1 { vec![mark(0, 1), mark(100 * prompt + shared as u64, shared)] } else { Vec::new() };
+    Load { tokens, cost: cost(tokens), marks: marks.into() }
+}
+
+/// What samples cost together, and how many tokens of them are computed.
+fn together<'l>(loads: impl IntoIterator<Item = &'l Load>) -> (usize, usize) {
+    let mut there = HashSet::new();
+    loads.into_iter().fold((0, 0), |(cost, computed), load| {
+        let rest = load.rest(&there);
+        there.extend(load.marks.iter().map(|mark| mark.hash));
+        (cost + rest.cost, computed + rest.tokens)
+    })
 }
 
 fn push(queue: &mut Queue, job: NewJob) -> JobId {
@@ -111,8 +131,9 @@ fn a_sample_above_the_budget_gets_a_pack_of_its_own() {
 fn samples_that_share_with_the_one_before_cost_what_is_new_and_stay_together() {
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
     // Groups of six: a prompt of 10 tokens and completions of 2.
-    let group: Vec<Load> = (0..6).map(|i| Load { tokens: 12, whole: 12, fresh: if i == 0 { 12 } else { 2 } }).collect();
-    let large = push(&mut queue, NewJob { samples: group.repeat(3), ..job(now, 0, 0, &[]) });
+    let sample = |hash| Load { tokens: 12, cost: 12, marks: [Mark { hash, tokens: 10, cost: 10 }].into() };
+    let samples = (0..3).flat_map(|group| vec![sample(group); 6]).collect();
+    let large = push(&mut queue, NewJob { samples, ..job(now, 0, 0, &[]) });
     let other = push(&mut queue, of("other", job(now, 0, 0, &[1; 3])));
     let draw = queue.next_pack(now, limits(32));
     // A turn is 8 tokens, but the first group is not torn apart; then it is the other's turn, and 7 tokens are left.
@@ -123,6 +144,82 @@ fn samples_that_share_with_the_one_before_cost_what_is_new_and_stay_together() {
     assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 2 }).cost, 14);
 }
 
+#[test]
+fn what_begins_alike_rides_in_one_pack_whoever_sent_it_and_each_pays_its_own() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    let sample = |hash| vec![Load { tokens: 12, cost: 12, marks: [Mark { hash, tokens: 10, cost: 10 }].into() }];
+    let single = |tenant, hash| of(tenant, NewJob { samples: sample(hash), ..job(now, 0, 0, &[]) });
+    let first = push(&mut queue, single("a", 1));
+    let between = push(&mut queue, single("a", 2));
+    let own = push(&mut queue, single("a", 1));
+    let plain = push(&mut queue, of("b", job(now, 0, 0, &[9])));
+    let waits = push(&mut queue, single("b", 1));
+    let rides = push(&mut queue, single("c", 1));
+    let draw = queue.next_pack(now, limits(17));
+    assert_eq!((names(&draw), draw.cost), (vec![(first, 0), (own, 0), (rides, 0)], 16), "of b, something else comes first");
+    assert_eq!((queue.tenants["a"].credit, queue.tenants["b"].credit), (Some(5 - 14 + 5), Some(5)));
+    assert_eq!(names(&queue.next_pack(now, limits(17))), [(plain, 0)]);
+    assert_eq!(names(&queue.next_pack(now, limits(24))), [(between, 0), (waits, 0)]);
+}
+
+#[test]
+fn a_large_request_that_has_filled_a_pack_does_not_ride_before_others() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    let sample = |hash| Load { tokens: 12, cost: 12, marks: [Mark { hash, tokens: 10, cost: 10 }].into() };
+    let large = push(&mut queue, NewJob { samples: vec![sample(1); 100], ..job(now, 0, 0, &[]) });
+    assert_eq!(queue.next_pack(now, limits(20)).picks.len(), 5);
+    let small = push(&mut queue, NewJob { samples: vec![sample(1)], ..job(now, 0, 1, &[]) });
+    let other = push(&mut queue, job(now, 0, 0, &[3]));
+    let draw = queue.next_pack(now, limits(20));
+    assert_eq!(names(&draw), [(large, 5), (large, 6), (small, 0), (other, 0)]);
+}
+
+#[test]
+fn a_sample_without_room_begins_the_next_pack_and_what_fits_takes_its_place() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    let small = push(&mut queue, of("a", job(now, 0, 0, &[4])));
+    let large = push(&mut queue, of("b", job(now, 0, 0, &[15])));
+    let behind = push(&mut queue, of("b", job(now, 0, 0, &[3, 2])));
+    let other = push(&mut queue, of("c", job(now, 0, 0, &[9, 1])));
+    let last = push(&mut queue, of("c", job(now, 0, 0, &[1])));
+    let draw = queue.next_pack(now, limits(16));
+    assert_eq!((names(&draw), draw.cost), (vec![(small, 0), (behind, 0), (behind, 1)], 9), "of others only what is first");
+    // It comes first although its tenant owes something by now.
+    assert_eq!(queue.tenants["b"].credit, Some(4 - 5));
+    let urgent = push(&mut queue, of("a", job(now, 0, 100, &[2])));
+    assert_eq!(names(&queue.next_pack(now, limits(16))), [(large, 0), (last, 0)]);
+    assert_eq!(names(&queue.next_pack(now, limits(16))), [(other, 0), (other, 1), (urgent, 0)]);
+}
+
+#[test]
+fn a_pack_that_is_filled_up_leaves_other_lanes_their_turn() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    push(&mut queue, of("a", job(now, 1, 0, &[4, 15, 15, 15])));
+    push(&mut queue, of("a", job(now, 1, 0, &[1; 30])));
+    let other = push(&mut queue, of("b", job(now, 2, 0, &[1])));
+    let packs: Vec<Draw> = (0..4).map(|_| queue.next_pack(now, limits(16))).collect();
+    assert!(packs.iter().any(|draw| names(draw) == [(other, 0)]), "{packs:?}");
+}
+
+#[test]
+fn debts_of_those_that_left_are_remembered_in_bounds_and_only_while_somebody_waits() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    push(&mut queue, of("patient", job(now, 0, 0, &[1; 40_000])));
+    for tenant in 0..MAX_DEBTORS + 10 {
+        push(&mut queue, of(&tenant.to_string(), job(now, 0, 0, &[8])));
+    }
+    let one = PackLimits { max_samples: 1, ..limits(8) };
+    while queue.jobs.len() > 1 {
+        assert!(!queue.next_pack(now, one).is_empty());
+        assert!(queue.tenants.len() <= queue.jobs.len() + MAX_DEBTORS);
+    }
+    assert!(queue.tenants.len() > 1, "debtors are remembered");
+    let last = *queue.jobs.keys().next().expect("one");
+    queue.remove(last);
+    queue.next_pack(now, one);
+    assert!(queue.tenants.is_empty() && queue.line.is_empty());
+}
+
 #[derive(Clone, Debug)]
 struct Arrival {
     /// Packs drawn before this job arrives.
@@ -131,22 +228,23 @@ struct Arrival {
     tenant: usize,
     lane: u64,
     priority: i32,
-    tokens: Vec<usize>,
+    /// Prompts, and tokens.
+    samples: Vec<(u64, usize)>,
     lives_ms: Option<u64>,
     cancelled: bool,
 }
 
 fn arrival() -> impl Strategy<Value = Arrival> {
-    let tokens = prop::collection::vec(1usize..=16, 1..6);
+    let samples = prop::collection::vec((0u64..4, 1usize..=16), 1..6);
     let lives = prop::option::weighted(0.3, 0u64..800);
-    (0usize..2, 0u64..400, 0usize..3, 0u64..3, -2i32..=2, tokens, lives, prop::bool::weighted(0.1)).prop_map(
-        |(packs, after_ms, tenant, lane, priority, tokens, lives_ms, cancelled)| Arrival {
+    (0usize..2, 0u64..400, 0usize..3, 0u64..3, -2i32..=2, samples, lives, prop::bool::weighted(0.1)).prop_map(
+        |(packs, after_ms, tenant, lane, priority, samples, lives_ms, cancelled)| Arrival {
             packs,
             after_ms,
             tenant,
             lane,
             priority,
-            tokens,
+            samples,
             lives_ms,
             cancelled,
         },
@@ -174,8 +272,11 @@ proptest! {
             if let Some(arrival) = step {
                 now += Duration::from_millis(arrival.after_ms);
                 let deadline = arrival.lives_ms.map(|ms| now + Duration::from_millis(ms));
-                let new = NewJob { deadline, ..of(TENANTS[arrival.tenant], job(now, arrival.lane, arrival.priority, &arrival.tokens)) };
-                waiting += arrival.tokens.len();
+                // Prompts of 0, 4, 8 and 12 tokens.
+                let sample = |(prompt, tokens): &(u64, usize)| load(arrival.lane, *prompt, (4 * *prompt as usize).min(tokens - 1), *tokens);
+                let samples = arrival.samples.iter().map(sample).collect();
+                let new = NewJob { deadline, samples, ..of(TENANTS[arrival.tenant], job(now, arrival.lane, arrival.priority, &[])) };
+                waiting += arrival.samples.len();
                 jobs.insert(push(&mut queue, new.clone()), (new, arrival.cancelled));
                 continue;
             }
@@ -184,9 +285,13 @@ proptest! {
                 queue.remove(*id);
                 left.extend((0..new.samples.len()).map(|sample| (*id, sample)));
             }
+            let front = queue.front.clone();
             let draw = queue.next_pack(now, limits);
-            prop_assert!(draw.cost <= budget && draw.picks.len() <= max_samples);
-            prop_assert_eq!(draw.cost, draw.picks.iter().map(|pick| pick.tokens).sum::<usize>());
+            let of_pick = |pick: &Pick| &jobs[&pick.job].0.samples[pick.sample];
+            prop_assert!(draw.computed <= budget && draw.picks.len() <= max_samples);
+            // One sample costs 41 at most.
+            prop_assert!(draw.cost <= 2 * budget || draw.picks.len() == 1, "{draw:?}");
+            prop_assert_eq!((draw.cost, draw.computed), together(draw.picks.iter().map(of_pick)));
             let lanes: HashSet<u64> = draw.picks.iter().map(|pick| jobs[&pick.job].0.lane).collect();
             prop_assert!(lanes.len() <= 1);
             for pick in draw.picks.iter().chain(&draw.expired) {
@@ -205,10 +310,23 @@ proptest! {
             let mut seen = HashSet::new();
             let runs = draw.picks.chunk_by(|a, b| a.job == b.job);
             prop_assert!(runs.clone().all(|run| seen.insert(run[0].job)));
-            // A job that is untouched came before none of its tenant, lane and urgency that was begun.
-            let begun: Vec<&NewJob> = runs.filter(|run| run[0].sample == 0).map(|run| &jobs[&run[0].job].0).collect();
+            // What had no room in the last pack of its lane is in this one.
+            let begins = |id: &JobId| draw.picks.iter().any(|pick| pick.job == *id);
+            let waits = |lane: &u64, id: &JobId| !lanes.contains(lane) || draw.expired.iter().any(|pick| pick.job == *id);
+            prop_assert!(front.iter().all(|(lane, id)| waits(lane, id) || begins(id)), "{front:?} {draw:?}");
+            // A job that is untouched came before none of its tenant, lane and urgency that was begun, but for those that ride,
+            // and those that fill a pack up in which it has no room.
+            let rides = |run: &&[Pick]| {
+                let kin = of_pick(&run[0]).kin();
+                let akin = |pick: &&Pick| pick.job != run[0].job && of_pick(pick).marks.iter().any(|mark| Some(mark.hash) == kin);
+                draw.picks.iter().any(|pick| akin(&pick))
+            };
+            let begun = runs.filter(|run| run[0].sample == 0 && !rides(run)).map(|run| &jobs[&run[0].job].0);
+            let begun: Vec<&NewJob> = begun.collect();
             for (id, (new, cancelled)) in &jobs {
-                let untouched = !cancelled && !left.contains(&(*id, 0));
+                let with = together(draw.picks.iter().map(of_pick).chain(new.samples.first()));
+                let room = draw.picks.len() < max_samples && with.0.max(with.1) <= budget;
+                let untouched = !cancelled && !left.contains(&(*id, 0)) && room;
                 let before = |other: &&NewJob| {
                     new.tenant == other.tenant && new.lane == other.lane && new.priority >= other.priority && new.arrived < other.arrived
                 };
@@ -217,7 +335,23 @@ proptest! {
             prop_assert_eq!(queue.samples(), waiting - left.len());
         }
         prop_assert!(queue.is_empty() && queue.tenants.is_empty() && queue.line.is_empty() && queue.deadlines.is_empty());
+        prop_assert!(queue.kin.is_empty());
         prop_assert_eq!((queue.tokens(), left.len()), (0, waiting));
+    }
+
+    #[test]
+    fn a_request_of_any_sizes_goes_behind_others_after_each_pack_that_it_filled(
+        budget in 16usize..64, sizes in prop::collection::vec(1usize..=8, 300), packs in 1usize..5,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let large = push(&mut queue, job(now, 0, 0, &sizes));
+        for _ in 0..packs {
+            prop_assert!(queue.next_pack(now, limits(budget)).picks.iter().all(|pick| pick.job == large));
+            // It takes all that is left of a pack, and never all of it.
+            let small = push(&mut queue, job(now, 0, 0, &[8]));
+            let draw = queue.next_pack(now, limits(budget));
+            prop_assert!(names(&draw).contains(&(small, 0)), "{draw:?}");
+        }
     }
 
     #[test]
@@ -260,10 +394,143 @@ proptest! {
             for pick in queue.next_pack(now, limits(budget)).picks {
                 served[whose[&pick.job]] += pick.tokens;
             }
-            // A turn and the sample that ends it, and a sample that was larger than a pack.
+            // A turn and the sample that ends it, a sample that was larger than a pack, and a pack of what was filled up.
             let apart = served.iter().max().expect("tenants") - served.iter().min().expect("tenants");
-            prop_assert!(apart <= budget.div_ceil(TURNS_PER_PACK) + 2 * 40, "{served:?}");
+            prop_assert!(apart <= budget.div_ceil(TURNS_PER_PACK) + 2 * 40 + budget, "{served:?}");
         }
+    }
+
+    #[test]
+    fn whoever_sends_one_sample_at_a_time_gets_no_more_than_those_that_wait(
+        size in 1usize..80, patient in prop::collection::vec(1usize..40, 1..4), budget in 16usize..80, packs in 20usize..60,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let mut whose = HashMap::new();
+        for (tenant, size) in patient.iter().enumerate() {
+            let backlog = job(now, 0, 0, &vec![*size; 2 * packs * (budget + 80)]);
+            whose.insert(push(&mut queue, of(&tenant.to_string(), backlog)), tenant);
+        }
+        let mut served = vec![0usize; patient.len() + 1];
+        let mut waits = false;
+        for _ in 0..packs {
+            if !std::mem::replace(&mut waits, true) {
+                whose.insert(push(&mut queue, of("one", job(now, 0, 0, &[size]))), patient.len());
+            }
+            for pick in queue.next_pack(now, limits(budget)).picks {
+                served[whose[&pick.job]] += pick.tokens;
+                waits &= whose[&pick.job] < patient.len();
+            }
+            let (one, others) = served.split_last().expect("tenants");
+            // A turn, the samples that end it, and a pack of what was filled up before its time.
+            let most = others.iter().min().expect("tenants") + budget.div_ceil(TURNS_PER_PACK) + size + 40 + budget;
+            prop_assert!(*one <= most, "{served:?}");
+        }
+    }
+
+    #[test]
+    fn backlogged_tenants_get_the_same_share_of_packs_whatever_rides(
+        prompts in prop::collection::vec((1usize..20, 1usize..20), 2..5), single in prop::collection::vec(any::<bool>(), 5),
+        budget in 40usize..80, packs in 20usize..60,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let mut jobs = HashMap::new();
+        for (tenant, (prompt, completion)) in prompts.iter().enumerate() {
+            // Groups of five: each one request, or five of them.
+            let (mut cost, mut group) = (0, 0);
+            while cost < 4 * packs * budget {
+                let sample = load(0, (tenant + 10 * group) as u64, *prompt, prompt + completion);
+                cost += together(vec![&sample; 5]).0;
+                group += 1;
+                let (requests, samples) = if single[tenant] { (5, 1) } else { (1, 5) };
+                for _ in 0..requests {
+                    let new = NewJob { samples: vec![sample.clone(); samples], ..of(&tenant.to_string(), job(now, 0, 0, &[])) };
+                    jobs.insert(push(&mut queue, new), (tenant, sample.clone()));
+                }
+            }
+        }
+        let mut served = vec![0usize; prompts.len()];
+        for _ in 0..packs {
+            let draw = queue.next_pack(now, limits(budget));
+            for (tenant, served) in served.iter_mut().enumerate() {
+                let own = draw.picks.iter().map(|pick| &jobs[&pick.job]).filter(|(of, _)| *of == tenant);
+                *served += together(own.map(|(_, load)| load)).0;
+            }
+            // Turns, a pack of debt, and one that is filled, at its most, by what rides with the last sample.
+            let apart = served.iter().max().expect("tenants") - served.iter().min().expect("tenants");
+            let largest = prompts.iter().map(|(prompt, completion)| load(0, 0, 0, prompt + completion).cost).max().expect("tenants");
+            prop_assert!(apart <= 2 * budget.div_ceil(TURNS_PER_PACK) + 3 * budget.max(largest), "{served:?}");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_more_than_one_turn_of_each_tenant_however_much_rides(
+        floods in prop::collection::vec(2usize..20, 1..5), same_prompt in any::<bool>(), budget in 32usize..80, packs in 1usize..20,
+    ) {
+        let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+        for (tenant, prompt) in floods.iter().enumerate() {
+            let samples = vec![load(0, if same_prompt { 0 } else { tenant as u64 }, if same_prompt { 4 } else { *prompt }, 20); 40 * budget];
+            push(&mut queue, NewJob { samples, ..of(&tenant.to_string(), job(now, 0, 100, &[])) });
+        }
+        for _ in 0..packs {
+            queue.next_pack(now, limits(budget));
+        }
+        let small = push(&mut queue, of("small", job(now, 0, -100, &[1])));
+        let bound = floods.len() + 1;
+        let served = (0..bound).any(|_| names(&queue.next_pack(now, limits(budget))).contains(&(small, 0)));
+        prop_assert!(served, "not within {bound} packs");
+    }
+
+    #[test]
+    fn filling_up_overtakes_nobody_for_long_and_leaves_little_room(
+        large in prop::collection::vec(17usize..=32, 1..3), small in 2usize..6, budget in 32usize..50, lanes in 1u64..3,
+    ) {
+        // Large samples do not fit beside each other; small ones of the same tenants arrive faster than they are scored.
+        let (mut queue, start) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let mut patient: HashSet<JobId> = HashSet::new();
+        for (tenant, size) in large.iter().enumerate() {
+            push(&mut queue, of(TENANTS[tenant], job(start, 0, 0, &vec![small; 4 * budget])));
+            let new = of(TENANTS[tenant], job(start, tenant as u64 % lanes, 0, &[*size]));
+            patient.insert(push(&mut queue, new));
+        }
+        // Behind the first small ones, of which a tenant gives a quarter of a pack in a turn; and a turn is cut short by as much
+        // as filled up a pack before.
+        let bound = 20 * large.len();
+        for i in 0..bound {
+            let now = start + Duration::from_millis(10) * i as u32;
+            for tenant in 0..large.len() {
+                push(&mut queue, of(TENANTS[tenant], job(now, 0, 0, &vec![small; budget / small])));
+            }
+            let draw = queue.next_pack(now, limits(budget));
+            if draw.picks.iter().any(|pick| pick.tokens == small) {
+                // Whoever waits has small ones, but those that owe a pack take no more.
+                let owes = queue.tenants.values().filter(|tenant| !tenant.may_owe(limits(budget))).count();
+                prop_assert!(budget - draw.cost < small || owes > 0 || lanes > 1, "{draw:?}");
+            }
+            for pick in draw.picks {
+                patient.remove(&pick.job);
+            }
+        }
+        prop_assert!(patient.is_empty(), "{patient:?} still queued after {bound} packs");
+    }
+
+    #[test]
+    fn what_rides_overtakes_nobody_for_long(difference in 1i32..3, flood in 1usize..3, tenants in 1usize..3, shared in 2usize..10) {
+        // Urgent samples that are all akin come faster than they are scored; each tenant has one that nothing rides with.
+        let (mut queue, start) = (Queue::new(ROOMY, AGEING), Instant::now());
+        let tick = Duration::from_millis(100);
+        let mut patient: HashSet<JobId> = (0..tenants).map(|tenant| push(&mut queue, of(TENANTS[tenant], job(start, 0, 0, &[9])))).collect();
+        let bound = tenants * (1 + 2 * flood * (difference as usize * 10 + 1));
+        for i in 0..=bound {
+            let now = start + tick * i as u32;
+            for tenant in 0..tenants * flood {
+                let samples = vec![load(0, 1, shared, 10); 2];
+                push(&mut queue, NewJob { samples, ..of(TENANTS[tenant % tenants], job(now, 0, difference, &[])) });
+            }
+            for pick in queue.next_pack(now, limits(20)).picks {
+                patient.remove(&pick.job);
+            }
+        }
+        prop_assert!(patient.is_empty(), "{patient:?} still queued after {bound} packs");
     }
 
     #[test]

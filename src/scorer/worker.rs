@@ -6,7 +6,8 @@
 //! has room left is better filled by what arrives in the meantime. Each submission is answered once, when its last sample
 //! is done.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
@@ -16,7 +17,7 @@ use tokio::sync::watch;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::budget::Budget;
-use super::forward::{Forwarded, Next, Trouble, forward};
+use super::forward::{Forwarded, Lost, Next, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::priority::stand_back;
 use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
@@ -33,8 +34,6 @@ pub struct Worker {
     /// The device answers no more, so nothing else is tried.
     lost: bool,
     pool: Option<rayon::ThreadPool>,
-    /// A full pack that was made ready while the device was busy.
-    ahead: Option<Next>,
 }
 
 /// A handle and its worker, which does nothing by itself and runs forwards on the thread that steps it.
@@ -54,10 +53,11 @@ fn line(options: ScorerOptions, clock: Clock, metrics: ScorerMetrics) -> (Scorer
     metrics.devices.set(i64::try_from(options.devices).unwrap_or(i64::MAX));
     let bounds = QueueBounds { max_samples: options.max_queue_samples, max_tokens: options.max_queue_tokens };
     let queue = Queue::new(bounds, options.ageing);
-    let state = State { queue, jobs: HashMap::new(), workers: options.devices, gone: false, hung_up: false };
+    let state = State { queue, jobs: HashMap::new(), ahead: VecDeque::new(), workers: options.devices, gone: false, hung_up: false };
     let (gone, _) = watch::channel(false);
     let max_pack_tokens = AtomicUsize::new(options.max_pack_tokens);
-    let shared = Arc::new(Shared { options, clock, metrics, state: Mutex::new(state), wake: Condvar::new(), gone, max_pack_tokens });
+    let (state, wake, hashes) = (Mutex::new(state), Condvar::new(), RandomState::new());
+    let shared = Arc::new(Shared { options, clock, metrics, state, wake, hashes, gone, max_pack_tokens });
     (ScorerHandle::new(shared.clone()), shared)
 }
 
@@ -85,7 +85,7 @@ pub fn spawn(
 impl Worker {
     fn new(shared: Arc<Shared>, device: usize) -> Self {
         let budget = Budget::new(shared.options.max_pack_tokens);
-        Self { shared, device, budget, lost: false, pool: None, ahead: None }
+        Self { shared, device, budget, lost: false, pool: None }
     }
 
     /// Settles what is expired and runs one pack; false if there was nothing to do. Never waits.
@@ -93,7 +93,8 @@ impl Worker {
         if self.lost {
             return false;
         }
-        if let Some(next) = self.ahead.take() {
+        let ahead = lock(&self.shared.state).ahead.pop_front();
+        if let Some(next) = ahead {
             if let Some(next) = self.still_wanted(next) {
                 self.execute(next);
             }
@@ -115,7 +116,7 @@ impl Worker {
                 return;
             }
             let state = lock(&self.shared.state);
-            if !state.queue.is_empty() {
+            if !state.queue.is_empty() || !state.ahead.is_empty() {
                 continue;
             }
             if state.hung_up {
@@ -128,9 +129,8 @@ impl Worker {
 
     fn draw(&self, mut guard: MutexGuard<'_, State>) -> (bool, Option<Next>) {
         let (shared, now) = (&self.shared, self.shared.clock.now());
-        let limits = PackLimits { max_tokens: self.budget.tokens(), max_samples: shared.options.max_pack_samples };
         let state = &mut *guard;
-        let draw = state.queue.next_pack(now, limits);
+        let draw = state.queue.next_pack(now, self.limits());
         let closed = shared.settle(state, &draw.expired);
         shared.show_depth(state);
         let drew = !draw.is_empty();
@@ -145,13 +145,22 @@ impl Worker {
         (drew, found.map(|(picks, models, encodings, span)| Next::new(picks, models, encodings, span)))
     }
 
-    /// The next pack, if what waits fills one.
-    fn collate(&self) -> Option<Next> {
+    /// Makes the next pack ready, if what waits fills one.
+    fn collate(&self) {
         let state = lock(&self.shared.state);
-        if state.queue.tokens() < self.budget.tokens() {
-            return None;
+        if state.ahead.len() >= state.workers || !state.queue.fills(self.limits()) {
+            return;
         }
-        self.draw(state).1.inspect(|next| next.prepare(self.device))
+        if let (_, Some(next)) = self.draw(state) {
+            next.prepare(self.device);
+            lock(&self.shared.state).ahead.push_back(next);
+            // Another device may have come to its end meanwhile.
+            self.shared.wake.notify_one();
+        }
+    }
+
+    fn limits(&self) -> PackLimits {
+        PackLimits { max_tokens: self.budget.tokens(), max_samples: self.shared.options.max_pack_samples }
     }
 
     /// A pack that was made ready, without what has become too late or been withdrawn since.
@@ -163,6 +172,7 @@ impl Worker {
         let (mut kept, mut expired) = (Vec::new(), Vec::new());
         for (index, pick) in next.picks.iter().enumerate() {
             match state.jobs.get(&pick.job) {
+                Some(job) if job.abandoned => {}
                 Some(job) if late(job) => expired.push(*pick),
                 Some(_) => kept.push(index),
                 None => {}
@@ -184,18 +194,18 @@ impl Worker {
         let (shared, started) = (self.shared.clone(), self.shared.clock.now());
         let device = self.device;
         let run = || next.span.in_scope(|| forward(&next, device, &shared.metrics));
+        lock(&shared.state).start(&next.picks);
         let result = match &self.pool {
             None => {
-                self.ahead = self.collate();
+                self.collate();
                 run()
             }
             Some(pool) => {
-                let (mut result, mut ahead) = (Err(Trouble::of_pack("the device's threads have ended".to_owned())), None);
+                let mut result = Err(Lost("its threads have ended".to_owned()));
                 pool.in_place_scope(|scope| {
                     scope.spawn(|_| result = run());
-                    ahead = self.collate();
+                    self.collate();
                 });
-                self.ahead = ahead;
                 result
             }
         };
@@ -204,44 +214,35 @@ impl Worker {
         shared.metrics.forward_seconds.observe(took.as_secs_f64());
         let mut guard = lock(&shared.state);
         let state = &mut *guard;
-        let mut last = None;
-        for pick in &next.picks {
-            if last.replace(pick.job) != Some(pick.job)
-                && let Some(job) = state.jobs.get_mut(&pick.job)
-            {
-                job.forward += took;
-            }
-        }
-        let mut closed = Vec::new();
-        match result {
+        state.stop(&next.picks, took);
+        let (mut closed, mut failed) = (Vec::new(), Vec::new());
+        let room = match result {
             Ok(Forwarded { outcomes, largest, misfits }) => {
-                let mut failed = Vec::new();
                 for (pick, outcome) in next.picks.iter().zip(outcomes) {
                     match outcome {
                         Ok(outputs) => closed.extend(state.record(*pick, Ok(outputs))),
+                        // The rest of its request would be scored for nothing.
                         Err(problem) => failed.extend(state.withdraw(*pick).map(|job| (job, problem))),
                     }
                 }
-                shared.show_depth(state);
-                drop(guard);
-                answer_all(closed, ended);
-                for (job, problem) in failed {
-                    job.fail(ScorerError::Forward(problem));
-                }
-                self.learn(&next, largest, misfits);
+                Some((largest, misfits))
             }
-            Err(trouble) => {
-                // The rest of these requests would be scored for nothing.
+            Err(Lost(problem)) => {
                 for pick in &next.picks {
-                    closed.extend(state.withdraw(*pick));
+                    failed.extend(state.withdraw(*pick).map(|job| (job, problem.clone())));
                 }
-                shared.show_depth(state);
-                drop(guard);
-                for job in closed {
-                    job.fail(ScorerError::Forward(trouble.words.clone()));
-                }
-                self.lost = trouble.device_lost;
+                None
             }
+        };
+        shared.show_depth(state);
+        drop(guard);
+        answer_all(closed, ended);
+        for (job, problem) in failed {
+            job.fail(ScorerError::Forward(problem));
+        }
+        match room {
+            Some((largest, misfits)) => self.learn(&next, largest, misfits),
+            None => self.lost = true,
         }
     }
 
@@ -269,13 +270,13 @@ impl Drop for Worker {
         }
         // Dropping the jobs tells every caller that nobody will answer.
         state.gone = true;
-        let jobs = std::mem::take(&mut state.jobs);
+        let (jobs, ahead) = (std::mem::take(&mut state.jobs), std::mem::take(&mut state.ahead));
         for id in jobs.keys() {
             state.queue.remove(*id);
         }
         self.shared.show_depth(&state);
         drop(state);
-        drop(jobs);
+        drop((jobs, ahead));
         self.shared.gone.send_replace(true);
     }
 }

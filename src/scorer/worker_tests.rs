@@ -25,6 +25,8 @@ struct Sum {
     devices: Mutex<Vec<usize>>,
     /// Samples of the packs that were made ready, and how many forwards there were then.
     prepared: Mutex<Vec<(usize, u64)>>,
+    /// What happens in the next forward.
+    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 const PANIC: u32 = 1001;
@@ -35,6 +37,9 @@ impl RewardModel for Sum {
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         self.forwards.fetch_add(1, Ordering::Relaxed);
         self.clock.advance(Duration::from_millis(10));
+        if let Some(meanwhile) = lock(&self.meanwhile).take() {
+            meanwhile();
+        }
         if self.broken.load(Ordering::Relaxed) {
             return Err(ModelError::DeviceLost("CUDA_ERROR_ILLEGAL_ADDRESS".to_owned()));
         }
@@ -167,7 +172,7 @@ fn all_models_of_a_lane_run_over_the_same_pack_in_order() {
 }
 
 #[test]
-fn a_panic_or_a_failure_costs_its_pack_and_the_worker_lives_on() {
+fn a_panic_or_a_failure_costs_its_request_and_the_worker_lives_on() {
     for (bad, words) in [(PANIC, "the forward pass panicked: asked to panic"), (FAIL, "asked to fail"), (FORGET, "expected 1 outputs")] {
         let mut bench = Bench::new(small());
         let fine = bench.submit(&[&[1; 8]]);
@@ -175,12 +180,62 @@ fn a_panic_or_a_failure_costs_its_pack_and_the_worker_lives_on() {
         let after = bench.submit(&[&[3; 8]]);
         while bench.worker.step() {}
         assert_eq!(values(now(fine)), [8.0]);
-        let error = now(broken).expect("answered").expect_err("its pack failed");
+        let error = now(broken).expect("answered").expect_err("its sample failed");
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(values(now(after)), [24.0]);
         assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 3, "the rest of the broken request is not run");
         assert!(bench.handle.is_alive());
     }
+}
+
+#[test]
+fn a_pack_is_made_before_its_time_only_if_its_own_lane_fills_it() {
+    let mut bench = Bench::new(small());
+    let submit =
+        |bench: &Bench, lane, sample: &[u32]| bench.handle.submit(Submission { lane, ..bench.submission(&[sample]) }).expect("room");
+    let first = submit(&bench, 0, &[1; 8]);
+    let second = submit(&bench, 1, &[2; 3]);
+    let third = submit(&bench, 0, &[3; 8]);
+    assert!(bench.worker.step());
+    // There is room beside the second one, which comes next.
+    let late = submit(&bench, 1, &[4; 5]);
+    assert!(bench.worker.step());
+    assert_eq!([now(first), now(second), now(late)].map(values), [[8.0], [6.0], [20.0]]);
+    assert!(now(third).is_none());
+    assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 2);
+}
+
+#[test]
+fn a_sample_that_fails_takes_down_no_stranger_in_its_pack() {
+    for (bad, outcome) in [(PANIC, "panic"), (FAIL, "error"), (FORGET, "error")] {
+        let mut bench = Bench::new(ScorerOptions::default());
+        let samples: Vec<_> = (0..40).map(|id| bench.submit(&[&[id; 8], &[if id == 23 { bad } else { 100 }; 8]])).collect();
+        assert!(bench.worker.step());
+        for (id, answer) in (0..).zip(samples) {
+            match id {
+                23 => drop(now(answer).expect("answered").expect_err("its sample failed")),
+                _ => assert_eq!(values(now(answer)), [8.0 * id as f32, 800.0]),
+            }
+        }
+        // The whole, and both halves of what holds it, down to its own request.
+        let forwards = bench.model.forwards.load(Ordering::Relaxed);
+        assert!(forwards <= 13, "{forwards}");
+        let metrics = &bench.worker.shared.metrics;
+        assert_eq!(metrics.packs.with_label_values(&[outcome]).get(), 1);
+        assert!(metrics.samples.get() >= 78, "{}", metrics.samples.get());
+        assert_eq!(bench.worker.budget.tokens(), 8192, "nothing is learned of the room");
+        assert!(bench.handle.is_alive());
+    }
+}
+
+#[test]
+fn a_model_that_always_fails_is_not_asked_for_every_sample() {
+    let mut bench = Bench::new(ScorerOptions::default());
+    let answers: Vec<_> = (0..500).map(|_| bench.submit(&[&[FAIL; 8]])).collect();
+    assert!(bench.worker.step());
+    assert!(answers.into_iter().all(|answer| now(answer).expect("answered").is_err()));
+    let forwards = bench.model.forwards.load(Ordering::Relaxed);
+    assert!(forwards < 50, "{forwards}");
 }
 
 #[test]
@@ -260,12 +315,55 @@ fn the_threads_of_several_devices_finish_what_is_queued_and_end_with_the_last_ha
 fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
     let priority = || rustix::process::getpriority_process(None).expect("a priority");
     let before = priority();
-    let behind = std::thread::spawn(move || {
-        stand_back(3);
-        priority()
-    });
-    assert_eq!(behind.join().expect("no panic"), (before + 3).min(19));
+    let options = ScorerOptions { threads: 1, nice: 3, ..small() };
+    let (handle, threads) = spawn(options, Clock::system(), ScorerMetrics::unregistered()).expect("threads");
+    let bench = Bench::new(options);
+    let found = Arc::new(Mutex::new(None));
+    let in_forward = found.clone();
+    let here = move || *lock(&in_forward) = Some((std::thread::current().name().map(str::to_owned), priority()));
+    *lock(&bench.model.meanwhile) = Some(Box::new(here));
+    let answer = handle.submit(bench.submission(&[&[1]])).expect("room");
+    drop(handle);
+    for thread in threads {
+        thread.join().expect("no panic");
+    }
+    assert_eq!(values(now(answer)), [1.0]);
+    assert_eq!(lock(&found).take(), Some((Some("warm-device-0".to_owned()), (before + 3).min(19))));
     assert_eq!(priority(), before);
+}
+
+#[test]
+fn a_pack_that_was_made_ready_goes_to_the_first_device_that_has_time() {
+    let clock = Clock::manual();
+    let (handle, mut workers) = crew(ScorerOptions { devices: 2, ..small() }, clock.clone(), ScorerMetrics::unregistered());
+    let bench = Bench { model: Arc::default(), handle, worker: workers.remove(0), clock };
+    let (first, second) = (bench.submit(&[&[1; 8]]), bench.submit(&[&[2; 8]]));
+    let (mut one, mut other) = (bench.worker, workers.remove(0));
+    assert!(one.step() && other.step());
+    assert_eq!((values(now(first)), values(now(second))), (vec![8.0], vec![16.0]));
+    assert_eq!(*lock(&bench.model.devices), [0, 1]);
+}
+
+#[test]
+fn who_cancels_during_a_forward_gives_the_permit_back_when_the_device_has_let_go() {
+    for (samples, skipped) in [(vec![&[1u32; 8][..]], 0), (vec![&[1; 8], &[2; 8]], 1)] {
+        let mut bench = Bench::new(small());
+        let admission = crate::scorer::Admission::new(Default::default(), ScorerMetrics::unregistered());
+        let permit = admission.admit(0).expect("room");
+        let gone = bench.handle.submit(Submission { permit, ..bench.submission(&samples) }).expect("room");
+        let in_flight = admission.in_flight();
+        let (handle, seen) = (bench.handle.clone(), Arc::new(Mutex::new(None)));
+        let in_forward = seen.clone();
+        *lock(&bench.model.meanwhile) = Some(Box::new(move || {
+            drop(gone);
+            *lock(&in_forward) = Some((*in_flight.borrow(), handle.is_idle()));
+        }));
+        while bench.worker.step() {}
+        assert_eq!(*lock(&seen), Some((1, false)));
+        assert_eq!((*admission.in_flight().borrow(), bench.handle.is_idle()), (0, true));
+        assert_eq!(bench.model.forwards.load(Ordering::Relaxed), 1, "the rest is not run");
+        assert_eq!(bench.worker.shared.metrics.skipped.with_label_values(&["cancelled"]).get(), skipped);
+    }
 }
 
 #[test]
