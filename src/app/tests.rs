@@ -433,16 +433,19 @@ async fn a_full_server_refuses_on_the_stream_and_one_that_stops_ends_it() {
 #[tokio::test]
 async fn a_caller_that_leaves_its_stream_withdraws_what_it_asked_for() {
     let (model, release, mut entered) = gated();
-    let mut server = start(&[], model, &[]).await;
+    // A pack has one sample.
+    let mut server = start(&[("max_pack_tokens", "1")], model, &[]).await;
     let (requests, answers) = server.client.score_stream().await.expect("a stream");
     for id in ["a", "b", "c"] {
         assert!(requests.score(ask(id, &[id])).await);
     }
     entered.recv().await.expect("inside the forward");
     drop((requests, answers));
-    server.in_flight.wait_for(|&requests| requests == 0).await.expect("all permits are back");
+    server.in_flight.wait_for(|&requests| requests == 1).await.expect("what no device works at is withdrawn");
     drop(release);
+    server.in_flight.wait_for(|&requests| requests == 0).await.expect("all permits are back");
     server.stopped().await;
+    assert!(entered.try_recv().is_err(), "nothing else was run");
 }
 
 #[tokio::test]
