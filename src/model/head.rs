@@ -3,8 +3,18 @@
 
 use super::kernels::{activation, linear, norm};
 use super::weights::Loader;
-use super::{LoadError, StepOutput};
+use super::{LoadError, Pack, StepOutput};
 use crate::checkpoint::{Activation, HeadForm, HeadStage, Layout, Norm, Places, Pooling, Readout, RowKeys};
+
+/// Where the head reads a sample: positions, in order.
+pub fn positions(places: &[Option<Places>], sample: usize) -> impl Iterator<Item = usize> {
+    places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied()
+}
+
+/// The same of all samples, as rows of the pack.
+pub fn rows(pack: &Pack, places: &[Option<Places>]) -> Vec<u32> {
+    (0..pack.len()).flat_map(|sample| positions(places, sample).map(move |position| pack.row(sample, position) as u32)).collect()
+}
 
 #[derive(Debug)]
 pub struct Head {

@@ -29,7 +29,7 @@ pub use device::{
     run_when_idle, settle,
 };
 use device::{Backend, Fault};
-use head::{Head, Verdict};
+use head::{Head, Verdict, positions, rows};
 pub use memory::{Load, Way, activation_bytes, fitting_pack, least_activation_bytes};
 use ops::Ops;
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
@@ -336,16 +336,6 @@ impl Model {
         });
         Ok(outputs.collect())
     }
-}
-
-/// Where the head reads a sample: positions, in order.
-fn positions(places: &[Option<Places>], sample: usize) -> impl Iterator<Item = usize> {
-    places[sample].iter().flat_map(|places| places.read.iter().chain(&places.gate)).copied()
-}
-
-/// The same of all samples, as rows of the pack.
-fn rows(pack: &Pack, places: &[Option<Places>]) -> Vec<u32> {
-    (0..pack.len()).flat_map(|sample| positions(places, sample).map(move |position| pack.row(sample, position) as u32)).collect()
 }
 
 impl RewardModel for Model {
