@@ -46,7 +46,7 @@ impl Bench {
         let config = config();
         let clock = Clock::system();
         let spec = load_spec(&config).expect("the bundled family");
-        let (_, text, _) = open_text(&spec, &clock).expect("the bundled tokenizer");
+        let (_, text, _) = open_text(&spec, &clock, &mut |_, _, _| {}).expect("the bundled tokenizer");
         let model = forward_alone(&spec.recipe);
         let app = App::new(&config, clock.clone(), "bench".to_owned()).expect("app");
         app.load(loader(spec, clock), &mut |_| {}).expect("loaded");

@@ -497,8 +497,8 @@ proptest! {
         let bound = 20 * large.len();
         for i in 0..bound {
             let now = start + Duration::from_millis(10) * i as u32;
-            for tenant in 0..large.len() {
-                push(&mut queue, of(TENANTS[tenant], job(now, 0, 0, &vec![small; budget / small])));
+            for tenant in &TENANTS[..large.len()] {
+                push(&mut queue, of(tenant, job(now, 0, 0, &vec![small; budget / small])));
             }
             let draw = queue.next_pack(now, limits(budget));
             if draw.picks.iter().any(|pick| pick.tokens == small) {

@@ -183,7 +183,7 @@ mod tests {
         let sums = checksums(&format!("{one}  config.json\n{two} *./model.safetensors\n\n{one}  step-1/config.json\n")).expect("a list");
         let expected = [("config.json", one.clone()), ("model.safetensors", "b".repeat(64))];
         assert_eq!(sums, expected.map(|(name, sum)| (name.to_owned(), sum)).into());
-        for wrong in ["SHA256 (config.json) = aa", "config.json", &format!("{one}"), &format!("{one}  x\n{one}  x"), "<html> <body>"] {
+        for wrong in ["SHA256 (config.json) = aa", "config.json", one.as_str(), &format!("{one}  x\n{one}  x"), "<html> <body>"] {
             assert!(checksums(wrong).is_err(), "{wrong}");
         }
     }
