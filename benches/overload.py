@@ -54,7 +54,11 @@ def main():
 
     def bench(*extra):
         arguments = [options.warm, "bench", "--addr", server.address, "--json", "--duration", f"{options.seconds}s", "--warmup", "3s"]
-        return json.loads(subprocess.run([*arguments, *shape, *extra], check=True, capture_output=True, text=True).stdout)
+        run = subprocess.run([*arguments, *shape, *extra], capture_output=True, text=True)
+        if not run.stdout:
+            raise SystemExit(run.stderr)
+        # A load of which nothing was scored ends with 1; here that is a figure.
+        return json.loads(run.stdout)
 
     def measure(server, *extra):
         memory = Memory(server.process.pid)
