@@ -14,12 +14,12 @@ pub fn held_bytes(samples: &[wire::Sample], groups: &[wire::PromptGroup], pairs:
     total as u64
 }
 
-/// [`held_bytes`] of a request to score.
+/// What a request to score takes in memory, in bytes, at most.
 pub fn score_bytes(request: &wire::ScoreRequest) -> u64 {
     held_bytes(&request.samples, &request.groups, &[])
 }
 
-/// [`held_bytes`] of a request to compare.
+/// What a request to compare takes in memory, in bytes, at most.
 pub fn compare_bytes(request: &wire::CompareRequest) -> u64 {
     held_bytes(&request.samples, &request.groups, &request.pairs)
 }
