@@ -189,6 +189,11 @@ impl Watch {
         };
         let sizes = |traffic: &Traffic| (traffic.rewards.each(&REWARD_BOUNDS), traffic.lengths.each(&LENGTH_BOUNDS));
         let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        // Counted after it stands in a run, so read before: no sample is told as counted of which the figures know nothing.
+        let shadow: Map<String, Value> = ShadowOutcome::ALL
+            .iter()
+            .map(|outcome| (outcome.name().to_owned(), json!(self.0.shadow.with_label_values(&[outcome.name()]).get())))
+            .collect();
         let tenants: Map<String, Value> = lock(&self.0.runs)
             .iter()
             .map(|(name, watching)| {
@@ -208,10 +213,6 @@ impl Watch {
             })
             .collect();
         let meanings: Map<String, Value> = FIGURES.iter().map(|(name, meaning)| ((*name).to_owned(), json!(meaning))).collect();
-        let shadow: Map<String, Value> = ShadowOutcome::ALL
-            .iter()
-            .map(|outcome| (outcome.name().to_owned(), json!(self.0.shadow.with_label_values(&[outcome.name()]).get())))
-            .collect();
         json!({
             "window_s": WINDOW.as_secs(),
             "baseline_s": BASELINE.as_secs(),
