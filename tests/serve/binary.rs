@@ -14,17 +14,33 @@ pub fn warm() -> Command {
     command
 }
 
-/// Reads the log until a line holds `words`; the value of its field `name`, if it has one.
-pub fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
+/// Reads the log until a line holds `words`.
+fn line_with(log: &mut impl BufRead, words: &str) -> String {
     let mut line = String::new();
     while log.read_line(&mut line).expect("log") > 0 {
         if line.contains(words) {
-            let value = line.split_once(&format!("{name}="))?.1;
-            return Some(value.split_whitespace().next()?.to_owned());
+            return line;
         }
         line.clear();
     }
     panic!("the log ended before `{words}`");
+}
+
+fn field(line: &str, name: &str) -> Option<String> {
+    let value = line.split_once(&format!("{name}="))?.1;
+    Some(value.split_whitespace().next()?.to_owned())
+}
+
+/// Reads the log until a line holds `words`; the value of its field `name`, if it has one.
+pub fn wait_for(log: &mut impl BufRead, words: &str, name: &str) -> Option<String> {
+    field(&line_with(log, words), name)
+}
+
+/// Reads the log until the server listens: where it does for scores, and where for probes.
+pub fn listening(log: &mut impl BufRead) -> (String, String) {
+    let line = line_with(log, "listening");
+    let address = |name: &str| field(&line, name).expect("an address");
+    (address("grpc"), address("admin"))
 }
 
 fn serve<P: AsRef<std::ffi::OsStr>>(folders: impl IntoIterator<Item = P>) -> Child {
@@ -125,16 +141,7 @@ fn long_request() -> wire::ScoreRequest {
 fn what_is_in_flight_at_sigterm_is_answered_in_full() {
     let mut server = serve([Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/family/rm-0")]);
     let mut log = BufReader::new(server.stderr.take().expect("piped"));
-    let mut listening = String::new();
-    while !listening.contains("listening") {
-        listening.clear();
-        assert!(log.read_line(&mut listening).expect("log") > 0, "the log ended");
-    }
-    let address = |name: &str| {
-        let (_, rest) = listening.split_once(&format!("{name}=")).expect("an address");
-        rest.split_whitespace().next().expect("an address").to_owned()
-    };
-    let (grpc, probes) = (address("grpc"), address("admin"));
+    let (grpc, probes) = listening(&mut log);
     wait_for(&mut log, "ready", "");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
     let asked = runtime.spawn(async move { Client::connect(&grpc).await.expect("connected").score(long_request()).await });
@@ -172,16 +179,7 @@ fn mistakes_end_with_a_sentence_and_a_code() {
 fn a_bench_that_is_interrupted_tells_what_it_has() {
     let mut server = serve(super::members());
     let mut log = BufReader::new(server.stderr.take().expect("piped"));
-    let mut listening = String::new();
-    while !listening.contains("listening") {
-        listening.clear();
-        assert!(log.read_line(&mut listening).expect("log") > 0, "the log ended");
-    }
-    let address = |name: &str| {
-        let (_, rest) = listening.split_once(&format!("{name}=")).expect("an address");
-        rest.split_whitespace().next().expect("an address").to_owned()
-    };
-    let (grpc, probes) = (address("grpc"), address("admin"));
+    let (grpc, probes) = listening(&mut log);
     wait_for(&mut log, "ready", "");
     let shape = ["--prompt-tokens", "8", "--completion-tokens", "4", "--group", "2", "--warmup", "0s", "--duration", "1h", "--json"];
     let bench = warm().args(["bench", "--addr", &grpc]).args(shape).spawn().expect("started");

@@ -4,7 +4,7 @@ use std::io::{BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Stdio};
 
-use super::binary::{admin, wait_for, warm};
+use super::binary::{admin, listening, wait_for, warm};
 use super::live::{Files, copy};
 
 #[path = "../../src/checkpoint/fixture.rs"]
@@ -36,16 +36,7 @@ impl Server {
         let arguments = ["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--drain-delay", "0s", "--config"];
         let mut child = command.args(arguments).arg(config).spawn().expect("started");
         let mut log = BufReader::new(child.stderr.take().expect("piped"));
-        let mut line = String::new();
-        while !line.contains("listening") {
-            line.clear();
-            assert!(std::io::BufRead::read_line(&mut log, &mut line).expect("log") > 0, "the log ended");
-        }
-        let field = |name: &str| {
-            let (_, rest) = line.split_once(&format!("{name}=")).expect("an address");
-            rest.split_whitespace().next().expect("an address").to_owned()
-        };
-        let (grpc, admin) = (field("grpc"), field("admin"));
+        let (grpc, admin) = listening(&mut log);
         Self { child, log, grpc, admin }
     }
 
