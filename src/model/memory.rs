@@ -108,31 +108,29 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     let qkv = queries + 2 * keys;
     let projected = row(h, f32s) + cast(h) + product(qkv, a.qkv_bias);
     let attention = product(qkv, false) / copies + attended(a, way, w, fixed, load);
-    // What stands behind attention goes in blocks of rows beside the stream and what attention gave, where it can.
-    if way == Way::Kernels && a.experts.is_none() {
-        let block = wide(load.tokens.clamp(MIN_ROWS, ROW_BLOCK)) * f32s;
-        let mlp = block * (3 * h + queries + up.max(80) + inner + 2 * h.max(80));
-        let convolution = a.convolution.as_ref().map_or(0, |convolution| 2 * row(h * wide(convolution.kernel), f32s) + product(h, true));
-        let largest = projected.max(attention).max(convolution).max(row(queries, f32s) + mlp);
-        return 2 * stream + convolution + largest + WORKSPACE;
-    }
-    let output = row(queries, f32s) + cast(queries) + product(h, a.output_bias) + joined;
-    let activated = if way == Way::Kernels { row(inner, w) } else { row(inner, w) + row(inner, f32s) + cast(inner) };
-    let mlp = |up: u64, activated: u64| row(h, f32s) + cast(h) + product(up, a.mlp_bias) + activated + product(h, a.mlp_bias) + joined;
-    let dense = mlp(up, activated);
-    let experts = a.experts.as_ref().map_or(0, |experts| {
-        // As if every token had chosen the same expert.
-        let inner = wide(experts.intermediate_size);
-        // Every row once for each of its experts, where all of them are gathered at once, and what comes of it twice.
-        let copies = if way == Way::Kernels { 1 } else { wide(experts.per_token) };
-        let gathered = (1 + copies) * stream + 2 * copies * row(h, w) + row(wide(experts.count), f32s);
-        let one = mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner));
-        gathered + one.max((copies + 2) * stream) + stream
-    });
     let convolution = a.convolution.as_ref().map_or(0, |convolution| 2 * row(h * wide(convolution.kernel), f32s) + product(h, true));
-    // In families of parallel parts the MLP stands beside what attention gave.
-    let beside = row(queries, f32s) + row(h, w);
-    let largest = [projected, attention, output, dense + beside, experts + beside, convolution].into_iter().max().unwrap_or(0);
+    let behind = if way == Way::Kernels && a.experts.is_none() {
+        // In blocks of rows, beside the stream and what attention gave.
+        let block = wide(load.tokens.clamp(MIN_ROWS, ROW_BLOCK)) * f32s;
+        row(queries, f32s) + block * (3 * h + queries + up.max(80) + inner + 2 * h.max(80))
+    } else {
+        let output = row(queries, f32s) + cast(queries) + product(h, a.output_bias) + joined;
+        let activated = if way == Way::Kernels { row(inner, w) } else { row(inner, w) + row(inner, f32s) + cast(inner) };
+        let mlp = |up: u64, activated: u64| row(h, f32s) + cast(h) + product(up, a.mlp_bias) + activated + product(h, a.mlp_bias) + joined;
+        let dense = mlp(up, activated);
+        let experts = a.experts.as_ref().map_or(0, |experts| {
+            // As if every token had chosen the same expert.
+            let inner = wide(experts.intermediate_size);
+            // Every row once for each of its experts, where all of them are gathered at once, and what comes of it twice.
+            let copies = if way == Way::Kernels { 1 } else { wide(experts.per_token) };
+            let gathered = (1 + copies) * stream + 2 * copies * row(h, w) + row(wide(experts.count), f32s);
+            let one = mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner));
+            gathered + one.max((copies + 2) * stream) + stream
+        });
+        // In families of parallel parts the MLP stands beside what attention gave.
+        output.max(dense.max(experts) + row(queries, f32s) + row(h, w))
+    };
+    let largest = projected.max(attention).max(behind).max(convolution);
     // That of the next pack stands there, too.
     let whole_pack = if way == Way::Kernels { 0 } else { 2 * planned(a, way, fixed, load) };
     2 * stream + whole_pack + convolution + largest + WORKSPACE
