@@ -518,6 +518,17 @@ struct Gated {
     go: Mutex<std::sync::mpsc::Receiver<()>>,
 }
 
+impl Gated {
+    /// Lets the bench read by it. The first letter of what it begins to read comes out; it reads on while it is told to, and for
+    /// ever when nobody can tell it any more.
+    fn behind(bench: &Bench) -> (std::sync::mpsc::Receiver<char>, std::sync::mpsc::Sender<()>, Admission) {
+        let ((begun, letters), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+        let text = Arc::new(Self { begun, go: Mutex::new(gate) });
+        bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
+        (letters, go, Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered()))
+    }
+}
+
 impl Encode for Gated {
     fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<crate::text::Encoding, crate::domain::Failure> {
         let first = if let Sample::Text(text) = sample { text.chars().next() } else { None };
@@ -530,10 +541,7 @@ impl Encode for Gated {
 #[tokio::test]
 async fn what_waits_for_the_pool_holds_its_permit_though_its_caller_has_gone() {
     let bench = Bench::new();
-    let ((begun, first_begun), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
-    let text = Arc::new(Gated { begun, go: Mutex::new(gate) });
-    bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
-    let admission = Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered());
+    let (first_begun, go, admission) = Gated::behind(&bench);
     let large = |permit| score(&bench.engine, vec![Sample::Text("x".repeat(5000))], CallOptions::default(), permit);
     let (mut first, mut second) = (large(admission.admit(0).expect("room")), large(admission.admit(0).expect("room")));
     assert!(now(&mut first).is_none());
@@ -549,10 +557,7 @@ async fn what_waits_for_the_pool_holds_its_permit_though_its_caller_has_gone() {
 #[tokio::test]
 async fn a_tenant_with_much_text_keeps_nobody_elses_from_being_read() {
     let bench = Bench::new();
-    let ((begun, first_letters), (go, gate)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
-    let text = Arc::new(Gated { begun, go: Mutex::new(gate) });
-    bench.engine.registry().install(generation_reading(2, FakeModel::new(1.0), text));
-    let admission = Admission::new(AdmissionOptions::default(), ScorerMetrics::unregistered());
+    let (first_letters, go, admission) = Gated::behind(&bench);
     let ask = |who: &str, texts: usize, bytes: usize| {
         let caller = crate::scorer::Caller { named: None, peer: Some(who.into()) };
         let permit = admission.admit_of(&caller, 0, None).expect("room");
