@@ -9,7 +9,7 @@ mod shadow;
 mod stats;
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use prometheus::core::{Collector, Desc};
@@ -24,7 +24,7 @@ pub use shadow::ShadowOutcome;
 use shadow::{Drawn, MAILBOX};
 use stats::{BASELINE, Budget, FIGURES, Run, Sampler, Seen, Shadowed, Traffic, WINDOW};
 
-use super::Generation;
+use super::{Generation, lock};
 use crate::clock::Clock;
 use crate::domain::{FailureKind, GenerationId, Score};
 use crate::text::Encoding;
@@ -256,11 +256,6 @@ impl Collector for Watch {
         let Inner { now, first_hour, rewards, lengths, shadow, .. } = &*self.0;
         [now.collect(), first_hour.collect(), rewards.collect(), lengths.collect(), shadow.collect()].concat()
     }
-}
-
-/// Every critical section leaves whole values, whatever panics elsewhere.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
