@@ -55,6 +55,7 @@ pub fn load_spec(config: &Config) -> Result<LoadSpec, AppError> {
         ensemble: match config.ensemble {
             EnsembleMode::Off => Ensemble::Off,
             EnsembleMode::Resident => Ensemble::Resident,
+            EnsembleMode::Spread => Ensemble::Spread,
             EnsembleMode::Adapters => Ensemble::Adapters,
             EnsembleMode::Streamed => Ensemble::Streamed,
         },

@@ -110,6 +110,7 @@ fn above_zero(text: &str) -> Result<f64, String> {
 enum Members {
     Off,
     Resident,
+    Spread,
     Adapters,
     Streamed,
 }
@@ -170,7 +171,7 @@ pub(super) fn run(arguments: &PlanArgs, environment: &Environment) -> Result<Exi
 }
 
 impl DeviceArgs {
-    /// Of the first device that is named: each of several holds the whole model.
+    /// Of the first device that is named, which is the fullest: each of several holds the whole model.
     fn plan(&self, plan: &MergePlan, prefix_cache_bytes: u64, problems: &mut Vec<String>) -> Result<Option<DevicePlan>, CommandError> {
         let choice = match (&self.device, self.device_memory) {
             (Some(choice), _) => choice.clone(),
@@ -179,17 +180,18 @@ impl DeviceArgs {
         };
         let reward = plan.reward().map_err(|error| CommandError::Other(error.to_string()))?;
         let told = self.device_memory.map(|bytes| bytes as u64);
-        let place = match &choice {
+        let places = match &choice {
             // What is told of another machine's device needs no device here.
-            DeviceChoice::Places(places) if told.is_some() => places.first().copied().unwrap_or(Place::Cpu),
+            DeviceChoice::Places(places) if told.is_some() => places.clone(),
             choice => match choice.resolve() {
-                Ok(places) => places.first().copied().unwrap_or(Place::Cpu),
+                Ok(places) => places,
                 Err(error) => {
                     problems.push(format!("{error}; give --device-memory to plan for a device that is not here"));
                     return Ok(None);
                 }
             },
         };
+        let place = places.first().copied().unwrap_or(Place::Cpu);
         let dtype = plan.recipe().dtype();
         let on_one_base = members_on_one_base(plan, &[place], dtype).map(|bytes| bytes.total());
         let members_on_one_base = match (self.ensemble, on_one_base) {
@@ -200,16 +202,17 @@ impl DeviceArgs {
             (_, bytes) => bytes.ok(),
         };
         let request = DeviceRequest {
-            place,
             memory: told.or_else(|| memory_of(place)),
             arithmetic: Arithmetic { dtype, batch_invariant: self.batch_invariant },
             ensemble: match self.ensemble {
                 Members::Off => Ensemble::Off,
                 Members::Resident => Ensemble::Resident,
+                Members::Spread => Ensemble::Spread,
                 Members::Adapters => Ensemble::Adapters,
                 Members::Streamed => Ensemble::Streamed,
             },
             members: plan.members().len(),
+            places,
             members_on_one_base,
             max_pack_tokens: self.max_pack_tokens.0,
             prefix_cache_bytes,

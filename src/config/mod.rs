@@ -307,6 +307,7 @@ impl Reader<'_> {
                 parse::choice(&[
                     ("off", EnsembleMode::Off),
                     ("resident", EnsembleMode::Resident),
+                    ("spread", EnsembleMode::Spread),
                     ("adapters", EnsembleMode::Adapters),
                     ("streamed", EnsembleMode::Streamed),
                 ]),

@@ -38,7 +38,7 @@ pub const SETTINGS: &[Setting] = &[
         "ensemble",
         "off",
         "MODE",
-        "members for Compare: `resident` (loaded beside the merged model), `adapters` (likewise, LoRA members of one base, which is loaded once), `streamed` (each loaded for every call, slow), `off`",
+        "members for Compare: `resident` (loaded beside the merged model), `spread` (likewise, each on one of the devices alone), `adapters` (likewise, LoRA members of one base, which is loaded once), `streamed` (each loaded for every call, slow), `off`",
     ),
     setting(
         "pooling",

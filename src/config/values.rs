@@ -28,7 +28,9 @@ pub enum EnsembleMode {
     Off,
     /// Every member beside it.
     Resident,
-    /// Likewise, as adapters on their one base, which is loaded once.
+    /// Likewise, but each on one of the devices alone.
+    Spread,
+    /// Every member beside it, as adapters on their one base, which is loaded once.
     Adapters,
     /// Each member for every call that asks for it, one after another.
     Streamed,

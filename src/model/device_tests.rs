@@ -8,6 +8,7 @@ use candle_core::{DType, Device};
 use serde_json::json;
 
 use super::device::Driver;
+use super::replicas::{Lodger, Replicas, copies};
 use super::sharing_tests::loaded;
 use super::*;
 use crate::text::Encoding;
@@ -91,7 +92,7 @@ fn a_pack_that_was_made_ready_has_the_same_scores_on_whichever_device_it_runs() 
     let several = loaded("mistral", json!({"sliding_window": 5}), |what| {
         let model = load_with(&card(0, driver), what, &mut |_, _| {}).expect("loads");
         let copies = copies(&model, &[card(1, driver)], None).expect("copies");
-        Replicas::new(model, copies)
+        Replicas::new(model, copies, device::Turns::new(2))
     });
     let samples = [vec![1, 2, 3], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9]].map(|ids| Arc::new(Encoding::for_test(ids)));
     let pack = || Pack::forest(&samples, |tokens| several.prefix_key(tokens));
@@ -110,4 +111,42 @@ fn a_pack_that_was_made_ready_has_the_same_scores_on_whichever_device_it_runs() 
     let kernels = loaded("llama", json!({}), |what| load_with(&Backend::cpu(), what, &mut |_, _| {})).expect("loads");
     kernels.prepare(0, &ready);
     assert!(format!("{:?}", ready.ready()).contains("None"), "the host needs nothing");
+}
+
+#[test]
+fn a_model_on_one_device_waits_for_what_runs_there_and_for_nothing_else() {
+    let driver = driver();
+    let turns = device::Turns::new(2);
+    let load = |ordinal: usize| loaded("llama", json!({}), |what| load_with(&card(ordinal, driver), what, &mut |_, _| {})).expect("loads");
+    let pack = Pack::new(&[Arc::new(Encoding::for_test(vec![1, 2, 3]))]);
+    let everywhere = Replicas::new(load(0), vec![load(1)], turns.clone());
+    let second = Lodger::new(load(1), 1, false, turns.clone());
+    assert_eq!((second.limits().device_bytes, everywhere.limits().device_bytes > 0), (0, true));
+    let busy = turns.take(1).expect("a device");
+    let ((begin, begun), (done, finished)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    std::thread::scope(|scope| {
+        for device in [0, 1] {
+            let (second, pack, begin, done) = (&second, &pack, begin.clone(), done.clone());
+            scope.spawn(move || {
+                begin.send(()).expect("heard");
+                done.send(second.forward_on(device, pack).expect("scored")[0].reward)
+            });
+        }
+        (0..2).for_each(|_| begun.recv().expect("begun"));
+        // Device 0 is nobody's turn, and neither of the others has come to an end meanwhile.
+        let there = everywhere.forward_on(0, &pack).expect("scored")[0].reward;
+        assert!(finished.try_recv().is_err());
+        drop(busy);
+        assert_eq!([finished.recv().expect("done"), finished.recv().expect("done")], [there; 2]);
+    });
+    assert!(everywhere.forward_on(2, &pack).is_err());
+}
+
+#[test]
+fn models_go_round_the_devices_and_the_first_has_most() {
+    let cards = |count: usize| (0..count).map(Place::Cuda).collect::<Vec<_>>();
+    for (devices, models, most) in [(1, 5, 5), (2, 5, 3), (2, 4, 2), (8, 5, 1), (3, 0, 0)] {
+        assert_eq!(most_on_one(&cards(devices), models), most, "{models} on {devices}");
+    }
+    assert_eq!(most_on_one(&[Place::Cpu; 3], 7), 7, "workers on one processor share it");
 }

@@ -36,7 +36,7 @@ pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};
 use ready::Owner;
-use replicas::{Replicas, copies};
+pub use replicas::{load_on, load_on_one, most_on_one};
 use transformer::Transformer;
 pub use trie::common_prefix;
 use weights::Loader;
@@ -202,24 +202,6 @@ pub struct What<'a> {
     pub readout: &'a Readout,
     /// The longest sample, at most [`Architecture::longest`].
     pub max_tokens: usize,
-}
-
-/// [`load`] onto one device or several, each of which then holds the whole model: the source is read once, and copied to all
-/// others at the same time. Every device has settled when this returns, so the model may be used from any thread.
-pub fn load_on(
-    devices: &Devices,
-    arithmetic: impl Into<Arithmetic>,
-    what: &What<'_>,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Arc<dyn RewardModel>, LoadError> {
-    let backends = devices.backends(arithmetic.into(), what.architecture);
-    let (first, rest) = backends.split_first().ok_or_else(|| DeviceError { place: String::new(), problem: "none named".to_owned() })?;
-    let model = load_with(first, what, progress)?;
-    if rest.is_empty() {
-        return Ok(Arc::new(model));
-    }
-    let copies = copies(&model, rest, what.apart.map(|apart| apart.base))?;
-    Ok(Arc::new(Replicas::new(model, copies)))
 }
 
 fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model, LoadError> {

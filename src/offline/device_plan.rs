@@ -12,7 +12,8 @@ use crate::registry::{Ensemble, Swap};
 /// What is planned for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRequest {
-    pub place: Place,
+    /// All devices that the model is to be on. The first is planned for: no other has more to hold.
+    pub places: Vec<Place>,
     /// Bytes that the device has; `None` where nobody says.
     pub memory: Option<u64>,
     pub arithmetic: Arithmetic,
@@ -24,6 +25,12 @@ pub struct DeviceRequest {
     pub max_pack_tokens: Option<usize>,
     pub prefix_cache_bytes: u64,
     pub swap: Swap,
+}
+
+impl DeviceRequest {
+    fn place(&self) -> Place {
+        self.places.first().copied().unwrap_or(Place::Cpu)
+    }
 }
 
 /// The most memory that serving takes of one device, in bytes.
@@ -70,15 +77,16 @@ impl DevicePlan {
     }
 
     fn parts(request: &DeviceRequest, architecture: &Architecture, manifest: &Manifest) -> Self {
-        let &DeviceRequest { place, arithmetic, .. } = request;
+        let (place, arithmetic) = (request.place(), request.arithmetic);
         let way = place.way(arithmetic, architecture);
         let dtype = if way == Way::Kernels { Dtype::F32 } else { arithmetic.dtype };
         let weights = model::device_bytes_on(&[place], arithmetic.dtype, manifest);
         let whole = |count: usize| weights.saturating_mul(count as u64);
         let members = match (request.ensemble, request.members) {
             // The merge of one is that one.
-            (Ensemble::Off, _) | (Ensemble::Resident | Ensemble::Adapters, 1) => 0,
+            (Ensemble::Off, _) | (Ensemble::Resident | Ensemble::Spread | Ensemble::Adapters, 1) => 0,
             (Ensemble::Resident, count) => whole(count),
+            (Ensemble::Spread, count) => whole(model::most_on_one(&request.places, count)),
             (Ensemble::Adapters, count) => request.members_on_one_base.unwrap_or_else(|| whole(count)),
             (Ensemble::Streamed, _) => weights,
         };
@@ -125,10 +133,14 @@ impl DevicePlan {
         };
         let narrow = |other: &mut DeviceRequest| other.arithmetic.dtype = Dtype::Bf16;
         let alone = |other: &mut DeviceRequest| other.ensemble = Ensemble::Off;
+        let spread = |other: &mut DeviceRequest| other.ensemble = Ensemble::Spread;
         let small = |other: &mut DeviceRequest| other.max_pack_tokens = None;
         let mut helps = Vec::new();
-        if request.place != Place::Cpu && request.arithmetic.dtype == Dtype::F32 && with(&narrow) {
+        if request.place() != Place::Cpu && request.arithmetic.dtype == Dtype::F32 && with(&narrow) {
             helps.push("with `dtype: bfloat16`".to_owned());
+        }
+        if request.ensemble == Ensemble::Resident && request.places.len() > 1 && with(&spread) {
+            helps.push("with `ensemble: spread`".to_owned());
         }
         if request.ensemble != Ensemble::Off && with(&alone) {
             helps.push("with `ensemble: off`".to_owned());
@@ -196,11 +208,11 @@ mod tests {
 
     fn request() -> DeviceRequest {
         DeviceRequest {
-            place: Place::Cuda(0),
             memory: Some(80 << 30),
             arithmetic: Dtype::Bf16.into(),
             ensemble: Ensemble::Off,
             members: 4,
+            places: vec![Place::Cuda(0)],
             members_on_one_base: None,
             max_pack_tokens: None,
             prefix_cache_bytes: 1 << 30,
@@ -233,6 +245,11 @@ mod tests {
         assert!(problem.ends_with("it would fit with `dtype: bfloat16`"), "{problem}");
         let crowded = DeviceRequest { ensemble: Ensemble::Resident, memory: Some(40 << 30), ..request() };
         assert!(plan(&crowded).problems[0].ends_with("it would fit with `ensemble: off`"));
+        // Half of the members on each of two cards.
+        let two = DeviceRequest { places: vec![Place::Cuda(0), Place::Cuda(1)], memory: Some(60 << 30), ..crowded };
+        assert!(plan(&two).problems[0].ends_with("it would fit with `ensemble: spread`, or with `ensemble: off`"));
+        let spread = plan(&DeviceRequest { ensemble: Ensemble::Spread, ..two });
+        assert_eq!((spread.members, spread.problems.len()), (2 * spread.weights, 0));
         let large = DeviceRequest { max_pack_tokens: Some(1 << 20), ..request() };
         assert!(plan(&large).problems[0].ends_with("with `max_pack_tokens: auto`"));
         let tiny = DeviceRequest { memory: Some(8 << 30), ..request() };
@@ -248,7 +265,7 @@ mod tests {
 
     #[test]
     fn the_cpu_computes_in_float32_and_keeps_prompts() {
-        let plan = plan(&DeviceRequest { place: Place::Cpu, memory: None, ..request() });
+        let plan = plan(&DeviceRequest { places: vec![Place::Cpu], memory: None, ..request() });
         assert_eq!((plan.way, plan.dtype.as_str(), plan.max_pack_tokens, plan.driver), (Way::Kernels, "F32", 8192, 0));
         assert_eq!(plan.prefix_cache, 1 << 30);
         assert!(plan.to_string().contains("on cpu, in float32, own kernels, packs of 8192 tokens:"), "{plan}");

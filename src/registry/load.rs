@@ -2,6 +2,7 @@
 
 mod describe;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -26,7 +27,9 @@ pub enum Ensemble {
     Off,
     /// All of them, for as long as the generation is there.
     Resident,
-    /// Likewise, but the base that all of them are adapters on stands there once, and of each member what is its own.
+    /// Likewise, but each on one of the devices alone.
+    Spread,
+    /// All of them on every device, but the base that all of them are adapters on stands there once, and of each member what is its own.
     Adapters,
     /// Each is loaded for every call that asks for it, one after another through one place.
     Streamed,
@@ -37,6 +40,7 @@ impl Ensemble {
         match self {
             Self::Off => "off",
             Self::Resident => "resident",
+            Self::Spread => "spread",
             Self::Adapters => "adapters",
             Self::Streamed => "streamed",
         }
@@ -85,6 +89,22 @@ pub struct MeasuredMembers {
     pub weights_id: Option<String>,
     /// Name, content hash in hex where one is known, and statistics.
     pub members: Vec<(MemberName, Option<String>, Calibration)>,
+}
+
+impl MeasuredMembers {
+    /// Calibrations of members that still have the weights that they were measured with. A note for each that has not.
+    pub(super) fn matching(&self, infos: &[MemberInfo], notes: &mut Vec<String>) -> BTreeMap<MemberName, Calibration> {
+        let mut matching = BTreeMap::new();
+        for (name, hash, calibration) in &self.members {
+            let Some(info) = infos.iter().find(|info| info.name == *name) else { continue };
+            if hash.as_ref().is_none_or(|hash| *hash == info.content_hash) {
+                matching.insert(name.clone(), calibration.clone());
+            } else {
+                notes.push(format!("the calibration of member {name} was measured on other weights, so it is not used"));
+            }
+        }
+        matching
+    }
 }
 
 /// Where calibrated rewards come from.

@@ -2,15 +2,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use super::super::CalibrationChoice;
+use super::super::{CalibrationChoice, MeasuredMembers};
 use super::*;
 use crate::checkpoint::Dtype;
 use crate::checkpoint::fixture::{self, TINY, Tensors};
-use crate::domain::Sample;
 use crate::domain::Truncation;
+use crate::domain::{MemberName, Sample};
 use crate::merge::{CacheOptions, Recipe};
-use crate::model::Arithmetic;
 use crate::model::Pack;
+use crate::model::{Arithmetic, DeviceChoice};
 use crate::text::Encoding;
 
 fn member(dir: &Path, name: &str, change: impl FnOnce(&mut Tensors), seed: u64) -> PathBuf {
@@ -326,6 +326,34 @@ fn a_merge_that_was_kept_loads_as_the_same_generation_and_a_broken_one_is_made_a
     std::fs::remove_dir_all(&cache.dir).expect("removed");
     std::fs::write(&cache.dir, b"no folder").expect("written");
     same(&load(&spec));
+}
+
+#[test]
+fn spread_members_score_as_resident_ones_whichever_worker_asks_and_at_the_same_time() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let paths: Vec<_> = (0..3).map(|seed| member(dir.path(), &format!("rm-{seed}"), |_| {}, seed + 1)).collect();
+    let device = DeviceChoice::Places(vec![Place::Cpu; 2]);
+    let spec = LoadSpec { ensemble: Ensemble::Resident, device, ..LoadSpec::uniform(&paths).expect("three folders") };
+    let (resident, _) = load(&spec).expect("loads");
+    let spread = Prepared::open(&LoadSpec { ensemble: Ensemble::Spread, ..spec }, &Clock::manual(), &mut |_| {}).expect("a plan");
+    let planned = spread.device_bytes();
+    let spread = spread.load(GenerationId(1), &mut |_| {}).expect("loads");
+    assert_eq!((spread.fingerprint, spread.info.ensemble.as_str()), (resident.fingerprint, "spread"));
+    assert_ne!(spread.equipment(), resident.equipment());
+    // Both workers are on one processor, which holds all of them.
+    assert!(planned <= spread.device_bytes() && spread.device_bytes() == resident.device_bytes());
+    let expected = rewards(&resident, &resident.ensemble);
+    let encoding = spread.text.encode(&Sample::Text("abcde".to_owned()), Truncation::Refuse).expect("short");
+    let pack = Pack::new(&[Arc::new(encoding)]);
+    std::thread::scope(|scope| {
+        for device in [0, 1] {
+            let (models, pack, expected) = (&spread.ensemble.models, &pack, &expected);
+            scope.spawn(move || {
+                let found = models.iter().map(|model| model.forward_on(device, pack).expect("scored")[0].values[0]);
+                assert_eq!(found.collect::<Vec<_>>(), *expected, "device {device}");
+            });
+        }
+    });
 }
 
 #[test]

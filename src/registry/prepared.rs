@@ -1,16 +1,15 @@
 //! From a recipe to a generation that has answered: plan, name, merge while loading, members, warm-up.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use super::generation::{FingerprintParts, equipment};
 use super::load::{arithmetic, calibration, hex, info, max_tokens, open_text, probes, warm_up};
 use super::members::StreamedMembers;
 use super::weights::{MergedModel, load_merged, remembered};
-use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MeasuredMembers, MemberInfo, Progress};
+use super::{Calibration, Ensemble, Generation, GenerationParts, LoadError, LoadSpec, LoadedMember, MemberInfo, Progress};
 use crate::checkpoint::{Dtype, Readout, SourceError, TensorSource};
 use crate::clock::Clock;
-use crate::domain::{Fingerprint, GenerationId, MemberName, WeightsId};
+use crate::domain::{Fingerprint, GenerationId, WeightsId};
 use crate::merge::{MergePlan, Merged, PlannedMember, Reward};
 use crate::model::{self, Apart, ApartBytes, Arithmetic, DeviceError, Devices, Origins, Place, RewardModel, SharedBase, What};
 use crate::text::TextPipeline;
@@ -111,8 +110,9 @@ impl Prepared {
         let merged = model::device_bytes_on(places, dtype, self.plan.manifest());
         let members = match (self.spec.ensemble, self.plan.members().len()) {
             // The merge of one is that one.
-            (Ensemble::Resident | Ensemble::Adapters, 1) | (Ensemble::Off, _) => 0,
+            (Ensemble::Resident | Ensemble::Spread | Ensemble::Adapters, 1) | (Ensemble::Off, _) => 0,
             (Ensemble::Resident, count) => merged.saturating_mul(count as u64),
+            (Ensemble::Spread, count) => merged.saturating_mul(model::most_on_one(places, count) as u64),
             (Ensemble::Adapters, count) => match members_on_one_base(&self.plan, places, dtype) {
                 Ok(bytes) => bytes.total(),
                 // Refused when it was opened.
@@ -173,7 +173,7 @@ impl Prepared {
             content_hash: hex(hash),
         };
         let members: Vec<_> = self.plan.members().iter().zip(hashes).map(member).collect();
-        Ok(equipment(self.spec.ensemble.name(), &matching(&self.spec.members, &members, &mut Vec::new())))
+        Ok(equipment(self.spec.ensemble.name(), &self.spec.members.matching(&members, &mut Vec::new())))
     }
 
     /// Merges and loads, and lets every model score the bundled probes.
@@ -181,15 +181,15 @@ impl Prepared {
         model::has_room(&self.on.places, self.least_bytes()?)?;
         let (plan, text, readout) = (&self.plan, &self.text, &self.readout);
         let on = self.on.open()?;
-        let mut load = |stage: &str, what: &str, source: &dyn TensorSource, apart: Option<Apart>| {
+        let mut load = |stage: &str, what: &str, one: One| {
             let mut tell = |done, total| progress(Progress::step(stage, done, total));
-            load_model(&on, plan, readout, self.max_tokens, source, apart, &mut tell).map_err(|error| error.within(what))
+            load_model(&on, plan, readout, self.max_tokens, one, &mut tell).map_err(|error| error.within(what))
         };
-        let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", source, None);
+        let mut load_it = |source: &dyn TensorSource| load("merge", "the merged model", One::everywhere(source));
         let MergedModel { model: merged, weights_id, members: hashes, notes, cache } =
             load_merged(plan, &|| self.merged(), self.spec.cache.as_ref(), &self.clock, &mut load_it)?;
         let mut resident = Vec::new();
-        if let Ensemble::Resident | Ensemble::Adapters = self.spec.ensemble {
+        if let Ensemble::Resident | Ensemble::Spread | Ensemble::Adapters = self.spec.ensemble {
             // What members have in common is kept by them, not by this.
             let base = SharedBase::default();
             for (index, member) in plan.members().iter().enumerate() {
@@ -197,10 +197,11 @@ impl Prepared {
                 let bare = if self.spec.ensemble == Ensemble::Adapters { plan.member_bare(index)? } else { None };
                 let origins = Origins { adapter: member.source().adapter() };
                 let apart = bare.as_ref().map(|bare| Apart { base: &base, bare, origins });
+                let lodges = (self.spec.ensemble == Ensemble::Spread).then_some(index);
                 let model = match plan.member_source(index)? {
                     // The merge of one is that one.
                     _ if plan.members().len() == 1 => merged.clone(),
-                    Some(source) => load(&stage, &stage, &source, apart)?,
+                    Some(source) => load(&stage, &stage, One { source: &source, apart, lodges })?,
                     None => unreachable!("every index below the number of members has a source"),
                 };
                 resident.push(LoadedMember { name, model });
@@ -226,7 +227,7 @@ impl Prepared {
         if calibration.is_none() && self.calibration.is_some() {
             info.notes.push("the calibration was measured on other weights, so it is not used".to_owned());
         }
-        let member_calibrations = matching(&self.spec.members, &info.members, &mut info.notes);
+        let member_calibrations = self.spec.members.matching(&info.members, &mut info.notes);
         if self.spec.ensemble == Ensemble::Adapters
             && let Ok(base) = plan.common_base()
         {
@@ -314,33 +315,37 @@ fn no_adapters(found: String) -> LoadError {
     LoadError::Options { field: "ensemble", problem }
 }
 
-/// Calibrations of members that still have the weights that they were measured with. A note for each that has not.
-fn matching(measured: &MeasuredMembers, infos: &[MemberInfo], notes: &mut Vec<String>) -> BTreeMap<MemberName, Calibration> {
-    let mut matching = BTreeMap::new();
-    for (name, hash, calibration) in &measured.members {
-        let Some(info) = infos.iter().find(|info| info.name == *name) else { continue };
-        if hash.as_ref().is_none_or(|hash| *hash == info.content_hash) {
-            matching.insert(name.clone(), calibration.clone());
-        } else {
-            notes.push(format!("the calibration of member {name} was measured on other weights, so it is not used"));
-        }
-    }
-    matching
+/// A model of the plan's architecture and reading, from a source of its weights.
+/// One of the models of a generation.
+struct One<'a> {
+    source: &'a dyn TensorSource,
+    /// Where it is one of several on one base.
+    apart: Option<Apart<'a>>,
+    /// The number of the one device that it stands on, counted round and round; `None` for all of them.
+    lodges: Option<usize>,
 }
 
-/// A model of the plan's architecture and reading, from a source of its weights.
+impl<'a> One<'a> {
+    fn everywhere(source: &'a dyn TensorSource) -> Self {
+        Self { source, apart: None, lodges: None }
+    }
+}
+
 fn load_model(
     on: &Opened,
     plan: &MergePlan,
     readout: &Readout,
     max_tokens: usize,
-    source: &dyn TensorSource,
-    apart: Option<Apart<'_>>,
+    One { source, apart, lodges }: One<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Arc<dyn RewardModel>, NotLoaded> {
     let Reward { architecture, layout, .. } = plan.reward().map_err(|error| NotLoaded::Load(error.into()))?;
     let what = What { source, apart, architecture, layout, readout, max_tokens };
-    model::load_on(&on.devices, on.arithmetic, &what, progress).map_err(NotLoaded::Model)
+    let model = match lodges {
+        None => model::load_on(&on.devices, on.arithmetic, &what, progress),
+        Some(number) => model::load_on_one(&on.devices, number, on.arithmetic, &what, progress),
+    };
+    model.map_err(NotLoaded::Model)
 }
 
 /// Why one model is not loaded.
@@ -372,7 +377,7 @@ impl StreamedMembers for FromPlan {
         let source = source.ok_or_else(|| format!("the plan has no member {index}"))?;
         // Not those of the generation, on which packs run meanwhile.
         let on = self.on.open().map_err(|error| error.to_string())?;
-        load_model(&on, &self.plan, &self.readout, self.max_tokens, &source, None, &mut |_, _| {}).map_err(|error| match error {
+        load_model(&on, &self.plan, &self.readout, self.max_tokens, One::everywhere(&source), &mut |_, _| {}).map_err(|error| match error {
             NotLoaded::Load(error) => error.to_string(),
             NotLoaded::Model(error) => error.to_string(),
         })

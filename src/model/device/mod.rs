@@ -31,6 +31,7 @@ pub use fault::Fault;
 pub use flash_check::{FlashCheck, flash_checks};
 pub use idle::run_when_idle;
 pub use opened::Devices;
+pub(super) use opened::Turns;
 pub use place::{DeviceChoice, DeviceError, Place};
 pub use staging::Staging;
 

@@ -4,7 +4,7 @@
 //! Two loads never hold the same one at once, though they may be on the same card: a handle of the vendor's matrix library
 //! has one workspace, which two threads (one that scores, and one that tries out what comes next) would write over each other.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
 
@@ -37,17 +37,41 @@ static SHELF: Shelf<Device> = Shelf::new();
 /// Devices that everything is loaded onto that one worker a device runs, one pack after another: a generation's models. They
 /// are held by this and by every model that was loaded onto them.
 #[derive(Clone, Debug)]
-pub struct Devices(Vec<(Place, Arc<Device>)>);
+pub struct Devices {
+    opened: Vec<(Place, Arc<Device>)>,
+    turns: Turns,
+}
+
+/// Whose turn it is on each device, where also workers of other devices run a pack there.
+#[derive(Clone, Debug)]
+pub(in crate::model) struct Turns(Arc<[Mutex<()>]>);
+
+impl Turns {
+    pub fn new(devices: usize) -> Self {
+        Self((0..devices).map(|_| Mutex::new(())).collect())
+    }
+
+    /// Waits for a turn; `None` where there is no such device.
+    pub fn take(&self, device: usize) -> Option<MutexGuard<'_, ()>> {
+        // There is nothing in it that a panic could have left half done.
+        Some(self.0.get(device)?.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 impl Devices {
     pub fn open(places: &[Place]) -> Result<Self, DeviceError> {
-        Ok(Self(places.iter().map(|place| Ok((*place, place.opened()?))).collect::<Result<_, DeviceError>>()?))
+        let opened = places.iter().map(|place| Ok((*place, place.opened()?))).collect::<Result<_, DeviceError>>()?;
+        Ok(Self { opened, turns: Turns::new(places.len()) })
+    }
+
+    pub(in crate::model) fn turns(&self) -> Turns {
+        self.turns.clone()
     }
 
     /// How a model would be computed on each of them, all in one way.
     pub(in crate::model) fn backends(&self, arithmetic: Arithmetic, architecture: &Architecture) -> Vec<Backend> {
         let backend = |(place, device): &(Place, Arc<Device>)| Backend::on(*place, device, arithmetic, architecture);
-        let mut backends: Vec<Backend> = self.0.iter().map(backend).collect();
+        let mut backends: Vec<Backend> = self.opened.iter().map(backend).collect();
         in_one_way(&mut backends);
         backends
     }
