@@ -3,14 +3,15 @@
 //! The first gate ([`Admission::admit`]) stands where a request's headers arrive: a slot and room for the bytes its
 //! message may have, so that a refusal costs no reading. The second ([`Permit::charge`]) stands before encoding, where
 //! tokens are still an estimate by the bytes; [`Permit::correct`] puts the true number in its place afterwards. What is alone
-//! always passes a gate, so that nothing is refused for ever by an estimate. The permit travels inside the job and gives everything back when the last of its clones is dropped.
+//! always passes a gate, so that nothing is refused for ever by an estimate. The permit travels inside the job and gives
+//! everything back when the last of its clones is dropped.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::pace::{self, Pace, spread};
+use super::pace::{self, spread};
 use super::shares::{Caller, Held, Refusal, Resource, Shares};
 use super::{ScorerMetrics, lock};
 
@@ -96,7 +97,6 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     shares: Shares,
-    pace: Pace,
     draining: bool,
     /// Requests that were refused.
     refused: u64,
@@ -172,17 +172,14 @@ impl Inner {
     /// Refuses whoever would wait in vain.
     fn in_time<'a>(
         &self,
-        mut state: MutexGuard<'a, State>,
+        state: MutexGuard<'a, State>,
         tenant: Option<&Arc<str>>,
         patience: Option<Duration>,
     ) -> Result<MutexGuard<'a, State>, Shed> {
         let Some(patience) = patience else { return Ok(state) };
-        let (tokens, seconds) = self.metrics.scored();
-        let pack = u64::try_from(self.metrics.max_pack_tokens.get()).unwrap_or(0).saturating_mul(self.options.devices as u64);
-        let full = state.shares.all().tokens >= pack;
-        state.pace.observe(tokens, seconds, full);
         let ahead = state.shares.ahead(tenant.map(|tenant| &**tenant));
-        match state.pace.wait(ahead, self.options.devices) {
+        let wait = lock(&self.metrics.pace).wait(usize::try_from(ahead).unwrap_or(usize::MAX), self.options.devices);
+        match wait {
             Some(wait) if !pace::in_time(wait, patience) => {
                 let [wait_ms, left] = [wait, patience].map(|time| time.as_millis());
                 let message = format!("{ahead} tokens are ahead, which takes about {wait_ms} ms, and the deadline is in {left} ms");
@@ -383,15 +380,14 @@ mod tests {
         flood.charge(10_000).expect("room");
         ask("flood", 1).expect("nobody knows how fast the device is");
         // It scores a thousand tokens a second.
-        for seconds in [1, 5] {
+        for _ in 0..4 {
             ask("flood", 1).expect("nobody knows how fast the device is");
-            admission.0.metrics.tokens_computed.inc_by(1000 * seconds);
-            admission.0.metrics.forward_seconds.observe(seconds as f64);
+            lock(&admission.0.metrics.pace).observe(1000, Duration::from_secs(1));
         }
         let shed = ask("flood", 12).expect_err("ten seconds are ahead, and the caller's own");
         assert_eq!(shed.reason, ShedReason::Deadline);
         assert!((7500..=12_500).contains(&shed.retry_after.as_millis()), "{:?}", shed.retry_after);
-        assert!(ask("flood", 14).is_ok());
+        assert!(ask("flood", 17).is_ok());
         assert!(admission.admit_of(&caller("flood"), 0, None).is_ok(), "who waits for ever is in time");
         let other = ask("other", 1).expect("tenants take turns");
         other.charge(100).expect("room");

@@ -7,14 +7,18 @@
 //!
 //! The first sample that does not fit ends the turns, and begins the next pack of its lane. The room that it leaves is filled
 //! with samples that do fit: of its own tenant any, of every other those that come first, up to a pack of debt.
+//!
+//! What is likely to come too late with the pack does not fit into it, nor does what would make others come too late. Of a
+//! sample that would be late by itself nobody's pack is the smaller.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::load::Rest;
-use super::queue::{TURNS_PER_PACK, Tenant};
-use super::{Draw, JobId, Load, PackLimits, Pick, Queue};
+use super::pace::Paces;
+use super::queue::{TURNS_PER_PACK, Tenant, Waiting};
+use super::{Draw, JobId, PackLimits, Pick, Queue};
 
 /// A pack may cost so many times its budget where what is above it rides along. Its tokens, which take the device's memory,
 /// stay within the budget.
@@ -22,14 +26,23 @@ const MOST_COST: usize = 2;
 /// Jobs that one pack looks at outside their turns, at most.
 const LOOKS: usize = 1024;
 
+/// A pack is given so many times as long as it is likely to take, where somebody waits for it until a certain time.
+const SLACK: f64 = 1.25;
+/// Of a lane of which nothing has run yet, packs with deadlines cost so much at most: what it takes tells of the next one.
+const FIRST: usize = 512;
+
 /// A pack is full enough to be made before its time when at most this part of it is left.
 const UNFILLED: usize = 8;
 
 /// A pack that is being filled.
 struct Filling {
     limits: PackLimits,
+    /// When the device is likely to begin with it.
+    begins: Instant,
     /// That of its samples, once it has some.
     lane: Option<u64>,
+    /// The earliest deadline of those samples that are likely to be done in time.
+    until: Option<Instant>,
     /// The marks of its samples.
     there: HashSet<u64>,
     /// Marks that were not there when what rides along was looked for last.
@@ -48,26 +61,46 @@ enum Turn {
 }
 
 impl Filling {
-    fn new(limits: PackLimits) -> Self {
-        Self { limits, lane: None, there: HashSet::new(), new: Vec::new(), looks: LOOKS, draw: Draw::default() }
+    fn new(limits: PackLimits, now: Instant) -> Self {
+        let (there, begins) = (HashSet::new(), now + limits.wait);
+        Self { limits, begins, lane: None, until: None, there, new: Vec::new(), looks: LOOKS, draw: Draw::default() }
     }
 
-    fn fits(&self, rest: Rest) -> bool {
+    fn fits(&self, rest: Rest, job: &Waiting, paces: &Paces) -> bool {
         let (draw, limits) = (&self.draw, self.limits);
         let most = if rest.akin { limits.max_tokens.saturating_mul(MOST_COST) } else { limits.max_tokens };
         let room = draw.computed + rest.tokens <= limits.max_tokens && draw.cost + rest.cost <= most;
-        draw.picks.is_empty() || draw.picks.len() < limits.max_samples && room
+        let in_time = || {
+            let until = self.until.into_iter().chain(self.deadline(rest, job, paces)).min();
+            until.is_none_or(|until| {
+                self.done(job.lane, draw.cost + rest.cost, paces).map_or(draw.cost + rest.cost <= FIRST, |done| done <= until)
+            })
+        };
+        draw.picks.is_empty() || draw.picks.len() < limits.max_samples && room && in_time()
+    }
+
+    /// When a pack of this cost is likely to be done.
+    fn done(&self, lane: u64, cost: usize, paces: &Paces) -> Option<Instant> {
+        Some(self.begins + paces.duration(lane, cost)?.mul_f64(SLACK))
+    }
+
+    /// The deadline of a sample, unless it would not keep that by itself.
+    fn deadline(&self, rest: Rest, job: &Waiting, paces: &Paces) -> Option<Instant> {
+        let alone = self.done(job.lane, rest.cost, paces);
+        job.deadline.filter(|deadline| alone.is_none_or(|alone| alone <= *deadline))
     }
 
     fn has_room(&self) -> bool {
         self.draw.picks.len() < self.limits.max_samples && self.draw.computed < self.limits.max_tokens
     }
 
-    fn add(&mut self, pick: Pick, load: &Load, rest: Rest) {
+    fn add(&mut self, pick: Pick, job: &Waiting, rest: Rest, paces: &Paces) {
+        self.until = self.until.into_iter().chain(self.deadline(rest, job, paces)).min();
         self.draw.computed += rest.tokens;
         self.draw.cost += rest.cost;
         self.draw.picks.push(pick);
-        self.new.extend(load.marks.iter().map(|mark| mark.hash).filter(|hash| self.there.insert(*hash)));
+        let marks = job.samples.get(pick.sample).map(|load| load.marks.clone()).unwrap_or_default();
+        self.new.extend(marks.iter().map(|mark| mark.hash).filter(|hash| self.there.insert(*hash)));
     }
 }
 
@@ -82,7 +115,7 @@ impl Queue {
             self.tenants.clear();
             self.line.clear();
         }
-        let mut pack = Filling::new(limits);
+        let mut pack = Filling::new(limits, now);
         let mut from = 0;
         while let Some((&turn, name)) = self.line.range(from..).next() {
             let name = name.clone();
@@ -100,19 +133,19 @@ impl Queue {
     }
 
     /// Whether what waits in the lane of the next pack all but fills it. Nothing is given out.
-    pub fn fills(&self, limits: PackLimits) -> bool {
+    pub fn fills(&self, now: Instant, limits: PackLimits) -> bool {
         let tenants = || self.line.values().filter_map(|name| self.tenants.get(name)).filter(|tenant| !tenant.lanes.is_empty());
         let next = tenants().find(|tenant| tenant.credit.is_none_or(|credit| credit > 0)).or_else(|| tenants().next());
         let Some((lane, _)) = next.and_then(Tenant::first) else { return false };
         let jobs = tenants().filter_map(|tenant| tenant.lanes.get(&lane)).flat_map(BTreeMap::values);
         let samples = jobs
             .filter_map(|id| Some((*id, self.jobs.get(id)?)))
-            .flat_map(|(id, job)| (job.next..job.samples.len()).map(move |sample| (id, sample, &job.samples[sample])));
-        let mut pack = Filling::new(limits);
-        for (job, sample, load) in samples.take(limits.max_samples.saturating_add(LOOKS)) {
+            .flat_map(|(id, job)| (job.next..job.samples.len()).map(move |sample| (id, job, sample, &job.samples[sample])));
+        let mut pack = Filling::new(limits, now);
+        for (id, job, sample, load) in samples.take(limits.max_samples.saturating_add(LOOKS)) {
             let rest = load.rest(&pack.there);
-            if pack.fits(rest) {
-                pack.add(Pick { job, sample, tokens: load.tokens }, load, rest);
+            if pack.fits(rest, job, &self.paces) {
+                pack.add(Pick { job: id, sample, tokens: load.tokens }, job, rest, &self.paces);
             }
             if !pack.has_room() || limits.max_tokens.saturating_sub(pack.draw.cost) <= limits.max_tokens / UNFILLED {
                 return true;
@@ -156,13 +189,13 @@ impl Queue {
     fn give(&mut self, pack: &mut Filling, id: JobId, akin: bool) -> Option<()> {
         let job = self.jobs.get(&id)?;
         let (lane, sample) = (job.lane, job.next);
-        let load = job.samples.get(sample)?.clone();
+        let load = job.samples.get(sample)?;
         let rest = load.rest(&pack.there);
-        if (akin && !rest.akin) || !pack.fits(rest) {
+        if (akin && !rest.akin) || !pack.fits(rest, job, &self.paces) {
             return None;
         }
         pack.lane = Some(lane);
-        pack.add(Pick { job: id, sample, tokens: load.tokens }, &load, rest);
+        pack.add(Pick { job: id, sample, tokens: load.tokens }, job, rest, &self.paces);
         self.hand_over(id, rest.cost, pack.limits);
         Some(())
     }
@@ -198,8 +231,9 @@ impl Queue {
         let tenant = self.tenants.get(name).filter(|tenant| tenant.may_owe(pack.limits))?;
         let (lane, first) = tenant.first().filter(|(lane, _)| pack.lane == Some(*lane))?;
         let fits = |id: &&JobId| {
-            let next = self.jobs.get(id).and_then(|job| job.samples.get(job.next));
-            !self.has_filled_a_pack(**id, pack.limits) && next.is_some_and(|load| pack.fits(load.rest(&pack.there)))
+            let next = self.jobs.get(id).and_then(|job| Some((job, job.samples.get(job.next)?)));
+            let in_pack = next.is_some_and(|(job, load)| pack.fits(load.rest(&pack.there), job, &self.paces));
+            in_pack && !self.has_filled_a_pack(**id, pack.limits)
         };
         let most = if passed == Some(first) { pack.looks } else { 1 };
         let mut looks = 0;

@@ -14,28 +14,62 @@ use crate::text::Encoding;
 /// fails whatever it is given is found out soon.
 const TRIES: usize = 32;
 
-/// A pack to run, and whose samples it holds.
-pub struct Next {
+/// What was drawn to run together, as the jobs have it.
+pub struct Drawn {
+    pub lane: u64,
+    /// In tokens, at most.
+    pub cost: usize,
+    /// Tokens that are computed, at most.
+    pub computed: usize,
     pub picks: Vec<Pick>,
     pub models: Arc<[Arc<dyn RewardModel>]>,
     pub encodings: Vec<Arc<Encoding>>,
-    /// `Err`: why it could not be made.
-    pub pack: Result<Pack, String>,
     pub span: tracing::Span,
 }
 
+impl Drawn {
+    /// Tokens of its samples, shared ones each time.
+    pub fn tokens(&self) -> usize {
+        self.picks.iter().map(|pick| pick.tokens).sum()
+    }
+
+    /// Those of its samples alone that `wanted` says yes to.
+    pub fn only(mut self, wanted: impl Fn(&Pick) -> bool) -> Self {
+        let whole = self.tokens();
+        let (picks, encodings) = self.picks.into_iter().zip(self.encodings).filter(|(pick, _)| wanted(pick)).unzip();
+        (self.picks, self.encodings) = (picks, encodings);
+        // About as much of these as of the tokens.
+        let left = self.tokens();
+        (self.cost, self.computed) = (portion(self.cost, left, whole), portion(self.computed, left, whole));
+        self
+    }
+}
+
+/// So much of `of` as `some` is of `all`.
+fn portion(of: usize, some: usize, all: usize) -> usize {
+    (of as u128 * some as u128 / all.max(1) as u128) as usize
+}
+
+/// A pack to run, and whose samples it holds.
+pub struct Next {
+    pub drawn: Drawn,
+    /// `Err`: why it could not be made.
+    pub pack: Result<Pack, String>,
+}
+
 impl Next {
-    pub fn new(picks: Vec<Pick>, models: Arc<[Arc<dyn RewardModel>]>, encodings: Vec<Arc<Encoding>>, span: tracing::Span) -> Self {
+    pub fn new(drawn: Drawn) -> Self {
+        let Drawn { models, encodings, .. } = &drawn;
         // The models of a lane are of one architecture, so what may be shared is the same for all of them.
-        let make = || Pack::forest(&encodings, |tokens| models.first()?.prefix_key(tokens));
+        let make = || Pack::forest(encodings, |tokens| models.first()?.prefix_key(tokens));
         let pack = catch_unwind(AssertUnwindSafe(make)).map_err(|panic| format!("packing panicked: {}", panic_message(panic.as_ref())));
-        Self { picks, models, encodings, pack, span }
+        Self { drawn, pack }
     }
 
     /// Lets the first model make ready on a device what it needs there, while another pack is computed. What goes wrong here
     /// goes wrong again when the pack is run.
     pub fn prepare(&self, device: usize) {
-        if let (Ok(pack), Some(model)) = (&self.pack, self.models.first()) {
+        if let (Ok(pack), Some(model)) = (&self.pack, self.drawn.models.first()) {
             let _ = catch_unwind(AssertUnwindSafe(|| model.prepare(device, pack)));
         }
     }
@@ -49,6 +83,8 @@ pub struct Forwarded {
     pub largest: usize,
     /// Parts that did not fit.
     pub misfits: usize,
+    /// What the pack did cost, where it ran as a whole: less than it was drawn at for what was there from packs before.
+    pub cost: Option<usize>,
 }
 
 /// The device answers no more, for this reason.
@@ -94,8 +130,8 @@ impl Tokens {
 
 /// All models over one pack, or over parts of it where the device has no room for the whole, or the whole fails.
 pub fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Forwarded, Lost> {
-    let sizes: Vec<usize> = next.picks.iter().map(|pick| pick.tokens).collect();
-    let mut tokens = vec![Tokens::default(); next.models.len()];
+    let sizes: Vec<usize> = next.drawn.picks.iter().map(|pick| pick.tokens).collect();
+    let mut tokens = vec![Tokens::default(); next.drawn.models.len()];
     let (mut largest, mut misfits, mut failures) = (0, 0, 0);
     // How the first part that failed did so, and the words for it.
     let mut failed: Option<(&str, String)> = None;
@@ -120,10 +156,10 @@ pub fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Fo
         failed.get_or_insert_with(|| (outcome, words.clone()));
         failures += 1;
         // A request fails with any of its samples, so parts of one request are not looked into.
-        let strangers = next.picks[range.start].job != next.picks[range.end - 1].job;
+        let strangers = next.drawn.picks[range.start].job != next.drawn.picks[range.end - 1].job;
         Err(if strangers && failures <= TRIES { Miss::Halve(words) } else { Miss::Keep(words) })
     });
-    metrics.pack_samples.observe(next.picks.len() as f64);
+    metrics.pack_samples.observe(next.drawn.picks.len() as f64);
     let outcome = match (&parts, &failed) {
         (Err(_), _) => "error",
         (_, Some((outcome, _))) => outcome,
@@ -131,7 +167,7 @@ pub fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Fo
         _ => "ok",
     };
     metrics.packs.with_label_values(&[outcome]).inc();
-    let (samples, sent) = (next.picks.len(), sizes.iter().sum::<usize>());
+    let (samples, sent) = (next.drawn.picks.len(), sizes.iter().sum::<usize>());
     let outcomes = parts.inspect_err(|Lost(problem)| tracing::error!(problem, samples, tokens = sent, device, "the device is lost"))?;
     let scored = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     if let Some((_, problem)) = failed {
@@ -141,24 +177,26 @@ pub fn forward(next: &Next, device: usize, metrics: &ScorerMetrics) -> Result<Fo
         metrics.pack_tokens.observe(tokens.first().map_or(0, |tokens| tokens.computed) as f64);
     }
     metrics.samples.inc_by(scored as u64);
+    let whole = misfits == 0 && failures == 0;
+    let cost = whole.then(|| portion(next.drawn.cost, tokens.first().map_or(0, |tokens| tokens.computed), next.drawn.computed));
     for Tokens { computed, shared, cached } in tokens {
         metrics.tokens_computed.inc_by(computed as u64);
         metrics.tokens_shared.inc_by(shared as u64);
         metrics.tokens_cached.inc_by(cached as u64);
     }
-    Ok(Forwarded { outcomes, largest, misfits })
+    Ok(Forwarded { outcomes, largest, misfits, cost })
 }
 
 /// All models over some samples of a pack, of `whole` tokens; `tokens` gets what each of them did with these.
 fn forward_part(next: &Next, device: usize, range: Range<usize>, whole: usize, tokens: &mut [Tokens]) -> Result<Vec<Vec<Output>>, Fault> {
     let part;
-    let pack = if range.len() == next.picks.len() {
+    let pack = if range.len() == next.drawn.picks.len() {
         next.pack.as_ref().map_err(|problem| Fault::Failed(problem.clone()))?
     } else {
-        part = Pack::forest(&next.encodings[range.clone()], |tokens| next.models.first()?.prefix_key(tokens));
+        part = Pack::forest(&next.drawn.encodings[range.clone()], |tokens| next.drawn.models.first()?.prefix_key(tokens));
         &part
     };
-    let outputs = forward_pack(&next.models, device, pack)?;
+    let outputs = forward_pack(&next.drawn.models, device, pack)?;
     if outputs.len() != range.len() {
         return Err(Fault::Failed(format!("expected {} outputs of the model, found {}", range.len(), outputs.len())));
     }

@@ -71,7 +71,7 @@ fn a_group_is_one_pack_whether_it_comes_as_one_request_or_as_many() {
     // A long prompt costs nearly a pack by its attention, so the second sample alone is above the budget in cost.
     for (prompt, count, each) in [(4000, 4, 500), (512, 16, 128)] {
         let (hashes, now) = (RandomState::new(), Instant::now());
-        let limits = PackLimits { max_tokens: 8192, max_samples: 1024 };
+        let limits = PackLimits { max_tokens: 8192, max_samples: 1024, wait: Duration::ZERO };
         struct Model(usize);
         impl RewardModel for Model {
             fn forward(&self, _: &Pack) -> Result<Vec<Output>, ModelError> {
@@ -131,7 +131,7 @@ proptest! {
             jobs.insert(id, sample);
         }
         while !queue.is_empty() {
-            let draw = queue.next_pack(now, PackLimits { max_tokens: budget, max_samples });
+            let draw = queue.next_pack(now, PackLimits { max_tokens: budget, max_samples, wait: Duration::ZERO });
             let picked: Vec<Arc<Encoding>> = draw.picks.iter().map(|pick| jobs[&pick.job][pick.sample].clone()).collect();
             let pack = Pack::forest(&picked, |tokens| Priced.prefix_key(tokens));
             let computed = pack.computed_tokens();

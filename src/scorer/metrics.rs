@@ -1,6 +1,10 @@
 //! What the scorer shows of itself. Every series exists before the first request.
 
+use std::sync::{Arc, Mutex};
+
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+use super::pace::Pace;
 
 /// Bounds of every histogram of seconds: 100 µs to 60 s.
 pub const SECONDS_BUCKETS: [f64; 19] =
@@ -27,6 +31,8 @@ pub struct ScorerMetrics {
     pub(super) in_flight_bytes: IntGauge,
     pub(super) in_flight_tokens: IntGauge,
     pub(super) shed: IntCounterVec,
+    /// How long packs of so many tokens took, shared ones counted each time: what admission foretells waits by.
+    pub(super) pace: Arc<Mutex<Pace>>,
 }
 
 impl ScorerMetrics {
@@ -89,13 +95,8 @@ impl ScorerMetrics {
             in_flight_bytes: gauge("warm_scorer_in_flight_bytes", "Bytes of message that permits are charged for.")?,
             in_flight_tokens: gauge("warm_scorer_in_flight_tokens", "Tokens that permits are charged for.")?,
             shed: counters("warm_serve_shed_total", "Requests refused for want of room, by what was full.", "reason", &reasons)?,
+            pace: Arc::default(),
         })
-    }
-
-    /// Tokens of samples that were scored, and the seconds of forwards that this took, on all devices together.
-    pub(super) fn scored(&self) -> (u64, f64) {
-        let tokens = [&self.tokens_computed, &self.tokens_shared, &self.tokens_cached].map(IntCounter::get);
-        (tokens.into_iter().sum(), self.forward_seconds.get_sample_sum())
     }
 
     /// Metrics of a registry of their own, for tests and for commands that show none.

@@ -1,52 +1,103 @@
-//! How fast tokens are scored, and so how long what comes now will wait. Pure.
+//! How long packs take on a device, and so how long what comes now will wait. Pure.
 
 use std::time::Duration;
 
-/// Seconds of work after which what was seen counts for a third.
-const MEMORY: f64 = 10.0;
-/// Nothing is foretold from less work than this, in seconds.
-const EVIDENCE: f64 = 0.5;
+/// Nothing is foretold to callers from fewer packs than this.
+const EVIDENCE: u32 = 4;
+/// How much the last pack of a size counts against those before it: one that took a thousand times too long, as the first
+/// one may, is forgotten after a dozen.
+const LATEST: f64 = 0.25;
 /// The part of a caller's patience that may go into waiting: the rest is for its own packs, and for what a mean does not tell.
-const WAITING: f64 = 0.75;
-/// No wait is told that is longer.
+const WAITING: f64 = 0.6;
+/// No time is told that is longer.
 const LONGEST: Duration = Duration::from_secs(3600);
 /// Callers that were refused together come back over the time that they were told, less and more this share of it.
 const JITTER: f64 = 0.25;
+/// Lanes whose packs are remembered, at most.
+const MAX_LANES: usize = 64;
 
-/// Tokens scored per second of forwards on one device that has enough to do: a mean in which the past fades. What a small
-/// pack takes tells nothing of a full one.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Pace {
-    /// What was seen in all.
-    seen: (u64, f64),
-    /// Whether there has been enough to fill a pack since then.
-    full: bool,
-    tokens: f64,
+/// Packs of about one size: means of the logarithms of what they held, and of the seconds that they took.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    amount: f64,
     seconds: f64,
 }
 
+/// What packs of each size took of late, one size for every power of two.
+#[derive(Clone, Debug, Default)]
+pub struct Pace {
+    sizes: Vec<Option<Size>>,
+    packs: u32,
+}
+
 impl Pace {
-    /// So many tokens have been scored up to now, in so many seconds of forwards. `full` says whether there is enough to fill
-    /// a pack now.
-    pub fn observe(&mut self, tokens: u64, seconds: f64, full: bool) {
-        let passed = seconds - self.seen.1;
-        if passed <= 0.0 {
-            self.full &= full;
-            return;
+    /// A pack of so much, in whatever unit is asked for later, took so long.
+    pub fn observe(&mut self, amount: usize, took: Duration) {
+        let Some(size) = amount.checked_ilog2().map(|power| power as usize).filter(|_| !took.is_zero()) else { return };
+        if self.sizes.len() <= size {
+            self.sizes.resize(size + 1, None);
         }
-        if self.full && full {
-            let fade = (-passed / MEMORY).exp();
-            self.tokens = self.tokens * fade + tokens.saturating_sub(self.seen.0) as f64;
-            self.seconds = self.seconds * fade + passed;
-        }
-        (self.seen, self.full) = ((tokens, seconds), full);
+        let new = Size { amount: (amount as f64).ln(), seconds: took.as_secs_f64().ln() };
+        let mean = |old: f64, new: f64| old + LATEST * (new - old);
+        let old = self.sizes[size].unwrap_or(new);
+        self.sizes[size] = Some(Size { amount: mean(old.amount, new.amount), seconds: mean(old.seconds, new.seconds) });
+        self.packs = self.packs.saturating_add(1);
     }
 
-    /// How long so many devices take to score so many tokens; `None` while too little was seen to say.
-    pub fn wait(&self, tokens: u64, devices: usize) -> Option<Duration> {
-        let seconds = tokens as f64 * self.seconds / self.tokens / devices.max(1) as f64;
-        let known = self.seconds >= EVIDENCE && self.tokens > 0.0;
-        known.then(|| Duration::try_from_secs_f64(seconds).unwrap_or(LONGEST).min(LONGEST))
+    /// How long a pack of so much is likely to take; `None` before the first. Beyond the smallest and the largest that were seen
+    /// it is taken to go as fast as these.
+    pub fn duration(&self, amount: usize) -> Option<Duration> {
+        let wanted = (amount.max(1) as f64).ln();
+        let mut below: Option<Size> = None;
+        let mut above: Option<Size> = None;
+        for size in self.sizes.iter().flatten() {
+            if size.amount <= wanted {
+                below = Some(*size);
+            } else {
+                above = above.or(Some(*size));
+            }
+        }
+        let seconds = match (below, above) {
+            (None, None) => return None,
+            (None, Some(known)) | (Some(known), None) => known.seconds + wanted - known.amount,
+            (Some(below), Some(above)) => {
+                let part = (wanted - below.amount) / (above.amount - below.amount);
+                below.seconds + part * (above.seconds - below.seconds)
+            }
+        };
+        Some(Duration::try_from_secs_f64(seconds.exp()).unwrap_or(LONGEST).min(LONGEST))
+    }
+
+    /// How long so many devices take to score so much; `None` while too little was seen to say.
+    pub fn wait(&self, amount: usize, devices: usize) -> Option<Duration> {
+        if self.packs < EVIDENCE {
+            return None;
+        }
+        if amount == 0 { Some(Duration::ZERO) } else { self.duration(amount.div_ceil(devices.max(1))) }
+    }
+}
+
+/// The pace of every lane: another model takes another time.
+#[derive(Clone, Debug, Default)]
+pub struct Paces {
+    /// The lane of the last pack stands last.
+    lanes: Vec<(u64, Pace)>,
+}
+
+impl Paces {
+    pub fn observe(&mut self, lane: u64, amount: usize, took: Duration) {
+        let known = self.lanes.iter().position(|(known, _)| *known == lane).map(|place| self.lanes.remove(place));
+        let (_, mut pace) = known.unwrap_or_default();
+        pace.observe(amount, took);
+        if self.lanes.len() >= MAX_LANES {
+            self.lanes.remove(0);
+        }
+        self.lanes.push((lane, pace));
+    }
+
+    /// How long a pack of this lane is likely to take; `None` before its first.
+    pub fn duration(&self, lane: u64, amount: usize) -> Option<Duration> {
+        self.lanes.iter().find(|(known, _)| *known == lane)?.1.duration(amount)
     }
 }
 
@@ -68,58 +119,87 @@ mod tests {
 
     use super::*;
 
+    fn ran(pace: &mut Pace, amount: usize, seconds: f64) {
+        pace.observe(amount, Duration::from_secs_f64(seconds));
+    }
+
+    fn near(found: Option<Duration>, expected: f64) {
+        let found = found.expect("enough was seen").as_secs_f64();
+        assert!((found / expected - 1.0).abs() < 0.05, "{found}, expected {expected}");
+    }
+
     #[test]
     fn the_wait_is_what_is_ahead_at_the_pace_of_late() {
-        let near = |found: Option<Duration>, expected: f64| {
-            let found = found.expect("enough was seen").as_secs_f64();
-            assert!((found / expected - 1.0).abs() < 0.05, "{found}, expected {expected}");
-        };
-        let (mut pace, mut tokens, mut seconds) = (Pace::default(), 0, 0.0);
-        let mut work = |pace: &mut Pace, rate: u64| {
-            for _ in 0..400 {
-                (tokens, seconds) = (tokens + rate / 10, seconds + 0.1);
-                pace.observe(tokens, seconds, true);
-            }
-        };
-        work(&mut pace, 1000);
+        let mut pace = Pace::default();
+        (0..4).for_each(|_| ran(&mut pace, 1000, 1.0));
         near(pace.wait(5000, 1), 5.0);
         near(pace.wait(5000, 4), 1.25);
+        assert_eq!(pace.wait(0, 1), Some(Duration::ZERO));
         // A device that has become ten times slower is known as such after a while.
-        work(&mut pace, 100);
-        near(pace.wait(5000, 1), 43.0);
-        work(&mut pace, 100);
+        (0..16).for_each(|_| ran(&mut pace, 1000, 10.0));
         near(pace.wait(5000, 1), 50.0);
     }
 
     #[test]
-    fn nothing_is_foretold_from_too_little() {
-        assert_eq!(Pace::default().wait(1, 1), None);
+    fn a_pack_takes_what_packs_of_its_size_took_and_beyond_these_in_proportion() {
         let mut pace = Pace::default();
-        pace.observe(1000, 100.0, true);
-        pace.observe(1010, 100.4, true);
-        assert_eq!(pace.wait(1, 1), None);
-        pace.observe(1025, 101.0, true);
-        assert_eq!(pace.wait(50, 1).map(|wait| wait.as_secs()), Some(2));
-        // Work that has scored nothing has no pace.
-        let mut failing = Pace::default();
-        failing.observe(0, 5.0, true);
-        failing.observe(0, 10.0, true);
-        assert_eq!(failing.wait(1, 1), None);
+        assert_eq!(pace.duration(10), None);
+        // Up to a thousand tokens it is the launches that take the time.
+        for (amount, seconds) in [(16, 0.01), (1024, 0.01), (4096, 0.04)] {
+            ran(&mut pace, amount, seconds);
+        }
+        for (amount, seconds) in [(4, 0.0025), (16, 0.01), (200, 0.01), (2048, 0.02), (4096, 0.04), (16_384, 0.16)] {
+            near(pace.duration(amount), seconds);
+        }
     }
 
     #[test]
-    fn a_device_with_little_to_do_does_not_look_slow() {
+    fn nothing_is_foretold_from_too_little() {
         let mut pace = Pace::default();
-        pace.observe(0, 1.0, true);
-        pace.observe(1000, 2.0, true);
-        // A few tokens at a time, now and then.
-        for i in 0..1000u32 {
-            pace.observe(1000 + u64::from(i), 2.0 + f64::from(i), false);
+        for _ in 0..EVIDENCE {
+            assert_eq!(pace.wait(1, 1), None);
+            ran(&mut pace, 50, 2.0);
         }
-        assert_eq!(pace.wait(1000, 1).map(|wait| wait.as_secs()), Some(1));
+        near(pace.wait(50, 1), 2.0);
+        // What took no time, or held nothing, says nothing.
+        pace.observe(0, Duration::from_secs(9));
+        pace.observe(50, Duration::ZERO);
+        near(pace.wait(50, 1), 2.0);
+    }
+
+    #[test]
+    fn one_pack_that_took_far_too_long_is_soon_forgotten() {
+        let mut pace = Pace::default();
+        ran(&mut pace, 64, 20.0);
+        (0..12).for_each(|_| ran(&mut pace, 64, 0.02));
+        assert!(pace.duration(64) < Some(Duration::from_millis(30)), "{:?}", pace.duration(64));
+    }
+
+    #[test]
+    fn lanes_have_a_pace_of_their_own_and_those_of_long_ago_are_forgotten() {
+        let mut paces = Paces::default();
+        paces.observe(7, 100, Duration::from_secs(1));
+        paces.observe(8, 100, Duration::from_secs(3));
+        near(paces.duration(7, 100), 1.0);
+        near(paces.duration(8, 100), 3.0);
+        assert_eq!(paces.duration(9, 100), None);
+        (100..100 + MAX_LANES as u64 - 1).for_each(|lane| paces.observe(lane, 1, Duration::from_secs(1)));
+        assert_eq!((paces.duration(7, 1), paces.lanes.len()), (None, MAX_LANES));
+        near(paces.duration(8, 100), 3.0);
     }
 
     proptest! {
+        #[test]
+        fn a_larger_pack_takes_no_less_time_where_all_were_seen_at_one_rate(seen in prop::collection::vec(1usize..1 << 20, 1..40), amounts in prop::collection::vec(0usize..1 << 22, 2..9), rate in 1.0f64..1e6) {
+            let mut pace = Pace::default();
+            seen.iter().for_each(|amount| pace.observe(*amount, Duration::from_secs_f64(*amount as f64 / rate + 1e-3)));
+            let mut amounts = amounts;
+            amounts.sort_unstable();
+            let times: Vec<Duration> = amounts.iter().filter_map(|amount| pace.duration(*amount)).collect();
+            prop_assert_eq!(times.len(), amounts.len());
+            prop_assert!(times.windows(2).all(|pair| pair[0] <= pair[1] + Duration::from_micros(1)), "{:?}", times);
+        }
+
         #[test]
         fn times_to_come_back_lie_around_the_wait_and_apart(milliseconds in 1u64..100_000, first in 0u64..1_000_000) {
             let wait = Duration::from_millis(milliseconds);

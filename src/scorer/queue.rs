@@ -8,6 +8,8 @@
 //! overtaken only by those that arrive at most `(difference in priority) * ageing` after it. A job that has filled a pack,
 //! to where its next sample had no room, stands, when the next one is made, as if it arrived just then: a large request is
 //! spread over packs and holds up nobody.
+//!
+//! A pack is answered as a whole, so where its samples have deadlines it holds no more than is likely to be done in time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::RangeInclusive;
@@ -16,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::Load;
 use super::filling::share;
+use super::pace::Paces;
 
 /// The priorities that count; what lies outside counts as the nearest of them.
 pub const PRIORITIES: RangeInclusive<i32> = -100..=100;
@@ -59,6 +62,8 @@ pub struct PackLimits {
     /// may bring that to twice as much.
     pub max_tokens: usize,
     pub max_samples: usize,
+    /// How long it is likely to be until the device begins with it.
+    pub wait: Duration,
 }
 
 /// There is no room for this job.
@@ -109,7 +114,7 @@ pub(super) struct Waiting {
     pub tenant: Arc<str>,
     key: Key,
     priority: i32,
-    deadline: Option<Instant>,
+    pub deadline: Option<Instant>,
     pub samples: Vec<Load>,
     /// The first sample that has not been given out.
     pub next: usize,
@@ -175,6 +180,8 @@ pub struct Queue {
     /// By lane: the job whose next sample had no room in the last pack, and begins the next one.
     pub(super) front: HashMap<u64, JobId>,
     deadlines: BTreeSet<(Instant, JobId)>,
+    /// What packs of a certain cost took of late.
+    pub(super) paces: Paces,
     samples: usize,
     tokens: usize,
 }
@@ -194,6 +201,7 @@ impl Queue {
             kin: Lists::new(),
             front: HashMap::new(),
             deadlines: BTreeSet::new(),
+            paces: Paces::default(),
             samples: 0,
             tokens: 0,
         }

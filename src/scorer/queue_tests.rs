@@ -9,7 +9,7 @@ const AGEING: Duration = Duration::from_secs(1);
 const ROOMY: QueueBounds = QueueBounds { max_samples: 1 << 20, max_tokens: 1 << 30 };
 
 fn limits(max_tokens: usize) -> PackLimits {
-    PackLimits { max_tokens, max_samples: 1 << 20 }
+    PackLimits { max_tokens, max_samples: 1 << 20, wait: Duration::ZERO }
 }
 
 fn job(arrived: Instant, lane: u64, priority: i32, tokens: &[usize]) -> NewJob {
@@ -50,7 +50,7 @@ fn names(draw: &Draw) -> Vec<(JobId, usize)> {
 
 /// The jobs of one-sample packs, in the order in which they are given out.
 fn order(queue: &mut Queue, now: Instant) -> Vec<JobId> {
-    let one = PackLimits { max_tokens: 100, max_samples: 1 };
+    let one = PackLimits { max_tokens: 100, max_samples: 1, wait: Duration::ZERO };
     std::iter::from_fn(|| queue.next_pack(now, one).picks.first().map(|pick| pick.job)).collect()
 }
 
@@ -140,8 +140,8 @@ fn samples_that_share_with_the_one_before_cost_what_is_new_and_stay_together() {
     let expected: Vec<_> = (0..6).map(|sample| (large, sample)).chain((0..3).map(|sample| (other, sample))).collect();
     assert_eq!((names(&draw), draw.cost), (expected, 25));
     // In another pack, nothing is there yet to share with.
-    assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 3 }).cost, 16);
-    assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 2 }).cost, 14);
+    assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 3, wait: Duration::ZERO }).cost, 16);
+    assert_eq!(queue.next_pack(now, PackLimits { max_tokens: 32, max_samples: 2, wait: Duration::ZERO }).cost, 14);
 }
 
 #[test]
@@ -220,6 +220,45 @@ fn debts_of_those_that_left_are_remembered_in_bounds_and_only_while_somebody_wai
     assert!(queue.tenants.is_empty() && queue.line.is_empty());
 }
 
+#[test]
+fn a_pack_holds_what_is_likely_to_be_done_before_the_first_of_its_deadlines() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    let soon = |seconds| Some(now + Duration::from_secs(seconds));
+    let drawn = |queue: &mut Queue, wait| queue.next_pack(now, PackLimits { wait, ..limits(8192) }).cost;
+    // A hundred tokens a second, of which four fifths count.
+    queue.paces.observe(0, 100, Duration::from_secs(1));
+    push(&mut queue, NewJob { deadline: soon(5), ..job(now, 0, 0, &[20; 30]) });
+    push(&mut queue, NewJob { deadline: soon(9), ..job(now, 0, 0, &[20; 100]) });
+    assert_eq!(drawn(&mut queue, Duration::ZERO), 400);
+    assert_eq!(drawn(&mut queue, Duration::from_secs(1)), 320, "the device begins with it a second later");
+    assert_eq!(drawn(&mut queue, Duration::ZERO), 720, "what is left has more time");
+    // Nobody waits for a certain time, in a lane of which as much is known.
+    queue.paces.observe(1, 100, Duration::from_secs(1));
+    push(&mut queue, job(now, 1, 0, &[20; 100]));
+    while drawn(&mut queue, Duration::ZERO) != 2000 {
+        assert!(!queue.is_empty());
+    }
+}
+
+#[test]
+fn a_lane_of_which_nothing_has_run_begins_with_little_where_somebody_waits_until_a_certain_time() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    push(&mut queue, NewJob { deadline: Some(now + AGEING), ..job(now, 0, 0, &[100; 100]) });
+    assert_eq!(queue.next_pack(now, limits(8192)).cost, 500);
+    queue.paces.observe(0, 500, Duration::from_millis(10));
+    assert_eq!(queue.next_pack(now, limits(8192)).cost, 8100);
+}
+
+#[test]
+fn of_what_comes_too_late_by_itself_nobodys_pack_is_the_smaller() {
+    let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
+    queue.paces.observe(0, 100, Duration::from_secs(1));
+    let late = push(&mut queue, NewJob { deadline: Some(now + Duration::from_millis(200)), ..job(now, 0, 0, &[20]) });
+    let other = push(&mut queue, NewJob { deadline: Some(now + Duration::from_secs(2)), ..job(now, 0, 0, &[20; 100]) });
+    let draw = queue.next_pack(now, limits(8192));
+    assert_eq!((draw.cost, draw.picks[0].job, draw.picks[1].job), (160, late, other));
+}
+
 #[derive(Clone, Debug)]
 struct Arrival {
     /// Packs drawn before this job arrives.
@@ -259,7 +298,7 @@ proptest! {
         arrivals in prop::collection::vec(arrival(), 1..40), budget in 16usize..40, max_samples in 1usize..8,
     ) {
         let (mut queue, mut now) = (Queue::new(ROOMY, AGEING), Instant::now());
-        let limits = PackLimits { max_tokens: budget, max_samples };
+        let limits = PackLimits { max_tokens: budget, max_samples, wait: Duration::ZERO };
         let (mut jobs, mut left) = (BTreeMap::new(), HashSet::new());
         let mut waiting = 0usize;
         let mut steps: Vec<Option<Arrival>> = Vec::new();
@@ -367,7 +406,7 @@ proptest! {
             for _ in 0..flood {
                 push(&mut queue, job(now, 1, difference, &[1]));
             }
-            let draw = queue.next_pack(now, PackLimits { max_tokens: 1, max_samples: 1 });
+            let draw = queue.next_pack(now, PackLimits { max_tokens: 1, max_samples: 1, wait: Duration::ZERO });
             names(&draw).contains(&(patient, 0))
         });
         prop_assert!(served.is_some(), "still queued after {bound} packs");

@@ -6,24 +6,22 @@
 //! has room left is better filled by what arrives in the meantime. Each submission is answered once, when its last sample
 //! is done.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::RandomState;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use opentelemetry::trace::TraceContextExt;
 use tokio::sync::watch;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use super::budget::Budget;
-use super::forward::{Forwarded, Lost, Next, forward};
+use super::forward::{Drawn, Forwarded, Lost, Next, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::priority::stand_back;
-use super::{PackLimits, Pick, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
+use super::{Draw, PackLimits, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
 use crate::clock::Clock;
-use crate::model::RewardModel;
-use crate::text::Encoding;
 
 /// The one that owns a device. [`spawn`] gives it a thread; a test steps it by hand.
 pub struct Worker {
@@ -101,7 +99,7 @@ impl Worker {
             return true;
         }
         self.budget.allow(self.shared.max_pack_tokens.load(Ordering::Relaxed));
-        let (drew, next) = self.draw(lock(&self.shared.state));
+        let (drew, next) = self.draw(lock(&self.shared.state), Duration::ZERO);
         if let Some(next) = next {
             self.execute(next);
         }
@@ -127,14 +125,15 @@ impl Worker {
         }
     }
 
-    fn draw(&self, mut guard: MutexGuard<'_, State>) -> (bool, Option<Next>) {
+    /// The next pack, for a device that has time after `wait`.
+    fn draw(&self, mut guard: MutexGuard<'_, State>, wait: Duration) -> (bool, Option<Next>) {
         let (shared, now) = (&self.shared, self.shared.clock.now());
         let state = &mut *guard;
-        let draw = state.queue.next_pack(now, self.limits());
+        let draw = state.queue.next_pack(now, self.limits(wait));
         let closed = shared.settle(state, &draw.expired);
         shared.show_depth(state);
         let drew = !draw.is_empty();
-        let found = found(draw.picks, state, &shared.metrics, now);
+        let found = found(draw, state, &shared.metrics, now);
         let more = !state.queue.is_empty();
         drop(guard);
         if more {
@@ -142,16 +141,17 @@ impl Worker {
             shared.wake.notify_one();
         }
         answer_all(closed, now);
-        (drew, found.map(|(picks, models, encodings, span)| Next::new(picks, models, encodings, span)))
+        (drew, found.map(Next::new))
     }
 
-    /// Makes the next pack ready, if what waits fills one.
-    fn collate(&self) {
+    /// Makes the next pack ready, if what waits fills one, while this one runs.
+    fn collate(&self, running: &Next) {
         let state = lock(&self.shared.state);
-        if state.ahead.len() >= state.workers || !state.queue.fills(self.limits()) {
+        let wait = state.queue.paces.duration(running.drawn.lane, running.drawn.cost).unwrap_or_default();
+        if state.ahead.len() >= state.workers || !state.queue.fills(self.shared.clock.now(), self.limits(wait)) {
             return;
         }
-        if let (_, Some(next)) = self.draw(state) {
+        if let (_, Some(next)) = self.draw(state, wait) {
             next.prepare(self.device);
             lock(&self.shared.state).ahead.push_back(next);
             // Another device may have come to its end meanwhile.
@@ -159,8 +159,8 @@ impl Worker {
         }
     }
 
-    fn limits(&self) -> PackLimits {
-        PackLimits { max_tokens: self.budget.tokens(), max_samples: self.shared.options.max_pack_samples }
+    fn limits(&self, wait: Duration) -> PackLimits {
+        PackLimits { max_tokens: self.budget.tokens(), max_samples: self.shared.options.max_pack_samples, wait }
     }
 
     /// A pack that was made ready, without what has become too late or been withdrawn since.
@@ -169,42 +169,41 @@ impl Worker {
         let mut guard = lock(&self.shared.state);
         let state = &mut *guard;
         let late = |job: &Job| job.submission.deadline.is_some_and(|deadline| deadline <= now);
-        let (mut kept, mut expired) = (Vec::new(), Vec::new());
-        for (index, pick) in next.picks.iter().enumerate() {
+        let (mut kept, mut expired) = (HashSet::new(), Vec::new());
+        for pick in &next.drawn.picks {
             match state.jobs.get(&pick.job) {
                 Some(job) if job.abandoned => {}
                 Some(job) if late(job) => expired.push(*pick),
-                Some(_) => kept.push(index),
                 None => {}
+                Some(_) => {
+                    kept.insert(*pick);
+                }
             }
         }
-        if kept.len() == next.picks.len() {
+        if kept.len() == next.drawn.picks.len() {
             return Some(next);
         }
         let closed = self.shared.settle(state, &expired);
         drop(guard);
         answer_all(closed, now);
-        let Next { picks, models, encodings, span, .. } = next;
-        let picks: Vec<Pick> = kept.iter().map(|&index| picks[index]).collect();
-        let encodings = kept.iter().map(|&index| encodings[index].clone()).collect();
-        (!picks.is_empty()).then(|| Next::new(picks, models, encodings, span))
+        (!kept.is_empty()).then(|| Next::new(next.drawn.only(|pick| kept.contains(pick))))
     }
 
     fn execute(&mut self, next: Next) {
         let (shared, started) = (self.shared.clone(), self.shared.clock.now());
         let device = self.device;
-        let run = || next.span.in_scope(|| forward(&next, device, &shared.metrics));
-        lock(&shared.state).start(&next.picks);
+        let run = || next.drawn.span.in_scope(|| forward(&next, device, &shared.metrics));
+        lock(&shared.state).start(&next.drawn.picks);
         let result = match &self.pool {
             None => {
-                self.collate();
+                self.collate(&next);
                 run()
             }
             Some(pool) => {
                 let mut result = Err(Lost("its threads have ended".to_owned()));
                 pool.in_place_scope(|scope| {
                     scope.spawn(|_| result = run());
-                    self.collate();
+                    self.collate(&next);
                 });
                 result
             }
@@ -214,11 +213,15 @@ impl Worker {
         shared.metrics.forward_seconds.observe(took.as_secs_f64());
         let mut guard = lock(&shared.state);
         let state = &mut *guard;
-        state.stop(&next.picks, took);
+        state.stop(&next.drawn.picks, took);
         let (mut closed, mut failed) = (Vec::new(), Vec::new());
         let room = match result {
-            Ok(Forwarded { outcomes, largest, misfits }) => {
-                for (pick, outcome) in next.picks.iter().zip(outcomes) {
+            Ok(Forwarded { outcomes, largest, misfits, cost }) => {
+                if let Some(cost) = cost {
+                    state.queue.paces.observe(next.drawn.lane, cost, took);
+                    lock(&shared.metrics.pace).observe(next.drawn.tokens(), took);
+                }
+                for (pick, outcome) in next.drawn.picks.iter().zip(outcomes) {
                     match outcome {
                         Ok(outputs) => closed.extend(state.record(*pick, Ok(outputs))),
                         // The rest of its request would be scored for nothing.
@@ -228,7 +231,7 @@ impl Worker {
                 Some((largest, misfits))
             }
             Err(Lost(problem)) => {
-                for pick in &next.picks {
+                for pick in &next.drawn.picks {
                     failed.extend(state.withdraw(*pick).map(|job| (job, problem.clone())));
                 }
                 None
@@ -252,7 +255,7 @@ impl Worker {
             self.budget.fits();
             return;
         }
-        let whole: usize = next.picks.iter().map(|pick| pick.tokens).sum();
+        let whole = next.drawn.tokens();
         let lower = self.budget.lower(largest, whole);
         let tokens = self.budget.tokens();
         tracing::warn!(device = self.device, whole, largest, lower, max_pack_tokens = tokens, "the device had no room for a pack");
@@ -281,10 +284,9 @@ impl Drop for Worker {
     }
 }
 
-type Found = (Vec<Pick>, Arc<[Arc<dyn RewardModel>]>, Vec<Arc<Encoding>>, tracing::Span);
-
 /// What was picked, as the jobs have it.
-fn found(picks: Vec<Pick>, state: &mut State, metrics: &ScorerMetrics, now: Instant) -> Option<Found> {
+fn found(draw: Draw, state: &mut State, metrics: &ScorerMetrics, now: Instant) -> Option<Drawn> {
+    let Draw { picks, cost, computed, .. } = draw;
     let first = state.jobs.get(&picks.first()?.job)?;
     let (lane, models) = (first.submission.lane, first.submission.models.clone());
     let tokens: usize = picks.iter().map(|pick| pick.tokens).sum();
@@ -303,7 +305,7 @@ fn found(picks: Vec<Pick>, state: &mut State, metrics: &ScorerMetrics, now: Inst
             metrics.queue_seconds.observe(now.saturating_duration_since(job.arrived).as_secs_f64());
         }
     }
-    Some((picks, models, encodings, span))
+    Some(Drawn { lane, cost, computed, picks, models, encodings, span })
 }
 
 /// Whether somebody is told of what happens in this span.

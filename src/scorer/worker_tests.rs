@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use super::super::line::Answer;
 use super::*;
-use crate::model::{Limits, ModelError, Output, Pack};
-use crate::scorer::{Permit, SampleError, Submission};
+use crate::model::{Limits, ModelError, Output, Pack, RewardModel};
+use crate::scorer::{Admission, AdmissionOptions, Permit, SampleError, Submission};
+use crate::text::Encoding;
 
 /// Gives every sample's sum of ids; panics, fails or forgets a sample where an id asks for it.
 #[derive(Default)]
@@ -472,4 +473,87 @@ fn a_pack_is_made_ready_before_its_turn_if_it_waits_for_one() {
     while bench.worker.step() {}
     assert_eq!(lock(&bench.model.prepared).len(), 1);
     drop(answers);
+}
+
+/// Takes a millisecond a token, in which others may act.
+struct Slow {
+    clock: Clock,
+    meanwhile: Mutex<Box<dyn FnMut() + Send>>,
+}
+
+impl RewardModel for Slow {
+    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+        for _ in 0..pack.computed_tokens() {
+            self.clock.advance(Duration::from_millis(1));
+            lock(&self.meanwhile)();
+        }
+        let output = Output { reward: 0.0, values: vec![0.0], steps: Vec::new(), pooled_position: 0, shared_tokens: 0, cached_tokens: 0 };
+        Ok(vec![output; pack.len()])
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { max_tokens: 8192, outputs: 1, parameters: 0, device_bytes: 0 }
+    }
+
+    fn prefix_key(&self, _: usize) -> Option<crate::model::PrefixKey> {
+        None
+    }
+}
+
+/// A deadline, and the answer.
+type Asked = (Instant, std::pin::Pin<Box<dyn Future<Output = Answer> + Send>>);
+
+#[test]
+fn a_device_that_is_asked_for_ten_times_what_it_can_do_does_most_of_that_in_time() {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let (clock, metrics) = (Clock::manual(), ScorerMetrics::unregistered());
+    let admission = Admission::new(AdmissionOptions::default(), metrics.clone());
+    let (handle, mut worker) = pair(ScorerOptions::default(), clock.clone(), metrics);
+    let model = Arc::new(Slow { clock: clock.clone(), meanwhile: Mutex::new(Box::new(|| ())) });
+    let asked: Arc<Mutex<Vec<Asked>>> = Arc::default();
+    let begun = clock.now();
+    // A request of a hundred tokens every ten milliseconds, whatever becomes of those before it.
+    let mut next = begun;
+    let (waiting, models, time) = (asked.clone(), Arc::downgrade(&model), clock.clone());
+    let come = move || {
+        let now = time.now();
+        while next <= now {
+            next += Duration::from_millis(10);
+            let Ok(permit) = admission.admit_of(&crate::scorer::Caller::default(), 0, Some(PATIENCE)) else { continue };
+            permit.charge(100).expect("room");
+            let submission = Submission {
+                models: Arc::new([models.upgrade().expect("there") as Arc<dyn RewardModel>]),
+                lane: 0,
+                encodings: vec![Arc::new(Encoding::for_test(vec![1; 100]))],
+                deadline: Some(now + PATIENCE),
+                tenant: Arc::default(),
+                priority: 0,
+                permit,
+                span: tracing::Span::none(),
+            };
+            lock(&waiting).push((now + PATIENCE, Box::pin(handle.submit(submission).expect("room"))));
+        }
+    };
+    *lock(&model.meanwhile) = Box::new(come);
+    let (mut in_time, mut late) = (0, 0);
+    while clock.now() < begun + Duration::from_secs(60) {
+        if !worker.step() {
+            clock.advance(Duration::from_millis(1));
+            lock(&model.meanwhile)();
+        }
+        lock(&asked).retain_mut(|(deadline, answer)| {
+            let Poll::Ready(answer) = answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) else { return true };
+            let scored = answer.expect("no failure").outcomes.iter().all(Result::is_ok);
+            if scored && clock.now() <= *deadline {
+                in_time += 1;
+            } else {
+                late += 1;
+            }
+            false
+        });
+    }
+    *lock(&model.meanwhile) = Box::new(|| ());
+    // Ten a second are its capacity.
+    assert!(in_time >= 540, "{in_time} in time, {late} late");
+    assert!(late <= 200, "{late} late, those of the first seconds, and {in_time} in time");
 }
