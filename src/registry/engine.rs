@@ -16,7 +16,7 @@ use crate::clock::Clock;
 use crate::domain::{Failure, Fingerprint, MemberName, Sample, Scored, Truncation};
 use crate::model::{Output, RewardModel};
 use crate::scorer::{Permit, Reply, SampleError, ScorerHandle, Submission};
-use crate::text::Encoding;
+use crate::text::{Before, Encoding};
 
 /// Settings of the engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -335,7 +335,8 @@ impl Engine {
     /// Small requests are encoded here, others in the pool, so that no thread of the runtime is held up.
     async fn encode(&self, reading: Reading, samples: Vec<Sample>, bytes: usize, permit: &Permit) -> Result<Encoded, EngineError> {
         if bytes < self.0.options.inline_bytes {
-            return caught(|| samples.iter().map(|sample| reading.encode(sample)).collect());
+            let mut before = Before::default();
+            return caught(|| samples.iter().map(|sample| reading.encode(sample, &mut before)).collect());
         }
         self.0.pool.encode(reading, samples, permit.clone()).await
     }

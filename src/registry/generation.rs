@@ -14,7 +14,7 @@ use super::table::Keyed;
 use super::weights::CacheUse;
 use crate::domain::{Failure, Fingerprint, GenerationId, MemberName, Sample, Score, Truncation, WeightsId};
 use crate::model::{Limits, PrefixBytes, RewardModel};
-use crate::text::Encoding;
+use crate::text::{Before, Encoding};
 
 /// The number of the meaning of a score. It rises when the same weights and text get another score on purpose.
 pub const SCORE_SEMANTICS: u32 = 1;
@@ -22,6 +22,11 @@ pub const SCORE_SEMANTICS: u32 = 1;
 /// Turns a sample into what the model reads. [`crate::text::TextPipeline`] is one; tests have others.
 pub trait Encode: Send + Sync {
     fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure>;
+
+    /// The same for one of several samples, which may begin like what was read before.
+    fn encode_beside(&self, sample: &Sample, truncation: Truncation, _before: &mut Before) -> Result<Encoding, Failure> {
+        self.encode(sample, truncation)
+    }
 }
 
 /// Where the rewards of a reference set lie: a calibrated reward is `(raw - mean) / std`.

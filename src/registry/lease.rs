@@ -15,7 +15,7 @@ use super::Encode;
 use crate::domain::{Failure, FailureKind, Sample, Truncation};
 use crate::model::{Limits, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
 use crate::scorer::stand_last;
-use crate::text::Encoding;
+use crate::text::{Before, Encoding};
 
 /// Held by whatever keeps the weights of one generation: the generation itself and each of its models.
 #[derive(Debug)]
@@ -145,10 +145,19 @@ pub(super) fn leased_text(text: Arc<dyn Encode>) -> Arc<dyn Encode> {
     Arc::new(LeasedText(Some(text)))
 }
 
+impl LeasedText {
+    fn there(&self) -> Result<&dyn Encode, Failure> {
+        self.0.as_deref().ok_or_else(|| Failure::new(FailureKind::Expired, "the text layer has been freed"))
+    }
+}
+
 impl Encode for LeasedText {
     fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
-        let freed = || Failure::new(FailureKind::Expired, "the text layer has been freed");
-        self.0.as_ref().ok_or_else(freed)?.encode(sample, truncation)
+        self.there()?.encode(sample, truncation)
+    }
+
+    fn encode_beside(&self, sample: &Sample, truncation: Truncation, before: &mut Before) -> Result<Encoding, Failure> {
+        self.there()?.encode_beside(sample, truncation, before)
     }
 }
 

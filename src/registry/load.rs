@@ -18,7 +18,9 @@ use crate::clock::Clock;
 use crate::domain::{Conversation, Failure, MemberName, Sample, Score, Truncation};
 use crate::merge::{CacheOptions, Downloads, MergeError, MergePlan, NotServed, Recipe, Reward};
 use crate::model::{self, Arithmetic, DeviceChoice, DeviceError, Output, Pack, Place, RewardModel};
-use crate::text::{BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy};
+use crate::text::{
+    Before, BosPolicy, Encoding, EosPolicy, ReasoningPolicy, TemplateChoice, TextError, TextOptions, TextPipeline, TextPolicy,
+};
 
 /// Whether, and how, the members stand on the device beside the merged model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -190,6 +192,10 @@ pub enum LoadError {
 impl Encode for TextPipeline {
     fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
         TextPipeline::encode(self, sample, truncation)
+    }
+
+    fn encode_beside(&self, sample: &Sample, truncation: Truncation, before: &mut Before) -> Result<Encoding, Failure> {
+        TextPipeline::encode_beside(self, sample, truncation, before)
     }
 }
 

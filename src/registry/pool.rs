@@ -2,16 +2,16 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
 
-use super::EngineError;
 use super::generation::Encode;
 use super::turns::Turns;
+use super::{EngineError, lock};
 use crate::domain::{Failure, Sample, Truncation};
 use crate::scorer::{Permit, panic_message};
-use crate::text::Encoding;
+use crate::text::{Before, Encoding};
 
 /// What a call's samples become, in order.
 pub(super) type Encoded = Vec<Result<Arc<Encoding>, Failure>>;
@@ -26,8 +26,8 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    pub fn encode(&self, sample: &Sample) -> Result<Arc<Encoding>, Failure> {
-        let encoding = self.text.encode(sample, self.truncation)?;
+    pub fn encode(&self, sample: &Sample, before: &mut Before) -> Result<Arc<Encoding>, Failure> {
+        let encoding = self.text.encode_beside(sample, self.truncation, before)?;
         Ok(Arc::new(if self.rendered { encoding } else { encoding.without_rendered() }))
     }
 }
@@ -132,7 +132,10 @@ impl Text {
     fn read(&self, part: usize, range: Range<usize>) {
         // A caller that has gone stops this between two samples.
         let wanted = || lock(&self.done).as_ref().is_some_and(|done| !done.is_closed());
-        let encode = || self.samples[range].iter().map(|sample| wanted().then(|| self.reading.encode(sample))).collect::<Option<Encoded>>();
+        let encode = || {
+            let mut before = Before::default();
+            self.samples[range].iter().map(|sample| wanted().then(|| self.reading.encode(sample, &mut before))).collect::<Option<Encoded>>()
+        };
         match caught(encode) {
             Ok(encoded) => lock(&self.parts)[part] = encoded,
             Err(panicked) => {
@@ -157,11 +160,6 @@ impl Text {
 
 fn ended() -> EngineError {
     EngineError::Forward("the pool has ended".to_owned())
-}
-
-// Whatever panics elsewhere, what these guard is replaced as a whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What `work` comes to, a panic being an error of its call alone.
@@ -199,7 +197,9 @@ mod tests {
     #[test]
     fn what_a_template_wrote_is_kept_only_where_somebody_wants_to_see_it() {
         let reading = |rendered| Reading { text: Arc::new(Rendering), truncation: Truncation::Refuse, rendered };
-        let rendered = |reading: Reading| reading.encode(&Sample::Text("x".into())).expect("encoded").rendered().map(str::to_owned);
+        let rendered = |reading: Reading| {
+            reading.encode(&Sample::Text("x".into()), &mut Before::default()).expect("encoded").rendered().map(str::to_owned)
+        };
         assert_eq!((rendered(reading(true)).as_deref(), rendered(reading(false))), (Some("<user>x"), None));
     }
 }

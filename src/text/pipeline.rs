@@ -3,6 +3,8 @@
 use std::{borrow::Cow, sync::Arc};
 
 use super::{
+    before::Before,
+    draft::Draft,
     encoding::Encoding,
     options::{BosPolicy, EosPolicy, ReasoningPolicy, TextError, TextOptions, TextPolicy},
     reasoning::{self, Unfinished},
@@ -44,39 +46,6 @@ pub struct Explanation {
     pub special: Vec<bool>,
     /// One sentence for each decision about BOS, EOS and truncation.
     pub notes: Vec<String>,
-}
-
-/// A sequence before its length is settled: what is fixed, and one or two bodies that may be cut.
-struct Draft {
-    pieces: Vec<Piece>,
-    first: Vec<u32>,
-    second: Vec<u32>,
-    rendered: Option<String>,
-    doubled_bos: bool,
-    notes: Vec<String>,
-}
-
-impl Draft {
-    fn specials(&self) -> usize {
-        self.pieces.iter().filter(|piece| piece.is_special()).count()
-    }
-
-    fn tokens(&self) -> usize {
-        self.specials() + self.first.len() + self.second.len()
-    }
-
-    fn special_at(&self, piece: Option<&Piece>, wanted: u32) -> bool {
-        matches!(piece, Some(Piece::Special { id, .. }) if *id == wanted)
-    }
-
-    /// The body that ends the sequence; none where a special token does.
-    fn last_body(&mut self) -> Option<&mut Vec<u32>> {
-        match self.pieces.last() {
-            Some(Piece::First { .. }) => Some(&mut self.first),
-            Some(Piece::Second { .. }) => Some(&mut self.second),
-            _ => None,
-        }
-    }
 }
 
 impl TextPipeline {
@@ -137,12 +106,18 @@ impl TextPipeline {
     /// refused for conversations (the template's closing tokens would go) and for texts and ids that end with a special
     /// token which would go.
     pub fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
-        self.finish(sample, truncation).map(|(encoding, _)| encoding)
+        self.encode_beside(sample, truncation, &mut Before::default())
+    }
+
+    /// [`Self::encode`] for one of several samples, which may begin alike: what they begin with is tokenised once, where that
+    /// gives the same tokens. A template renders each conversation as a whole.
+    pub fn encode_beside(&self, sample: &Sample, truncation: Truncation, before: &mut Before) -> Result<Encoding, Failure> {
+        self.finish(sample, truncation, before).map(|(encoding, _)| encoding)
     }
 
     /// The same, with what there is to see on the way.
     pub fn explain(&self, sample: &Sample, truncation: Truncation) -> Result<Explanation, Failure> {
-        let (encoding, notes) = self.finish(sample, truncation)?;
+        let (encoding, notes) = self.finish(sample, truncation, &mut Before::default())?;
         let tokens = encoding.ids().iter().map(|&id| self.tokenizer.token_of(id).unwrap_or_default()).collect();
         let special = encoding.ids().iter().map(|&id| self.tokenizer.is_special(id)).collect();
         Ok(Explanation { encoding, tokens, special, notes })
@@ -158,10 +133,10 @@ impl TextPipeline {
         &self.policy
     }
 
-    fn finish(&self, sample: &Sample, truncation: Truncation) -> Result<(Encoding, Vec<String>), Failure> {
+    fn finish(&self, sample: &Sample, truncation: Truncation, before: &mut Before) -> Result<(Encoding, Vec<String>), Failure> {
         let stripped = self.without_reasoning(sample)?;
         let sample = stripped.as_ref();
-        let mut draft = self.draft(sample)?;
+        let mut draft = self.draft(sample, before)?;
         if !matches!(sample, Sample::Tokens(_)) {
             self.apply_bos(&mut draft, matches!(sample, Sample::Text(_) | Sample::Pair { .. }));
         }
@@ -213,11 +188,11 @@ impl TextPipeline {
         })
     }
 
-    fn draft(&self, sample: &Sample) -> Result<Draft, Failure> {
-        let ids = |text: &str| -> Result<Vec<u32>, Failure> {
+    fn draft(&self, sample: &Sample, before: &mut Before) -> Result<Draft, Failure> {
+        let mut ids = |text: &str| -> Result<Vec<u32>, Failure> {
             let ids = self
                 .tokenizer
-                .ids(text)
+                .ids_beside(text, before)
                 .map_err(|error| Failure::new(FailureKind::UnknownToken, format!("the tokenizer cannot encode this text: {error}")))?;
             self.check_rows(&ids)?;
             Ok(ids)

@@ -89,6 +89,33 @@ fn token_ids_of_every_conformance_family_equal_those_of_transformers() {
     }
 }
 
+#[test]
+fn a_prompt_that_is_tokenised_once_gives_every_completion_the_tokens_of_the_whole() {
+    for root in conformance_roots() {
+        let (mut once, mut whole) = (0, 0);
+        for family in families(&root) {
+            let golden = read_json(&family.join("golden.json"));
+            let facts = TextFacts::open(&family.join("member-0")).expect("text facts");
+            let pipeline = TextPipeline::new(&facts, options()).expect("loads");
+            let mut before = Before::default();
+            for case in golden["cases"].as_array().expect("cases").iter().filter(|case| case["kind"] == "chat") {
+                for ending in ["", "", " ", " and more", "\n", "<", "é", ""] {
+                    let mut case = case.clone();
+                    let last = case["messages"].as_array_mut().and_then(|messages| messages.last_mut()).expect("a message");
+                    last["content"] = format!("{}{ending}", last["content"].as_str().unwrap_or_default()).into();
+                    let sample = sample(&case);
+                    let alone = pipeline.encode(&sample, Truncation::Refuse).expect("encodes");
+                    let beside = pipeline.encode_beside(&sample, Truncation::Refuse, &mut before).expect("encodes");
+                    assert_eq!(beside, alone, "{} {case}", family.display());
+                    if before.begins() { once += 1 } else { whole += 1 }
+                }
+            }
+        }
+        println!("{}: {once} texts by what they begin with, {whole} as a whole", root.display());
+        assert!(once > 0, "{}", root.display());
+    }
+}
+
 /// A whitespace tokenizer: `<s>` 0, `</s>` 1, `<unk>` 2, `a` to `f` 3 to 8, and a post-processor of this JSON.
 fn facts(post_processor: &str, config: &str) -> TextFacts {
     let dir = tempfile::tempdir().expect("temporary folder");

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::Value;
 use tokenizers::{AddedToken, Encoding as RawEncoding, PostProcessor, PostProcessorWrapper, Token, Tokenizer as RawTokenizer};
 
+use super::before::{Before, Cuts};
 use super::options::TextError;
 use crate::checkpoint::TextFacts;
 
@@ -37,6 +38,8 @@ impl Piece {
 #[derive(Debug)]
 pub(super) struct Tokenizer {
     raw: RawTokenizer,
+    /// Where texts may be cut; `None` where none may.
+    cuts: Option<Cuts>,
     single: Vec<Piece>,
     pair: Vec<Piece>,
 }
@@ -56,6 +59,14 @@ impl Tokenizer {
     pub(super) fn ids(&self, text: &str) -> Result<Vec<u32>, String> {
         let encoding = self.raw.encode_fast(text, false).map_err(|error| error.to_string())?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The same, by the ids of what the text begins with, where those were found before.
+    pub(super) fn ids_beside(&self, text: &str, before: &mut Before) -> Result<Vec<u32>, String> {
+        match &self.cuts {
+            Some(cuts) => cuts.ids(text, before, |part| self.ids(part)),
+            None => self.ids(text),
+        }
     }
 
     /// What stands around one segment.
@@ -153,7 +164,8 @@ fn load(facts: &TextFacts, vocab_rows: usize) -> Result<Tokenizer, TextError> {
             )));
         }
     }
-    Ok(Tokenizer { raw, single, pair })
+    let cuts = Cuts::of(&raw);
+    Ok(Tokenizer { raw, cuts, single, pair })
 }
 
 /// Every id that the tokenizer can emit must have a row in the embedding: a lookup past it is garbage or a crash.
