@@ -70,9 +70,9 @@ class Warm(Server):
         return answer
 
     def scores(self, file):
-        arguments = [self.binary, "score", "--connect", self.address, "--input", file]
-        answers = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines()
-        return [json.loads(line)["reward"] for line in answers]
+        arguments = [self.warm, "score", "--connect", self.address, "--input", file]
+        answers = map(json.loads, subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.splitlines())
+        return [score["reward"] for answer in answers for score in answer.get("scores", [answer])]
 
     def processor_seconds(self):
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -212,10 +212,10 @@ def main():
                     continue
                 shared = draw(prompt)
                 samples = [shared + draw(completion) for _ in range(count)]
-                file = requests(folder, "group", samples)
+                group = Path(folder) / "group.jsonl"
+                group.write_text(json.dumps({"prompt": shared, "completions": [ids[prompt:] for ids in samples]}) + "\n")
                 ways = [("transformers, one padded batch", lambda: peer.scores(samples, batch=count))]
-                # All at once: what is queued together shares its prompt, whoever sent it.
-                rows += compare(name, warm, file, samples, ways, min(options.rounds, 3), count)
+                rows += compare(name, warm, str(group), samples, ways, min(options.rounds, 3), 1)
                 print_ceiling(prompt, count, completion)
         finally:
             warm.stop()

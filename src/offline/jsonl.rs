@@ -43,7 +43,7 @@ const FORMS: &str =
 
 /// Reads one line: `{"text"}`, `{"text", "text_pair"}`, `{"messages"}`, `{"prompt", "completion"}`,
 /// `{"prompt", "completions"}`, `{"prompt", "chosen", "rejected"}` or `{"input_ids"}`, each with an optional `"id"`. A string `prompt` is one user message; with
-/// `"raw": true` it is text that the completion follows without a separator.
+/// `"raw": true` it is text that the completion follows without a separator. A prompt of token ids is followed by token ids.
 pub fn parse_line(line: &str) -> Result<Item, LineError> {
     let value: Value = serde_json::from_str(line).map_err(|error| LineError(format!("expected a JSON object: {error}")))?;
     match value {
@@ -60,7 +60,7 @@ pub fn parse_fields(mut fields: Map<String, Value>) -> Result<Item, LineError> {
     } else if fields.contains_key("messages") {
         Input::One(Sample::Conversation(conversation(&mut fields, "messages")?))
     } else if let Some(ids) = fields.shift_remove("input_ids") {
-        Input::One(Sample::Tokens(token_ids(ids)?))
+        Input::One(Sample::Tokens(token_ids("input_ids", ids)?))
     } else if let Some(text) = fields.shift_remove("text") {
         let first = string("text", text)?;
         match fields.shift_remove("text_pair") {
@@ -89,6 +89,10 @@ fn prompted(fields: &mut Map<String, Value>) -> Result<Input, LineError> {
             fields.shift_remove("prompt");
             Prompt::Text(text)
         }
+        Some(Value::Array(ids)) if !raw && ids.first().is_some_and(Value::is_number) => {
+            let ids = fields.shift_remove("prompt").unwrap_or_default();
+            Prompt::Tokens(token_ids("prompt", ids)?)
+        }
         _ if raw => return Err(LineError("prompt: expected a string beside `raw`".to_owned())),
         Some(Value::String(text)) => {
             let user = Conversation::user(text.clone());
@@ -97,8 +101,18 @@ fn prompted(fields: &mut Map<String, Value>) -> Result<Input, LineError> {
         }
         _ => Prompt::Conversation(conversation(fields, "prompt")?),
     };
+    let of_ids = matches!(prompt, Prompt::Tokens(_));
+    let completion = |field: &str, value: Value| {
+        if of_ids { token_ids(field, value).map(Completion::Tokens) } else { completion(field, value) }
+    };
     if fields.contains_key("chosen") || fields.contains_key("rejected") {
-        return preference(prompt, fields);
+        let mut side = |field: &str| {
+            let answer =
+                fields.shift_remove(field).ok_or_else(|| LineError(format!("{field}: expected an answer beside the other one")))?;
+            completion(field, answer)
+        };
+        let sides = vec![side("chosen")?, side("rejected")?];
+        return preference(prompt, sides);
     }
     match (fields.shift_remove("completion"), fields.shift_remove("completions")) {
         (Some(one), None) => {
@@ -116,12 +130,8 @@ fn prompted(fields: &mut Map<String, Value>) -> Result<Input, LineError> {
     }
 }
 
-fn preference(prompt: Prompt, fields: &mut Map<String, Value>) -> Result<Input, LineError> {
-    let mut side = |field: &str| {
-        let answer = fields.shift_remove(field).ok_or_else(|| LineError(format!("{field}: expected an answer beside the other one")))?;
-        completion(field, answer)
-    };
-    let group = PromptGroup::new(prompt, vec![side("chosen")?, side("rejected")?])?;
+fn preference(prompt: Prompt, sides: Vec<Completion>) -> Result<Input, LineError> {
+    let group = PromptGroup::new(prompt, sides)?;
     let mut samples = group.samples();
     match (samples.next(), samples.next()) {
         (Some(chosen), Some(rejected)) => Ok(Input::Preference(Box::new(Preference { chosen, rejected }))),
@@ -173,13 +183,13 @@ fn turns(field: &str, messages: Vec<Value>) -> Result<Vec<Turn>, LineError> {
     messages.into_iter().enumerate().map(turn).collect()
 }
 
-fn token_ids(value: Value) -> Result<Vec<u32>, LineError> {
+fn token_ids(field: &str, value: Value) -> Result<Vec<u32>, LineError> {
     let Value::Array(ids) = value else {
-        return Err(LineError(format!("input_ids: expected a list, found {}", kind(&value))));
+        return Err(LineError(format!("{field}: expected a list of token ids, found {}", kind(&value))));
     };
     let id = |(i, value): (usize, Value)| {
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| LineError(format!("input_ids[{i}]: expected a whole number below 4294967296, found {value}")))
+        id.ok_or_else(|| LineError(format!("{field}[{i}]: expected a whole number below 4294967296, found {value}")))
     };
     ids.into_iter().enumerate().map(id).collect()
 }
@@ -239,6 +249,10 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+        let ids = parse(json!({"prompt": [1, 2], "completions": [[3], []]})).expect("valid").input;
+        let Input::Group(ids) = ids else { panic!("{ids:?}") };
+        assert_eq!(ids.samples().collect::<Vec<_>>(), [Sample::Tokens(vec![1, 2, 3]), Sample::Tokens(vec![1, 2])]);
+        assert_eq!(one(json!({"prompt": [1], "completion": [2]})), Sample::Tokens(vec![1, 2]));
         let preference = parse(json!({"prompt": "q", "chosen": "a", "rejected": "b"})).expect("valid").input;
         let [chosen, rejected] = ["a", "b"].map(|answer| Sample::Conversation(user.answered(answer)));
         assert_eq!(preference, Input::Preference(Box::new(Preference { chosen, rejected })));
@@ -271,6 +285,10 @@ mod tests {
             (json!({"messages": [{"content": "x"}]}), "messages[0].role"),
             (json!({"messages": [{"role": "", "content": "x"}]}), "messages[0].role"),
             (json!({"input_ids": [1, -2]}), "input_ids[1]"),
+            (json!({"prompt": [1, "a"], "completion": []}), "prompt[1]"),
+            (json!({"prompt": [1], "completions": [[2], "b"]}), "completions[1]: expected a list of token ids, found a string"),
+            (json!({"prompt": "a", "completion": [1]}), "completion[0]: expected an object"),
+            (json!({"prompt": [1], "completion": [2], "raw": true}), "expected a string beside `raw`"),
             (json!({"input_ids": [4294967296u64]}), "input_ids[0]"),
         ] {
             let error = parse(line.clone()).expect_err("invalid").to_string();
@@ -292,7 +310,7 @@ mod tests {
                 Just("completions"), Just("chosen"), Just("rejected"), Just("input_ids"), Just("id"), Just("raw"), Just("tools"),
             ], 0..5),
             values in prop::collection::vec(prop_oneof![
-                Just(json!(null)), Just(json!("x")), Just(json!(3)), Just(json!([])), Just(json!(["x"])), Just(json!(true)),
+                Just(json!(null)), Just(json!("x")), Just(json!(3)), Just(json!([])), Just(json!(["x"])), Just(json!([1])), Just(json!([[1]])), Just(json!(true)),
                 Just(json!([{"role": "user", "content": "x"}])), Just(json!({"role": 1})),
             ], 5),
         ) {
