@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 from pathlib import Path
 
 from serving import Server
@@ -19,11 +18,12 @@ PACK = 8192
 
 
 def bench(server, options, callers, prompt, completion, group=1):
-    arguments = [options.warm, "bench", "--addr", server.address, "--concurrency", str(callers), "--json", "--timeout", "5m"]
-    arguments += ["--prompt-tokens", str(prompt), "--completion-tokens", str(completion), "--group", str(group)]
-    arguments += ["--warmup", f"{max(1, options.seconds // 4)}s", "--duration", f"{options.seconds}s"]
-    answer = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
-    if answer["samples"]["failed"] or answer["requests"]["refused"]:
+    # Long samples take a while each.
+    seconds = max(options.seconds, (prompt + completion) // 256)
+    shape = ["--prompt-tokens", prompt, "--completion-tokens", completion, "--group", group]
+    times = ["--warmup", f"{max(1, seconds // 4)}s", "--duration", f"{seconds}s", "--timeout", "5m"]
+    answer = server.bench("--concurrency", callers, *shape, *times)
+    if answer["samples"]["failed"] or answer["requests"]["refused"] or not answer["samples"]["scored"]:
         raise SystemExit(f"not everything was scored: {answer}")
     return answer
 
@@ -130,7 +130,7 @@ def main():
     measuring.add_argument("--model", required=True)
     measuring.add_argument("--out", required=True)
     measuring.add_argument("--threads", type=int, default=2)
-    measuring.add_argument("--seconds", type=int, default=8, help="of each point")
+    measuring.add_argument("--seconds", type=int, default=8, help="of each point, at least")
     measuring.add_argument("--longest", type=int, default=16384, help="tokens of the longest samples")
     plotting = verbs.add_parser("plot")
     plotting.add_argument("json")

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -143,10 +142,12 @@ def started(warm, folder, models, *flags):
     return server, time.monotonic() - begun
 
 
-def tokens_per_second(warm, server):
+def tokens_per_second(server):
     shape = ["--prompt-tokens", "256", "--completion-tokens", "256", "--group", "1", "--concurrency", "4", "--duration", "20s"]
-    done = subprocess.run([warm, "bench", "--addr", server.address, "--json", *shape], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)["per_second"]["tokens"]
+    found = server.bench(*shape)
+    if not found["samples"]["scored"]:
+        raise SystemExit("nothing was scored in 20 s, so there is no rate to tell")
+    return found["per_second"]["tokens"]
 
 
 def free():
@@ -171,7 +172,7 @@ def measure(warm, size):
             server, cold = started(warm, folder, models, *flags)
             with server:
                 ready, most = memory(server, "VmRSS"), memory(server, "VmHWM")
-                rate = tokens_per_second(warm, server)
+                rate = tokens_per_second(server)
             server, cached = started(warm, folder, models, *flags)
             server.stop()
             print(

@@ -58,14 +58,12 @@ class Warm(Server):
     def __init__(self, binary, folder, threads, pack, cache="off"):
         # Rounds repeat their samples: what one round left in a cache would make the next one look faster than it is.
         super().__init__(binary, folder, threads, "--max-pack-tokens", pack, "--prefix-cache-bytes", cache)
-        self.binary = binary
 
     def lines(self, file, callers, extra=()):
-        arguments = [self.binary, "bench", "--addr", self.address, "--input", file, "--concurrency", str(callers), "--json"]
+        times = ["--warmup", "0s", "--duration", "1h", "--timeout", "10m"]
         count = sum(1 for _ in open(file))
-        arguments += ["--requests", str(count), "--warmup", "0s", "--duration", "1h", "--timeout", "10m", *extra]
-        answer = json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
-        if answer["samples"]["failed"] or answer["requests"]["refused"]:
+        answer = self.bench("--input", file, "--concurrency", callers, "--requests", count, *times, *extra)
+        if answer["samples"]["failed"] or answer["requests"]["refused"] or not answer["samples"]["scored"]:
             raise SystemExit(f"not everything was scored: {answer}")
         return answer
 
