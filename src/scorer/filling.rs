@@ -67,16 +67,20 @@ impl Filling {
     }
 
     fn fits(&self, rest: Rest, job: &Waiting, paces: &Paces) -> bool {
+        self.draw.picks.is_empty() || self.has_room_for(rest) && self.is_in_time(rest, job, paces)
+    }
+
+    fn has_room_for(&self, rest: Rest) -> bool {
         let (draw, limits) = (&self.draw, self.limits);
         let most = if rest.akin { limits.max_tokens.saturating_mul(MOST_COST) } else { limits.max_tokens };
         let room = draw.computed + rest.tokens <= limits.max_tokens && draw.cost + rest.cost <= most;
-        let in_time = || {
-            let until = self.until.into_iter().chain(self.deadline(rest, job, paces)).min();
-            until.is_none_or(|until| {
-                self.done(job.lane, draw.cost + rest.cost, paces).map_or(draw.cost + rest.cost <= FIRST, |done| done <= until)
-            })
-        };
-        draw.picks.is_empty() || draw.picks.len() < limits.max_samples && room && in_time()
+        draw.picks.len() < limits.max_samples && room
+    }
+
+    /// Whether the pack is likely to be done before the first of its deadlines with this sample, too.
+    fn is_in_time(&self, rest: Rest, job: &Waiting, paces: &Paces) -> bool {
+        let (until, cost) = (self.until.into_iter().chain(self.deadline(rest, job, paces)).min(), self.draw.cost + rest.cost);
+        until.is_none_or(|until| self.done(job.lane, cost, paces).map_or(cost <= FIRST, |done| done <= until))
     }
 
     /// When a pack of this cost is likely to be done.
@@ -146,6 +150,9 @@ impl Queue {
             let rest = load.rest(&pack.there);
             if pack.fits(rest, job, &self.paces) {
                 pack.add(Pick { job: id, sample, tokens: load.tokens }, job, rest, &self.paces);
+            } else if pack.has_room_for(rest) {
+                // There is no time for more.
+                return true;
             }
             if !pack.has_room() || limits.max_tokens.saturating_sub(pack.draw.cost) <= limits.max_tokens / UNFILLED {
                 return true;
@@ -203,8 +210,8 @@ impl Queue {
     /// Fills the room that was too small for the next sample of a job, whose tenant has this turn.
     fn fill_up(&mut self, pack: &mut Filling, turn: u64, first: JobId) {
         if let Some(job) = self.jobs.get_mut(&first) {
-            let room = pack.limits.max_tokens.saturating_sub(pack.draw.cost);
-            // What is too small for a job that has most of the pack belongs to what it has taken.
+            // What is too small for a job that has most of the pack belongs to what it has taken; not what there is no time for.
+            let room = pack.limits.max_tokens.saturating_sub(pack.draw.cost).min(job.samples.get(job.next).map_or(0, |load| load.cost));
             if job.pack == self.packs && 2 * job.given >= pack.limits.max_tokens {
                 job.given += room;
             }

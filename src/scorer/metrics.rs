@@ -31,7 +31,7 @@ pub struct ScorerMetrics {
     pub(super) in_flight_bytes: IntGauge,
     pub(super) in_flight_tokens: IntGauge,
     pub(super) shed: IntCounterVec,
-    /// How long packs of so many tokens took, shared ones counted each time: what admission foretells waits by.
+    /// How long one model took for packs of so many tokens, shared ones counted each time: what admission foretells waits by.
     pub(super) pace: Arc<Mutex<Pace>>,
 }
 

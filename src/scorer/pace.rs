@@ -5,8 +5,13 @@ use std::time::Duration;
 /// Nothing is foretold to callers from fewer packs than this.
 const EVIDENCE: u32 = 4;
 /// How much the last pack of a size counts against those before it: one that took a thousand times too long, as the first
-/// one may, is forgotten after a dozen.
+/// one may, is forgotten after a dozen more of its size.
 const LATEST: f64 = 0.25;
+/// And after so many of any other size: what a size took may be what keeps packs from having it.
+const FORGET: u32 = 32;
+/// No wait is foretold for more than so many times the largest pack that was seen: where launches take the time, a larger
+/// one takes no longer, and somebody has to be let in to show that.
+const BEYOND: f64 = 8.0;
 /// The part of a caller's patience that may go into waiting: the rest is for its own packs, and for what a mean does not tell.
 const WAITING: f64 = 0.6;
 /// No time is told that is longer.
@@ -21,6 +26,8 @@ const MAX_LANES: usize = 64;
 struct Size {
     amount: f64,
     seconds: f64,
+    /// The number of the last of them.
+    pack: u32,
 }
 
 /// What packs of each size took of late, one size for every power of two.
@@ -37,11 +44,13 @@ impl Pace {
         if self.sizes.len() <= size {
             self.sizes.resize(size + 1, None);
         }
-        let new = Size { amount: (amount as f64).ln(), seconds: took.as_secs_f64().ln() };
+        self.packs = self.packs.saturating_add(1);
+        let new = Size { amount: (amount as f64).ln(), seconds: took.as_secs_f64().ln(), pack: self.packs };
         let mean = |old: f64, new: f64| old + LATEST * (new - old);
         let old = self.sizes[size].unwrap_or(new);
-        self.sizes[size] = Some(Size { amount: mean(old.amount, new.amount), seconds: mean(old.seconds, new.seconds) });
-        self.packs = self.packs.saturating_add(1);
+        self.sizes[size] = Some(Size { amount: mean(old.amount, new.amount), seconds: mean(old.seconds, new.seconds), ..new });
+        let packs = self.packs;
+        self.sizes.iter_mut().for_each(|size| _ = size.take_if(|size| packs - size.pack > FORGET));
     }
 
     /// How long a pack of so much is likely to take; `None` before the first. Beyond the smallest and the largest that were seen
@@ -73,31 +82,48 @@ impl Pace {
         if self.packs < EVIDENCE {
             return None;
         }
-        if amount == 0 { Some(Duration::ZERO) } else { self.duration(amount.div_ceil(devices.max(1))) }
+        if amount == 0 {
+            return Some(Duration::ZERO);
+        }
+        let largest = self.sizes.iter().flatten().last()?.amount.exp();
+        self.duration(amount.div_ceil(devices.max(1)).min((BEYOND * largest) as usize))
     }
+}
+
+/// What is known of one lane.
+#[derive(Clone, Debug)]
+struct LanePace {
+    lane: u64,
+    pace: Pace,
+    /// How much of what packs were drawn at they did cost of late: the rest was there from packs before.
+    part: f64,
 }
 
 /// The pace of every lane: another model takes another time.
 #[derive(Clone, Debug, Default)]
 pub struct Paces {
-    /// The lane of the last pack stands last.
-    lanes: Vec<(u64, Pace)>,
+    /// That of the last pack stands last.
+    lanes: Vec<LanePace>,
 }
 
 impl Paces {
-    pub fn observe(&mut self, lane: u64, amount: usize, took: Duration) {
-        let known = self.lanes.iter().position(|(known, _)| *known == lane).map(|place| self.lanes.remove(place));
-        let (_, mut pace) = known.unwrap_or_default();
-        pace.observe(amount, took);
+    /// A pack that was drawn at a cost, and had another one, took so long.
+    pub fn observe(&mut self, lane: u64, drawn: usize, cost: usize, took: Duration) {
+        let part = cost as f64 / drawn.max(1) as f64;
+        let known = self.lanes.iter().position(|known| known.lane == lane).map(|place| self.lanes.remove(place));
+        let mut known = known.unwrap_or(LanePace { lane, pace: Pace::default(), part });
+        known.pace.observe(cost, took);
+        known.part += LATEST * (part - known.part);
         if self.lanes.len() >= MAX_LANES {
             self.lanes.remove(0);
         }
-        self.lanes.push((lane, pace));
+        self.lanes.push(known);
     }
 
-    /// How long a pack of this lane is likely to take; `None` before its first.
-    pub fn duration(&self, lane: u64, amount: usize) -> Option<Duration> {
-        self.lanes.iter().find(|(known, _)| *known == lane)?.1.duration(amount)
+    /// How long a pack of this lane that is drawn at this cost is likely to take; `None` before the first.
+    pub fn duration(&self, lane: u64, drawn: usize) -> Option<Duration> {
+        let known = self.lanes.iter().find(|known| known.lane == lane)?;
+        known.pace.duration((drawn as f64 * known.part).round() as usize)
     }
 }
 
@@ -176,14 +202,47 @@ mod tests {
     }
 
     #[test]
+    fn a_size_that_no_pack_has_any_more_is_forgotten() {
+        let mut pace = Pace::default();
+        ran(&mut pace, 600, 20.0);
+        // Who goes by that makes smaller packs, for ever.
+        (0..FORGET).for_each(|_| ran(&mut pace, 300, 0.3));
+        near(pace.duration(600), 20.0);
+        ran(&mut pace, 300, 0.3);
+        near(pace.duration(600), 0.6);
+        near(pace.wait(600, 1), 0.6);
+    }
+
+    #[test]
+    fn a_device_with_little_to_do_does_not_look_slow() {
+        let mut pace = Pace::default();
+        // It is the launches that take the time.
+        (0..20).for_each(|_| ran(&mut pace, 16, 0.01));
+        near(pace.wait(100_000, 1), 0.08);
+        (0..4).for_each(|_| ran(&mut pace, 4096, 0.01));
+        near(pace.wait(30_000, 1), 0.073);
+    }
+
+    #[test]
+    fn what_was_there_already_costs_the_next_packs_nothing_either() {
+        let mut paces = Paces::default();
+        // Nine tenths of a pack are there, and a second computes what is left.
+        (0..20).for_each(|_| paces.observe(1, 1000, 100, Duration::from_secs(1)));
+        near(paces.duration(1, 1000), 1.0);
+        // Then nothing is.
+        (0..20).for_each(|_| paces.observe(1, 100, 100, Duration::from_secs(1)));
+        near(paces.duration(1, 100), 1.0);
+    }
+
+    #[test]
     fn lanes_have_a_pace_of_their_own_and_those_of_long_ago_are_forgotten() {
         let mut paces = Paces::default();
-        paces.observe(7, 100, Duration::from_secs(1));
-        paces.observe(8, 100, Duration::from_secs(3));
+        paces.observe(7, 100, 100, Duration::from_secs(1));
+        paces.observe(8, 100, 100, Duration::from_secs(3));
         near(paces.duration(7, 100), 1.0);
         near(paces.duration(8, 100), 3.0);
         assert_eq!(paces.duration(9, 100), None);
-        (100..100 + MAX_LANES as u64 - 1).for_each(|lane| paces.observe(lane, 1, Duration::from_secs(1)));
+        (100..100 + MAX_LANES as u64 - 1).for_each(|lane| paces.observe(lane, 1, 1, Duration::from_secs(1)));
         assert_eq!((paces.duration(7, 1), paces.lanes.len()), (None, MAX_LANES));
         near(paces.duration(8, 100), 3.0);
     }

@@ -226,14 +226,14 @@ fn a_pack_holds_what_is_likely_to_be_done_before_the_first_of_its_deadlines() {
     let soon = |seconds| Some(now + Duration::from_secs(seconds));
     let drawn = |queue: &mut Queue, wait| queue.next_pack(now, PackLimits { wait, ..limits(8192) }).cost;
     // A hundred tokens a second, of which four fifths count.
-    queue.paces.observe(0, 100, Duration::from_secs(1));
+    queue.paces.observe(0, 100, 100, Duration::from_secs(1));
     push(&mut queue, NewJob { deadline: soon(5), ..job(now, 0, 0, &[20; 30]) });
     push(&mut queue, NewJob { deadline: soon(9), ..job(now, 0, 0, &[20; 100]) });
     assert_eq!(drawn(&mut queue, Duration::ZERO), 400);
     assert_eq!(drawn(&mut queue, Duration::from_secs(1)), 320, "the device begins with it a second later");
     assert_eq!(drawn(&mut queue, Duration::ZERO), 720, "what is left has more time");
     // Nobody waits for a certain time, in a lane of which as much is known.
-    queue.paces.observe(1, 100, Duration::from_secs(1));
+    queue.paces.observe(1, 100, 100, Duration::from_secs(1));
     push(&mut queue, job(now, 1, 0, &[20; 100]));
     while drawn(&mut queue, Duration::ZERO) != 2000 {
         assert!(!queue.is_empty());
@@ -245,14 +245,14 @@ fn a_lane_of_which_nothing_has_run_begins_with_little_where_somebody_waits_until
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
     push(&mut queue, NewJob { deadline: Some(now + AGEING), ..job(now, 0, 0, &[100; 100]) });
     assert_eq!(queue.next_pack(now, limits(8192)).cost, 500);
-    queue.paces.observe(0, 500, Duration::from_millis(10));
+    queue.paces.observe(0, 500, 500, Duration::from_millis(10));
     assert_eq!(queue.next_pack(now, limits(8192)).cost, 8100);
 }
 
 #[test]
 fn of_what_comes_too_late_by_itself_nobodys_pack_is_the_smaller() {
     let (mut queue, now) = (Queue::new(ROOMY, AGEING), Instant::now());
-    queue.paces.observe(0, 100, Duration::from_secs(1));
+    queue.paces.observe(0, 100, 100, Duration::from_secs(1));
     let late = push(&mut queue, NewJob { deadline: Some(now + Duration::from_millis(200)), ..job(now, 0, 0, &[20]) });
     let other = push(&mut queue, NewJob { deadline: Some(now + Duration::from_secs(2)), ..job(now, 0, 0, &[20; 100]) });
     let draw = queue.next_pack(now, limits(8192));

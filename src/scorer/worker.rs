@@ -218,8 +218,10 @@ impl Worker {
         let room = match result {
             Ok(Forwarded { outcomes, largest, misfits, cost }) => {
                 if let Some(cost) = cost {
-                    state.queue.paces.observe(next.drawn.lane, cost, took);
-                    lock(&shared.metrics.pace).observe(next.drawn.tokens(), took);
+                    state.queue.paces.observe(next.drawn.lane, next.drawn.cost, cost, took);
+                    // What admission counts are tokens, whoever is asked to score them.
+                    let each = took.div_f64(next.drawn.models.len().max(1) as f64);
+                    lock(&shared.metrics.pace).observe(next.drawn.tokens(), each);
                 }
                 for (pick, outcome) in next.drawn.picks.iter().zip(outcomes) {
                     match outcome {
