@@ -79,26 +79,29 @@ impl Cuts {
         Some(Self { added, longest })
     }
 
-    /// The last cut that every text has which begins with these first bytes of this one.
-    fn last(&self, text: &str, common: usize) -> Option<Cut> {
-        let cuts = self.added.find_iter(text).map(|found| Cut { at: found.end(), certain: found.start() + self.longest });
-        cuts.take_while(|cut| cut.certain <= common).last()
+    /// The last cut of every text that begins with these bytes.
+    fn last(&self, beginning: &[u8]) -> Option<Cut> {
+        let cuts = self.added.find_iter(beginning).map(|found| Cut { at: found.end(), certain: found.start() + self.longest });
+        cuts.take_while(|cut| cut.certain <= beginning.len()).last()
     }
 
     /// The ids of a text, by those of what it begins with, where that was tokenised before. `ids` tokenises.
     pub(super) fn ids(&self, text: &str, before: &mut Before, ids: impl Fn(&str) -> Result<Vec<u32>, String>) -> Result<Vec<u32>, String> {
         let common = std::iter::zip(before.text.bytes(), text.bytes()).take_while(|(a, b)| a == b).count();
-        if before.beginning.as_ref().is_none_or(|(cut, _)| cut.certain > common) {
-            let Some(cut) = self.last(&before.text, common) else {
-                *before = Before { text: text.to_owned(), beginning: None };
-                return ids(text);
-            };
-            before.beginning = Some((cut, ids(&text[..cut.at])?));
-        }
-        match &before.beginning {
-            Some((cut, beginning)) => Ok([beginning.as_slice(), &ids(&text[cut.at..])?].concat()),
-            None => ids(text),
-        }
+        let beginning = match (self.last(&text.as_bytes()[..common]), before.beginning.take()) {
+            (None, _) => None,
+            (Some(cut), Some((known, mut found))) if known.at <= cut.at => {
+                if known.at < cut.at {
+                    found.extend(ids(&text[known.at..cut.at])?);
+                }
+                Some((cut, found))
+            }
+            (Some(cut), _) => Some((cut, ids(&text[..cut.at])?)),
+        };
+        let (at, mut all) = beginning.as_ref().map_or((0, Vec::new()), |(cut, found)| (cut.at, found.clone()));
+        all.extend(ids(&text[at..])?);
+        *before = Before { text: text.to_owned(), beginning };
+        Ok(all)
     }
 }
 
@@ -156,9 +159,13 @@ mod tests {
         };
         assert_eq!(ids("<s>a b</s>a a"), ["<s>a b</s>a a"]);
         assert_eq!(ids("<s>a b</s>a b"), ["<s>a b</s>", "a b"]);
-        assert_eq!(ids("<s>a b</s>a b"), ["a b"]);
+        assert_eq!(ids("<s>a b</s>a ab"), ["a ab"]);
+        // Another prompt, which begins like the first, and its other completions.
+        assert_eq!(ids("<s>a b b</s>a a"), ["<s>", "a b b</s>a a"]);
+        assert_eq!(ids("<s>a b b</s>a b"), ["a b b</s>", "a b"]);
+        assert_eq!(ids("<s>a b b</s>a a b"), ["a a b"]);
         // What could still become another token is no place to cut at.
-        assert_eq!(ids("<s>a b</s>"), ["<s>", "a b</s>"]);
+        assert_eq!(ids("<s>a b b</s>"), ["<s>", "a b b</s>"]);
         assert_eq!(ids("a b"), ["a b"]);
         assert_eq!(ids("a b a"), ["a b a"]);
     }

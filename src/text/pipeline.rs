@@ -189,14 +189,13 @@ impl TextPipeline {
     }
 
     fn draft(&self, sample: &Sample, before: &mut Before) -> Result<Draft, Failure> {
-        let mut ids = |text: &str| -> Result<Vec<u32>, Failure> {
-            let ids = self
-                .tokenizer
-                .ids_beside(text, before)
-                .map_err(|error| Failure::new(FailureKind::UnknownToken, format!("the tokenizer cannot encode this text: {error}")))?;
+        let known = |ids: Result<Vec<u32>, String>| -> Result<Vec<u32>, Failure> {
+            let unknown = |error| Failure::new(FailureKind::UnknownToken, format!("the tokenizer cannot encode this text: {error}"));
+            let ids = ids.map_err(unknown)?;
             self.check_rows(&ids)?;
             Ok(ids)
         };
+        let mut ids = |text: &str| known(self.tokenizer.ids_beside(text, before));
         let bare = || vec![Piece::First { type_id: 0 }];
         let draft =
             |pieces: Vec<Piece>, first, second| Draft { pieces, first, second, rendered: None, doubled_bos: false, notes: Vec::new() };
@@ -208,7 +207,7 @@ impl TextPipeline {
             }
             Sample::Text(text) => draft(self.tokenizer.single().to_vec(), ids(text)?, Vec::new()),
             Sample::Pair { first, second } if second.is_empty() => draft(self.tokenizer.single().to_vec(), ids(first)?, Vec::new()),
-            Sample::Pair { first, second } => draft(self.tokenizer.pair().to_vec(), ids(first)?, ids(second)?),
+            Sample::Pair { first, second } => draft(self.tokenizer.pair().to_vec(), ids(first)?, known(self.tokenizer.ids(second))?),
             Sample::Tokens(tokens) => {
                 self.check_rows(tokens)?;
                 draft(bare(), tokens.clone(), Vec::new())
