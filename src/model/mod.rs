@@ -236,6 +236,14 @@ pub fn device_bytes_on(places: &[Place], weights: Dtype, manifest: &Manifest) ->
     manifest.iter().map(|(_, info)| (info.elements() * size(info)) as u64).sum()
 }
 
+/// What a load needs on a card beside the model for a moment: a tensor is there in its blocks and as a whole, at its end.
+pub fn placing_bytes(places: &[Place], weights: Dtype, manifest: &Manifest) -> u64 {
+    if places.contains(&Place::Cpu) {
+        return 0;
+    }
+    manifest.iter().map(|(_, info)| (info.elements() * weights.size()) as u64).max().unwrap_or(0)
+}
+
 /// Whether a model of this architecture keeps beginnings of samples on these devices, if it is given bytes for them.
 pub fn keeps_prefixes(places: &[Place], architecture: &Architecture) -> bool {
     places.contains(&Place::Cpu) && Prefixes::new(architecture).is_some()

@@ -21,7 +21,7 @@ use super::weights::{Linear, Loader, NormWeights};
 use crate::checkpoint::{Architecture, Layout, Residual};
 use block::{Block, Context, LayerDistances};
 use convolution::Convolution;
-use embedding::Embedding;
+use embedding::{Embedding, Rows};
 
 /// Rows that go through the part of a layer behind its attention together, at most: enough for products at full speed. Packs
 /// of tests are small; theirs are cut as well.
@@ -43,7 +43,9 @@ pub struct Transformer {
 
 /// What a forward needs on the device beside the weights.
 pub struct Ready {
-    ids: Tensor,
+    embedded: Rows,
+    /// What the convolution sees, where there is one.
+    windows: Option<Tensor>,
     /// Rows behind the last attention.
     read: Tensor,
     /// Absent where our kernels compute.
@@ -108,7 +110,9 @@ impl Transformer {
             Ops::Kernels => None,
             Ops::Plain => Some(PackPlan::new(&self.architecture, pack, rotations, embeddings, &self.backend)?),
         };
-        Ok(Ready { ids: Tensor::new(pack.ids(), device)?, read: Tensor::new(read, device)?, plan })
+        let embedded = self.embedding.rows(&self.architecture, pack, device)?;
+        let windows = self.convolution.as_ref().map(|convolution| convolution.windows(pack, device)).transpose()?;
+        Ok(Ready { embedded, windows, read: Tensor::new(read, device)?, plan })
     }
 
     /// The embedding of every distance in a pack, in a model of disentangled attention.
@@ -122,12 +126,15 @@ impl Transformer {
         let architecture = &self.architecture;
         let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
         let embeddings = self.embeddings(pack);
-        let Ready { ids, read, plan } = match ready {
+        let Ready { embedded, windows, read, plan } = match ready {
             Some(ready) => ready,
             None => self.ready(pack, rows, &rotations, embeddings.as_deref())?,
         };
-        let mut x = self.embedding.embed(architecture, pack, &ids)?;
-        let mut convolved = self.convolution.as_ref().map(|convolution| convolution.of(&x, pack)).transpose()?;
+        let mut x = self.embedding.embed(architecture, &embedded)?;
+        let mut convolved = match (&self.convolution, &windows) {
+            (Some(convolution), Some(windows)) => Some(convolution.of(&x, windows)?),
+            _ => None,
+        };
         for (layer, block) in self.blocks.iter().enumerate() {
             let kind = &architecture.layers[layer];
             let distances = match (&block.distances, embeddings.as_deref()) {

@@ -123,11 +123,12 @@ impl Prepared {
         merged.saturating_add(members)
     }
 
-    /// Bytes without which no device could score: the weights, and what the smallest packs take beside them.
+    /// Bytes without which no device could score: the weights, and what placing them or the smallest packs take beside them.
     fn least_bytes(&self) -> Result<u64, LoadError> {
         let (On { places, arithmetic }, reward) = (&self.on, self.plan.reward()?);
         let activations = model::least_activation_bytes(places, *arithmetic, reward.architecture, self.max_tokens);
-        Ok(self.device_bytes().saturating_add(activations))
+        let placing = model::placing_bytes(places, arithmetic.dtype, self.plan.manifest());
+        Ok(self.device_bytes().saturating_add(activations.max(placing)))
     }
 
     /// The most that its prefix caches hold once it is live.
@@ -315,7 +316,6 @@ fn no_adapters(found: String) -> LoadError {
     LoadError::Options { field: "ensemble", problem }
 }
 
-/// A model of the plan's architecture and reading, from a source of its weights.
 /// One of the models of a generation.
 struct One<'a> {
     source: &'a dyn TensorSource,
@@ -331,6 +331,7 @@ impl<'a> One<'a> {
     }
 }
 
+/// A model of the plan's architecture and reading, from a source of its weights.
 fn load_model(
     on: &Opened,
     plan: &MergePlan,

@@ -63,6 +63,9 @@ fn context(ordinal: usize) -> Result<Arc<CudaContext>, DriverError> {
         return Ok(Arc::clone(context));
     }
     let context = CudaContext::new(ordinal)?;
+    if let Err(error) = raw::keep(&context) {
+        tracing::debug!(?error, ordinal, "memory goes back to the driver after every forward");
+    }
     contexts.insert(ordinal, Arc::clone(&context));
     Ok(context)
 }

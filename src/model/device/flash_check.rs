@@ -21,7 +21,7 @@ pub struct FlashCheck {
 }
 
 /// Head sizes of the families that are read, and those between which the kernels' sizes change.
-const HEAD_SIZES: [usize; 7] = [32, 64, 80, 96, 128, 192, 256];
+const HEAD_SIZES: [usize; 9] = [32, 64, 80, 96, 128, 160, 192, 224, 256];
 /// Without a window, within a block of keys, and over more than one.
 const WINDOWS: [Option<usize>; 3] = [None, Some(5), Some(100)];
 

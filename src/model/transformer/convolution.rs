@@ -1,6 +1,6 @@
 //! The convolution beside DeBERTa v2's first layer.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::apart::Destination;
@@ -28,14 +28,18 @@ impl Convolution {
         Ok(Self { kind: self.kind, linear: self.linear.on(to)?, norm: self.norm.on(to)?, ops: self.ops })
     }
 
+    /// The rows that each row of the pack sees, on the device.
+    pub fn windows(&self, pack: &Pack, device: &Device) -> Result<Tensor> {
+        Tensor::new(windows(pack, pack.ids().len(), self.kind.kernel), device)
+    }
+
     /// The activated convolution of the embeddings `x`, every sample by itself: a product of each token's window.
-    pub fn of(&self, x: &Tensor, pack: &Pack) -> Result<Tensor> {
+    pub fn of(&self, x: &Tensor, windows: &Tensor) -> Result<Tensor> {
         let (rows, width) = x.dims2()?;
         let kernel = self.kind.kernel;
         // A row of zeros stands beyond the ends of a sample.
         let padded = x.pad_with_zeros(0, 0, 1)?;
-        let windows = Tensor::new(windows(pack, rows, kernel), x.device())?;
-        let windows = padded.index_select(&windows, 0)?.reshape((rows, kernel, width))?;
+        let windows = padded.index_select(windows, 0)?.reshape((rows, kernel, width))?;
         let convolved = self.linear.forward_biased(&windows.transpose(1, 2)?.contiguous()?.reshape((rows, width * kernel))?)?;
         self.ops.activate(self.kind.activation, convolved)
     }

@@ -1,6 +1,6 @@
 //! From tokens to the first hidden states.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::apart::Destination;
@@ -17,6 +17,14 @@ pub struct Embedding {
     projection: Option<Linear>,
     norm: Option<NormWeights>,
     ops: Ops,
+}
+
+/// Rows of the embedding's tables, on the device.
+#[derive(Debug)]
+pub struct Rows {
+    ids: Tensor,
+    types: Option<Tensor>,
+    positions: Option<Tensor>,
 }
 
 impl Embedding {
@@ -44,10 +52,16 @@ impl Embedding {
         })
     }
 
-    /// Of the tokens of the pack, whose `ids` are on the device.
-    pub fn embed(&self, architecture: &Architecture, pack: &Pack, ids: &Tensor) -> Result<Tensor> {
-        let device = ids.device();
-        let rows = |table: &Tensor, ids: &[u32]| table.index_select(&Tensor::new(ids, device)?, 0);
+    /// Which rows of its tables a pack reads.
+    pub fn rows(&self, architecture: &Architecture, pack: &Pack, device: &Device) -> Result<Rows> {
+        let types = self.token_types.as_ref().map(|_| Tensor::new(pack.type_ids(), device)).transpose()?;
+        let positions = self.positions.as_ref().and(architecture.positions.as_ref());
+        let positions = positions.map(|positions| Tensor::new(position_rows(positions, pack), device)).transpose()?;
+        Ok(Rows { ids: Tensor::new(pack.ids(), device)?, types, positions })
+    }
+
+    /// Of the tokens of the pack that has these rows.
+    pub fn embed(&self, architecture: &Architecture, rows: &Rows) -> Result<Tensor> {
         let project = |x: Tensor, place: ProjectionPlace| match &self.projection {
             Some(projection) if architecture.embedding_projection.is_some_and(|known| known.place == place) => {
                 projection.forward_narrow(&x)
@@ -55,12 +69,11 @@ impl Embedding {
             _ => Ok(x),
         };
         // The residual stream is in float32, whatever the tables are in.
-        let mut x = project(self.tokens.select(ids)?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
-        if let Some(table) = &self.token_types {
-            x = self.ops.add(x, &rows(table, pack.type_ids())?)?;
-        }
-        if let (Some(table), Some(positions)) = (&self.positions, &architecture.positions) {
-            x = self.ops.add(x, &rows(table, &position_rows(positions, pack))?)?;
+        let mut x = project(self.tokens.select(&rows.ids)?, ProjectionPlace::BeforePositions)?.to_dtype(DType::F32)?;
+        for (table, rows) in [(&self.token_types, &rows.types), (&self.positions, &rows.positions)] {
+            if let (Some(table), Some(rows)) = (table, rows) {
+                x = self.ops.add(x, &table.index_select(rows, 0)?)?;
+            }
         }
         x = project(x, ProjectionPlace::BeforeNorm)?;
         if let Some(norm) = &self.norm {
