@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use warm::checkpoint::{Architecture, Dtype, Readout, TextFacts};
 use warm::domain::{Sample, Truncation};
 use warm::merge::{MergePlan, Merged, Recipe};
-use warm::model::{self, Arithmetic, Devices, ModelError, Pack, Place, RewardModel, What};
+use warm::model::{self, Arithmetic, Devices, ModelError, Output, Pack, Place, RewardModel, What};
 use warm::text::{Encoding, TextOptions, TextPipeline};
 
 type Failure = Box<dyn std::error::Error>;
@@ -145,6 +145,15 @@ impl Loaded {
     }
 }
 
+/// The larger of two differences. A NaN is no agreement, and a maximum would pass over it.
+fn worse(a: f64, b: f64) -> f64 {
+    if b.is_nan() { f64::MAX } else { a.max(b) }
+}
+
+fn differences<'a>(pairs: impl IntoIterator<Item = (&'a Output, &'a Output)>) -> f64 {
+    pairs.into_iter().map(|(a, b)| f64::from((a.reward - b.reward).abs())).fold(0.0, worse)
+}
+
 fn seconds(rounds: usize, mut run: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
     run()?;
     let mut times = Vec::with_capacity(rounds);
@@ -190,6 +199,11 @@ fn load(arguments: &Arguments) -> Result<Loaded, Failure> {
         }
         Ok(())
     })?;
+    // A device is opened once by a process, and used again; its driver may compile kernels then.
+    let start = Instant::now();
+    let place: Place = arguments.device.parse()?;
+    drop(Devices::open(&[place])?);
+    let opened = start.elapsed().as_secs_f64();
     let start = Instant::now();
     let loaded = arguments.load(&arguments.folders)?;
     let took = start.elapsed().as_secs_f64();
@@ -198,7 +212,7 @@ fn load(arguments: &Arguments) -> Result<Loaded, Failure> {
     println!(
         "{}",
         json!({"what": what, "model": arguments.name(), "on": on, "bytes": bytes, "seconds": took, "plain_read_seconds": read,
-            "times_a_read": took / read})
+            "open_seconds": opened, "times_a_read": took / read})
     );
     Ok(loaded)
 }
@@ -272,7 +286,7 @@ fn split(arguments: &Arguments) -> Result<(), Failure> {
         }
     }
     drop(ballast);
-    let largest = expected.iter().zip(&rewards).map(|(a, b)| (a.reward - b).abs()).fold(0f32, f32::max);
+    let largest = expected.iter().zip(&rewards).map(|(a, b)| f64::from((a.reward - b).abs())).fold(0.0, worse);
     let recovered =
         refused.as_ref().is_some_and(|words| words.contains("out of memory")) && rewards.len() == expected.len() && largest <= 1e-3;
     println!(
@@ -330,9 +344,19 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
     let prompt = loaded.random(long, 1);
     let group: Vec<Vec<u32>> = (0..16).map(|i| [prompt.clone(), loaded.random(long / 4, i + 2)].concat()).collect();
     let encoded = |samples: Vec<Vec<u32>>| samples.into_iter().map(|ids| loaded.encode(ids)).collect::<Result<Vec<_>, _>>();
-    for (what, samples) in
-        [("equal lengths", loaded.equal(arguments.pack)?), ("mixed lengths", encoded(mixed)?), ("a group", encoded(group)?)]
-    {
+    // As many groups as a pack holds.
+    let count = (arguments.pack / (long + 16 * (long / 4))).max(1);
+    let groups = (0..count).flat_map(|number| {
+        let prompt = loaded.random(long, 1000 + number);
+        (0..16).map(move |i| (prompt.clone(), 2000 + 16 * number + i)).collect::<Vec<_>>()
+    });
+    let groups: Vec<Vec<u32>> = groups.map(|(prompt, seed)| [prompt, loaded.random(long / 4, seed)].concat()).collect();
+    for (what, samples) in [
+        ("equal lengths", loaded.equal(arguments.pack)?),
+        ("mixed lengths", encoded(mixed)?),
+        ("a group", encoded(group)?),
+        ("groups that fill a pack", encoded(groups)?),
+    ] {
         let mut packs: Vec<Vec<Arc<Encoding>>> = vec![Vec::new()];
         for sample in &samples {
             let last = packs.last().map_or(0, |pack| pack.iter().map(|sample| sample.tokens()).sum::<usize>());
@@ -342,9 +366,13 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
             packs.last_mut().ok_or("a pack")?.push(sample.clone());
         }
         let packs: Vec<Pack> = packs.iter().map(|samples| loaded.pack(samples)).collect();
+        // As a worker does it: while one pack is computed, the next one is made ready.
         let took = seconds(arguments.rounds, || {
-            for pack in &packs {
-                loaded.model.forward(pack)?;
+            for (number, pack) in packs.iter().enumerate() {
+                std::thread::scope(|scope| {
+                    scope.spawn(|| loaded.model.prepare(0, &packs[(number + 1) % packs.len()]));
+                    loaded.model.forward(pack)
+                })?;
             }
             Ok(())
         })?;
@@ -360,13 +388,11 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
         // shapes, not at all.
         let few = &samples[..4.min(samples.len())];
         let (together, unshared) = (loaded.model.forward(&loaded.pack(few))?, loaded.model.forward(&Pack::new(few))?);
-        let (mut apart, mut sharing, mut equal) = (0f32, 0f32, true);
-        for ((sample, together), unshared) in few.iter().zip(&together).zip(&unshared) {
-            let alone = loaded.model.forward(&Pack::new(std::slice::from_ref(sample)))?;
-            apart = apart.max((alone[0].reward - together.reward).abs());
-            sharing = sharing.max((unshared.reward - together.reward).abs());
-            equal &= [together, unshared].iter().all(|other| other.reward.to_bits() == alone[0].reward.to_bits());
-        }
+        let alone = few.iter().map(|sample| Ok(loaded.model.forward(&Pack::new(std::slice::from_ref(sample)))?.remove(0)));
+        let alone = alone.collect::<Result<Vec<_>, ModelError>>()?;
+        let (apart, sharing) = (differences(alone.iter().zip(&together)), differences(unshared.iter().zip(&together)));
+        let bits = |outputs: &[Output]| outputs.iter().map(|output| output.reward.to_bits()).collect::<Vec<_>>();
+        let equal = bits(&alone) == bits(&together) && bits(&alone) == bits(&unshared);
         println!(
             "{}",
             json!({"what": format!("alone against packed{invariant}"), "model": name, "samples": what, "on": on, "dtype": arguments.dtype,
@@ -391,17 +417,19 @@ fn weights(folders: &[PathBuf]) -> std::io::Result<Vec<PathBuf>> {
 
 /// Golden scores of every family below a folder, on this device.
 fn parity(arguments: &Arguments) -> Result<(), Failure> {
-    let (mut cases, mut largest) = (0, 0f64);
+    let (mut cases, mut skipped, mut largest) = (0, 0, 0f64);
     for family in families(arguments.folders.first().ok_or("expected a folder of families")?)? {
         let golden: Value = serde_json::from_slice(&std::fs::read(family.join("golden.json"))?)?;
-        // One table of frequencies is held from text to text there; the tests of the CPU know which of its cases count.
+        // Scores that were not taken one by one in float32 are of rounded frequencies, or of a table of them that is held from
+        // text to text; the tests of the CPU know which of these cases count.
         let held = family.file_name().is_some_and(|name| name.to_string_lossy().contains("dynamic"));
-        if golden["dtype"] != "float32" || held || golden.get("scores_by").is_some() {
+        if golden.get("scores_by").is_none() && (golden["dtype"] != "float32" || held) {
             continue;
         }
         let loaded = match arguments.load(&[family.join("member-0")]) {
             Ok(loaded) => loaded,
             Err(error) => {
+                skipped += 1;
                 println!("{}", json!({"what": "parity", "family": family, "skipped": error.to_string()}));
                 continue;
             }
@@ -417,14 +445,14 @@ fn parity(arguments: &Arguments) -> Result<(), Failure> {
             let values = &loaded.model.forward(&Pack::new(&[encoding]))?[0].values;
             let score = &case["scores"]["member-0"];
             let expected = score.as_f64().or_else(|| score.get(0)?.as_f64()).ok_or("a score")?;
-            worst = worst.max((f64::from(values[0]) - expected).abs() / expected.abs().max(1.0));
+            worst = worse(worst, (f64::from(values[0]) - expected).abs() / expected.abs().max(1.0));
             cases += 1;
         }
         println!("{}", json!({"what": "parity", "family": family, "on": loaded.model.runs_on(), "largest": worst}));
-        largest = largest.max(worst);
+        largest = worse(largest, worst);
     }
     let all = if arguments.dtype == "float32" { "parity, all".to_owned() } else { format!("parity in {}, all", arguments.dtype) };
-    println!("{}", json!({"what": all, "dtype": arguments.dtype, "cases": cases, "largest": largest}));
+    println!("{}", json!({"what": all, "dtype": arguments.dtype, "cases": cases, "skipped": skipped, "largest": largest}));
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 #   benches/gpu.sh checks   WARM GPU_BENCH OUT [FAMILIES]    golden scores, flash kernels, rank agreement, what fails, 0.6B
 #   benches/gpu.sh rates-1b WARM GPU_BENCH OUT               1B, a merge of four, a saturated server
 #   benches/gpu.sh rates-8b WARM GPU_BENCH OUT               8B
+#   benches/gpu.sh all      WARM GPU_BENCH OUT [FAMILIES]    all of these, what counts most first
 #   benches/gpu.sh dry      WARM GPU_BENCH OUT [FAMILIES]    every row once on the CPU, with a tiny model: no figure counts
 #
 # WARM is the program, GPU_BENCH the bench (target/release/deps/gpu-*), OUT a folder for models (40 GB for the rates) and results.
@@ -14,7 +15,7 @@
 # A call ends by itself before WARM_GPU_SECONDS (570) have passed, with the exit code 3 if there is more to do: the same call
 # again goes on behind what is done. A new beginning is a new OUT, or one without done-PART.
 set -euo pipefail
-part=${1:?usage: $0 checks|rates-1b|rates-8b|dry WARM GPU_BENCH OUT [FAMILIES]} warm=$2 bench=$3 out=$4
+part=${1:?usage: $0 checks|rates-1b|rates-8b|all|dry WARM GPU_BENCH OUT [FAMILIES]} warm=$2 bench=$3 out=$4
 here=$(cd "$(dirname "$0")" && pwd)
 families=${5:-$here/../tests/fixtures/conformance}
 device=${WARM_GPU_DEVICE:-cuda:0}
@@ -58,9 +59,7 @@ failing() {
     run "$bench" lost --device "$device" --dtype bfloat16 "$1"
 }
 
-"$warm" devices >&2
-case $part in
-checks)
+checks() {
     # In float32 on the plain path: every family against the scores of transformers. Then what 16 bits leave of that.
     run "$bench" parity --device "$device" --dtype float32 "$families"
     run "$bench" parity --device "$device" --dtype float16 "$families"
@@ -72,20 +71,33 @@ checks)
     rates --batch-invariant "$models/qwen3-0.6b"
     peer beside "$models/qwen3-0.6b" --bench "$bench" --device "$device"
     peer step "$models/qwen3-0.6b" --warm "$warm" --device "$device"
-    ;;
-rates-1b)
+}
+rates_1b() {
     peer make "$models" llama-1b --members 4
     rates "$models/llama-1b"
+    rates --batch-invariant "$models/llama-1b"
     peer beside "$models/llama-1b" --bench "$bench" --device "$device"
     run "$bench" load --device "$device" --dtype bfloat16 "$models"/llama-1b-member-{0,1,2,3}
     peer server "$models/llama-1b" --warm "$warm" --bench "$bench" --device "$device"
     peer step "$models/llama-1b" --warm "$warm" --device "$device"
-    ;;
-rates-8b)
+}
+rates_8b() {
     peer make "$models" llama-8b
     rates --rounds 3 "$models/llama-8b"
     rates --rounds 3 --batch-invariant "$models/llama-8b"
     peer step "$models/llama-8b" --warm "$warm" --device "$device"
+}
+
+"$warm" devices >&2
+case $part in
+checks) checks ;;
+rates-1b) rates_1b ;;
+rates-8b) rates_8b ;;
+all)
+    # What counts most comes first.
+    checks
+    rates_8b
+    rates_1b
     ;;
 dry)
     device=cpu
@@ -103,7 +115,7 @@ dry)
     peer step "$models/tiny" --warm "$warm" --device cpu
     ;;
 *)
-    echo "expected checks, rates-1b, rates-8b or dry, found $part" >&2
+    echo "expected checks, rates-1b, rates-8b, all or dry, found $part" >&2
     exit 2
     ;;
 esac
