@@ -1,6 +1,6 @@
 """How the cost of scoring grows with the length of a sample, the size of a group and the number of callers.
 
-    python growth.py measure --warm target/release/warm --model FOLDER --out growth.json [--seconds 8] [--longest 16384]
+    python growth.py measure --warm target/release/warm --model FOLDER --out growth.json [--rounds 2] [--longest 16384]
     python growth.py plot growth.json growth.svg
 
 Every point is `warm bench` against a server of its own on loopback, which computes with --threads threads. Needs nothing beside
@@ -18,11 +18,10 @@ PACK = 8192
 
 
 def bench(server, options, callers, prompt, completion, group=1):
-    # Long samples take a while each.
-    seconds = max(options.seconds, (prompt + completion) // 256)
     shape = ["--prompt-tokens", prompt, "--completion-tokens", completion, "--group", group]
-    times = ["--warmup", f"{max(1, seconds // 4)}s", "--duration", f"{seconds}s", "--timeout", "5m"]
-    answer = server.bench("--concurrency", callers, *shape, *times)
+    # So many requests of every caller, however long they take.
+    ends = ["--requests", options.rounds * callers, "--warmup", "0s", "--duration", "1h", "--timeout", "10m"]
+    answer = server.bench("--concurrency", callers, *shape, *ends)
     if answer["samples"]["failed"] or answer["requests"]["refused"] or not answer["samples"]["scored"]:
         raise SystemExit(f"not everything was scored: {answer}")
     return answer
@@ -49,7 +48,7 @@ def measure(options):
         lengths = doublings(64, options.longest)
         curves["length"] = [measured(server, n, max(2, 2 * PACK // n), n // 2, n - n // 2) for n in lengths]
     with serve("--max-pack-tokens", PACK) as server:
-        curves["group"] = [measured(server, n, max(2, 64 // n), 512, 128, n) for n in doublings(1, 64)]
+        curves["group"] = [measured(server, n, max(2, 16 // n), 512, 128, n) for n in doublings(1, 64)]
         curves["callers"] = [measured(server, n, n, 64, 64) for n in doublings(1, 512)]
     config = json.loads((Path(options.model) / "config.json").read_text())
     shape = {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers")}
@@ -130,7 +129,7 @@ def main():
     measuring.add_argument("--model", required=True)
     measuring.add_argument("--out", required=True)
     measuring.add_argument("--threads", type=int, default=2)
-    measuring.add_argument("--seconds", type=int, default=8, help="of each point, at least")
+    measuring.add_argument("--rounds", type=int, default=2, help="requests of each caller for a point")
     measuring.add_argument("--longest", type=int, default=16384, help="tokens of the longest samples")
     plotting = verbs.add_parser("plot")
     plotting.add_argument("json")
