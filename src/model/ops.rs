@@ -5,10 +5,9 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Inpla
 
 use super::kernels::attention::Shape as AttentionShape;
 use super::kernels::distances::Distances;
-use super::kernels::low_rank::Factor;
+use super::kernels::low_rank::{Factor, Rows};
 use super::kernels::rope::HeadTransform;
-use super::kernels::route::Routed;
-use super::kernels::tile::Rows;
+use super::kernels::route::{Choice, Routed, route};
 use super::kernels::{activation, attention, linear, low_rank, norm, rope};
 use super::pack::{MIN_ROWS, Pack};
 use super::plain;

@@ -53,6 +53,7 @@ pub fn loaded<T>(family: &str, more: Value, load: impl Fn(&What) -> T) -> T {
     });
     config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
     let architecture = Architecture::parse(&config).expect("a valid configuration");
+    let dim = architecture.head_dim;
     let mut tensors = vec![
         ("model.embed_tokens.weight".to_owned(), vec![VOCAB + 1, HIDDEN]),
         ("model.norm.weight".to_owned(), vec![HIDDEN]),
@@ -61,17 +62,17 @@ pub fn loaded<T>(family: &str, more: Value, load: impl Fn(&What) -> T) -> T {
     for layer in 0..2 {
         let mut shapes = vec![
             ("input_layernorm", vec![HIDDEN]),
-            ("self_attn.q_proj", vec![48, HIDDEN]),
-            ("self_attn.k_proj", vec![16, HIDDEN]),
-            ("self_attn.v_proj", vec![16, HIDDEN]),
-            ("self_attn.o_proj", vec![HIDDEN, 48]),
+            ("self_attn.q_proj", vec![6 * dim, HIDDEN]),
+            ("self_attn.k_proj", vec![2 * dim, HIDDEN]),
+            ("self_attn.v_proj", vec![2 * dim, HIDDEN]),
+            ("self_attn.o_proj", vec![HIDDEN, 6 * dim]),
             ("post_attention_layernorm", vec![HIDDEN]),
             ("mlp.gate_proj", vec![INNER, HIDDEN]),
             ("mlp.up_proj", vec![INNER, HIDDEN]),
             ("mlp.down_proj", vec![HIDDEN, INNER]),
         ];
         if family == "qwen3" {
-            shapes.extend([("self_attn.q_norm", vec![8]), ("self_attn.k_norm", vec![8])]);
+            shapes.extend([("self_attn.q_norm", vec![dim]), ("self_attn.k_norm", vec![dim])]);
         }
         tensors.extend(shapes.into_iter().map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
     }
@@ -115,12 +116,19 @@ fn check(model: &dyn RewardModel, samples: &[Vec<u32>], threads: usize) -> Resul
     Ok(())
 }
 
-/// Samples that arrive in packs, one after another, at a model that keeps at most so many blocks of 64 tokens.
-fn check_arrivals(model: &dyn RewardModel, samples: &[Vec<u32>], sizes: &[usize], blocks: usize) -> Result<usize, TestCaseError> {
+/// Samples that arrive in packs, one after another, at a model of heads of so many columns that keeps at most so many blocks of
+/// 64 tokens.
+fn check_arrivals(
+    model: &dyn RewardModel,
+    dim: usize,
+    samples: &[Vec<u32>],
+    sizes: &[usize],
+    blocks: usize,
+) -> Result<usize, TestCaseError> {
     let encodings: Vec<_> = samples.iter().map(|ids| Arc::new(Encoding::for_test(ids.clone()))).collect();
     let expected = bits(model, &Pack::new(&encodings));
     // 2 layers of 2 heads, values of whole vectors, and the books.
-    model.keep_prefixes(blocks * (2 * 2 * 64 * (8 + 32) * 4 + 1024));
+    model.keep_prefixes(blocks * (2 * 2 * 64 * (dim + dim.next_multiple_of(32)) * 4 + 1024));
     let (mut at, mut sizes, mut cached) = (0, sizes.iter().cycle(), 0);
     while at < encodings.len() {
         let end = encodings.len().min(at + sizes.next().copied().unwrap_or(1));
@@ -142,26 +150,31 @@ fn arrivals() -> impl Strategy<Value = Vec<Vec<u32>>> {
         .prop_map(|(samples, order)| order.into_iter().map(|which| samples[which.index(samples.len())].clone()).collect())
 }
 
+/// Columns of a head: values that fill a part of one panel, or two of them and a part of a third.
+fn dims() -> impl Strategy<Value = usize> {
+    prop_oneof![Just(8), Just(72)]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
 
     #[test]
-    fn scores_have_the_same_bits_behind_what_earlier_packs_left(samples in arrivals(), sizes in prop::collection::vec(1usize..4, 1..5), blocks in 0usize..12) {
-        check_arrivals(&*model("qwen3", json!({})), &samples, &sizes, blocks)?;
+    fn scores_have_the_same_bits_behind_what_earlier_packs_left(samples in arrivals(), sizes in prop::collection::vec(1usize..4, 1..5), blocks in 0usize..12, dim in dims()) {
+        check_arrivals(&*model("qwen3", json!({"head_dim": dim})), dim, &samples, &sizes, blocks)?;
     }
 
     #[test]
     fn also_where_queries_see_a_window_or_rotations_depend_on_the_length(
         samples in arrivals(), sizes in prop::collection::vec(1usize..4, 1..5), blocks in 0usize..12, window in 1usize..90, original in 16usize..200,
     ) {
-        check_arrivals(&*model("mistral", json!({"sliding_window": window})), &samples, &sizes, blocks)?;
+        check_arrivals(&*model("mistral", json!({"sliding_window": window})), 8, &samples, &sizes, blocks)?;
         let dynamic = json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": original});
-        check_arrivals(&*model("llama", dynamic), &samples, &sizes, blocks)?;
+        check_arrivals(&*model("llama", dynamic), 8, &samples, &sizes, blocks)?;
     }
 
     #[test]
-    fn scores_have_the_same_bits_with_and_without_sharing(samples in groups(), threads in 1usize..4) {
-        check(&*model("qwen3", json!({})), &samples, threads)?;
+    fn scores_have_the_same_bits_with_and_without_sharing(samples in groups(), threads in 1usize..4, dim in dims()) {
+        check(&*model("qwen3", json!({"head_dim": dim})), &samples, threads)?;
     }
 
     #[test]
@@ -185,9 +198,9 @@ fn a_group_shares_its_prompt_in_a_real_forward() {
 fn siblings_that_arrive_one_by_one_find_their_prompt_and_a_new_bound_forgets_it() {
     let model = model("qwen3", json!({}));
     let samples: Vec<_> = (1..6).map(|last: u32| [&[3; 100][..], &[last; 60]].concat()).collect();
-    assert_eq!(check_arrivals(&*model, &samples, &[1], 20).expect("equal"), 400);
-    assert_eq!(check_arrivals(&*model, &samples, &[1], 0).expect("equal"), 0);
-    assert_eq!(check_arrivals(&*model, &samples, &[2], 2).expect("equal"), 300);
+    assert_eq!(check_arrivals(&*model, 8, &samples, &[1], 20).expect("equal"), 400);
+    assert_eq!(check_arrivals(&*model, 8, &samples, &[1], 0).expect("equal"), 0);
+    assert_eq!(check_arrivals(&*model, 8, &samples, &[2], 2).expect("equal"), 300);
 }
 
 #[test]
@@ -195,9 +208,12 @@ fn what_is_no_number_stays_with_its_sample() {
     let model = model("qwen3", json!({}));
     let sample = |last: u32| [&[3; 100][..], &[last; 60]].concat();
     // Of the first sample the second could have had 100 tokens, but the blocks with them see what is no number.
-    assert_eq!(check_arrivals(&*model, &[sample(BROKEN), sample(1), sample(2)], &[1], 20).expect("equal"), 64 + 100);
-    let scored = |last: u32| f32::from_bits(bits(&*model, &Pack::new(&[Arc::new(Encoding::for_test(sample(last)))]))[0]);
-    assert!(scored(BROKEN).is_nan() && scored(1).is_finite());
+    assert_eq!(check_arrivals(&*model, 8, &[sample(BROKEN), sample(1), sample(2)], &[1], 20).expect("equal"), 64 + 100);
+    let encodings = [BROKEN, 1].map(|last| Arc::new(Encoding::for_test(sample(last))));
+    let alone = encodings.each_ref().map(|encoding| bits(&*model, &Pack::new(std::slice::from_ref(encoding)))[0]);
+    assert!(f32::from_bits(alone[0]).is_nan() && f32::from_bits(alone[1]).is_finite());
+    let forest = Pack::forest(&encodings, |tokens| model.prefix_key(tokens));
+    assert_eq!((bits(&*model, &forest)[1], forest.shared_tokens(1)), (alone[1], 100), "and with a sibling in one pack");
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Attention over a forest of token runs, on the CPU.
 //!
-//! Queries go in tiles of [`TILE`] rows, keys in blocks of [`BLOCK`] that start at absolute position 0 of a path, never
-//! at the offset of a node or a pack: so a query meets the same blocks in the same order wherever its sample stands and
-//! however much of its prompt is shared. Softmax runs along the blocks (Milakov and Gimelshein, 1805.02867): a masked
-//! key adds exactly nothing, and a block of nothing but masked keys leaves every bit as it was.
+//! Queries go in tiles of [`ROWS`], keys in blocks of [`BLOCK`] that start at absolute position 0 of a path, never at the
+//! offset of a node or a pack: so a query meets the same blocks in the same order wherever its sample stands and however
+//! much of its prompt is shared. Softmax runs along the blocks (Milakov and Gimelshein, 1805.02867): a masked key adds
+//! exactly nothing, so of a block only the panels are walked of which some query of the tile sees a key.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::distances::{Distances, HeadBias};
 use super::keys::{Blocks, Form, Past};
 use super::math::tanh;
-use super::tile::{ROWS, Rows, Running, multiply_add};
+use super::tile::{PANEL, ROWS, Running, WIDTH, fill_lane, gather, products};
 use crate::model::pack::Pack;
 
 /// Products of queries and keys below which a hand-over to another thread costs more than the work.
@@ -24,7 +24,7 @@ pub const BLOCK: usize = 64;
 const QUERIES: usize = 512;
 
 /// Tiles that meet a block of keys one after another, while it is near.
-const TILES: usize = 4;
+const TILES: usize = 2;
 
 /// The shape of one layer's attention.
 #[derive(Clone, Debug)]
@@ -124,7 +124,7 @@ impl pulp::WithSimd for Task<'_> {
         let mut bias = distances.map(|distances| distances.of_head(simd, kv_head, keys.count, |key, into| keys.copy(key, into)));
         let mut output = vec![0.0f32; rows.len() * group * dim];
         // A bias belongs to the one tile that it was turned to.
-        let mut tiles = vec![Tile::new(dim, keys.columns); if bias.is_some() { 1 } else { TILES }];
+        let mut tiles = vec![Tile::new(dim, keys.form.columns); if bias.is_some() { 1 } else { TILES }];
         // One list of (query, head) rows: the heads of a group read the same keys, so they fill tiles together.
         let total = rows.len() * group;
         let step = tiles.len() * ROWS;
@@ -132,28 +132,25 @@ impl pulp::WithSimd for Task<'_> {
             let firsts = (begin..total.min(begin + step)).step_by(ROWS);
             for (first, tile) in firsts.clone().zip(&mut tiles) {
                 tile.clear();
-                for slot in 0..ROWS.min(total - first) {
-                    let (query, head) = ((first + slot) / group, (first + slot) % group);
+                for row in first..total.min(first + ROWS) {
+                    let (query, head) = (row / group, row % group);
                     let from = (rows.start + query) * stride + (kv_head * group + head) * dim;
-                    tile.query[slot * dim..(slot + 1) * dim].copy_from_slice(&data[from..from + dim]);
-                    tile.sees(slot, visible(shape, start + query, keys.count));
+                    tile.push(&data[from..from + dim], visible(shape, start + query, keys.count));
                 }
                 if let Some(bias) = &mut bias {
-                    bias.turn(simd, &tile.query, start + first..start + first + ROWS.min(total - first));
+                    bias.turn(simd, &tile.queries, start + first..start + first + tile.count);
                 }
             }
             let tiles = &mut tiles[..firsts.len()];
-            let from = tiles.iter().map(|tile| tile.blocks.start).min().unwrap_or(0);
-            let to = tiles.iter().map(|tile| tile.blocks.end).max().unwrap_or(0);
+            let from = tiles.iter().map(|tile| tile.seen.start / BLOCK).min().unwrap_or(0);
+            let to = tiles.iter().map(|tile| tile.seen.end.div_ceil(BLOCK)).max().unwrap_or(0);
             for block in from..to {
-                for tile in tiles.iter_mut().filter(|tile| tile.blocks.contains(&block)) {
+                for tile in tiles.iter_mut() {
                     tile.absorb(simd, &keys, block, shape, bias.as_ref());
                 }
             }
             for (first, tile) in firsts.zip(tiles) {
-                for slot in 0..ROWS.min(total - first) {
-                    tile.finish(slot, &mut output[(first + slot) * dim..(first + slot + 1) * dim]);
-                }
+                tile.finish(&mut output[first * dim..][..tile.count * dim]);
             }
         }
         output
@@ -171,111 +168,124 @@ fn visible(shape: &Shape, position: usize, keys: usize) -> (usize, usize) {
     (start, end)
 }
 
-/// The keys of a path in blocks of `[head_dim][BLOCK]`, its values in rows of `columns`; both padded with zeros.
+/// The keys and values of a path, up to a position.
 struct Keys<'a> {
     count: usize,
-    columns: usize,
+    form: Form,
     blocks: Vec<(&'a [f32], &'a [f32])>,
 }
 
 impl<'a> Keys<'a> {
-    /// Those up to a position.
     fn new(shape: &Shape, count: usize, block: impl Fn(usize) -> (&'a [f32], &'a [f32])) -> Self {
-        let columns = Form::new(shape.heads, shape.kv_heads, shape.head_dim).columns;
-        Self { count, columns, blocks: (0..count.div_ceil(BLOCK)).map(block).collect() }
+        let form = Form::new(shape.heads, shape.kv_heads, shape.head_dim);
+        Self { count, form, blocks: (0..count.div_ceil(BLOCK)).map(block).collect() }
     }
 
     /// The key of one position.
     fn copy(&self, position: usize, into: &mut [f32]) {
-        let (block, _) = self.blocks[position / BLOCK];
+        let (keys, _) = self.blocks[position / BLOCK];
         for (d, into) in into.iter_mut().enumerate() {
-            *into = block[d * BLOCK + position % BLOCK];
+            *into = keys[self.form.key(position, d)];
         }
     }
 }
 
-/// A few query rows, and what they have gathered so far.
+/// Some queries, and what they have gathered so far.
 #[derive(Clone)]
 struct Tile {
     dim: usize,
-    columns: usize,
-    /// The keys that each row sees.
-    seen: [(usize, usize); ROWS],
-    /// The blocks that any of them sees.
-    blocks: Range<usize>,
-    /// `[ROWS, dim]`.
-    query: Vec<f32>,
-    running: [Running; ROWS],
-    /// Scores of one block of keys, and then their weights.
-    scores: [[f32; BLOCK]; ROWS],
-    /// The weighted sum of the values, relative to the largest score: `[ROWS, columns]`.
+    count: usize,
+    /// The keys that each query sees, from one position up to another.
+    from: [usize; ROWS],
+    to: [usize; ROWS],
+    /// A range that holds the keys that any of them sees, and those that all of them see.
+    seen: Range<usize>,
+    common: Range<usize>,
+    /// `[dim, ROWS]`.
+    queries: Vec<f32>,
+    running: Running,
+    /// Scores of some keys of one block, and then their weights.
+    scores: [[f32; ROWS]; BLOCK],
+    /// The weighted sum of the values, relative to the largest score: `[columns / WIDTH, ROWS, WIDTH]`.
     gathered: Vec<f32>,
 }
 
 impl Tile {
     fn new(dim: usize, columns: usize) -> Self {
-        let (query, gathered) = (vec![0.0; ROWS * dim], vec![0.0; ROWS * columns]);
-        let (seen, blocks, running, scores) = ([(0, 0); ROWS], 0..0, [Running::EMPTY; ROWS], [[0.0; BLOCK]; ROWS]);
-        Self { dim, columns, seen, blocks, query, running, scores, gathered }
+        let (queries, gathered, scores) = (vec![0.0; dim * ROWS], vec![0.0; columns * ROWS], [[0.0; ROWS]; BLOCK]);
+        let (from, to, running) = ([0; ROWS], [0; ROWS], Running::EMPTY);
+        Self { dim, count: 0, from, to, seen: 0..0, common: 0..0, queries, running, scores, gathered }
     }
 
     #[inline(always)]
     fn clear(&mut self) {
-        (self.seen, self.blocks) = ([(0, 0); ROWS], 0..0);
-        self.query.fill(0.0);
-        self.running = [Running::EMPTY; ROWS];
+        (self.count, self.from, self.to, self.running) = (0, [0; ROWS], [0; ROWS], Running::EMPTY);
+        (self.seen, self.common) = (0..0, 0..usize::MAX);
         self.gathered.fill(0.0);
     }
 
-    fn sees(&mut self, slot: usize, keys: (usize, usize)) {
-        self.seen[slot] = keys;
-        let own = keys.0 / BLOCK..keys.1.div_ceil(BLOCK);
-        let before = if self.blocks.is_empty() { own.clone() } else { self.blocks.clone() };
-        self.blocks = before.start.min(own.start)..before.end.max(own.end);
+    /// Takes one query more, and the keys that it sees.
+    #[inline(always)]
+    fn push(&mut self, query: &[f32], (from, to): (usize, usize)) {
+        fill_lane(&mut self.queries, self.count, query);
+        (self.from[self.count], self.to[self.count]) = (from, to);
+        self.seen = if self.count == 0 { from..to } else { self.seen.start.min(from)..self.seen.end.max(to) };
+        self.common = self.common.start.max(from)..self.common.end.min(to);
+        self.count += 1;
     }
 
-    /// Adds one block of keys to what every row has gathered.
+    /// Adds one block of keys to what every query has gathered.
     #[inline(always)]
     fn absorb<S: Simd>(&mut self, simd: S, keys: &Keys, block: usize, shape: &Shape, bias: Option<&HeadBias>) {
-        let (dim, columns) = (self.dim, self.columns);
-        self.scores = [[0.0; BLOCK]; ROWS];
-        let queries = Rows { values: &self.query, stride: dim };
-        let block_keys = Rows { values: keys.blocks[block].0, stride: BLOCK };
-        multiply_add(simd, queries, block_keys, dim, self.scores.as_flattened_mut(), BLOCK);
-        for (slot, scores) in self.scores.iter_mut().enumerate() {
-            if let Some(bias) = bias {
-                bias.add(slot, block, scores);
-            }
-            for score in scores.iter_mut() {
-                *score *= shape.scale;
-            }
-            if let Some(cap) = shape.softcap {
-                for score in scores.iter_mut() {
-                    *score = cap * tanh(*score / cap);
-                }
-            }
-            let from = self.seen[slot].0.saturating_sub(block * BLOCK).min(BLOCK);
-            let to = self.seen[slot].1.saturating_sub(block * BLOCK).min(BLOCK);
-            if from > 0 || to < BLOCK {
-                for (j, score) in scores.iter_mut().enumerate() {
-                    *score = if j >= from && j < to { *score } else { f32::NEG_INFINITY };
-                }
-            }
-            let shrink = self.running[slot].absorb(scores);
-            for held in &mut self.gathered[slot * columns..(slot + 1) * columns] {
-                *held *= shrink;
+        let first = block * BLOCK;
+        let from = self.seen.start.saturating_sub(first).min(BLOCK) / PANEL * PANEL;
+        let to = self.seen.end.saturating_sub(first).min(BLOCK).next_multiple_of(PANEL);
+        if from >= to {
+            return;
+        }
+        let (block_keys, values) = keys.blocks[block];
+        let scores = &mut self.scores[from..to];
+        products(simd, &block_keys[from * self.dim..to * self.dim], &self.queries, self.count, scores.as_flattened_mut());
+        if let Some(bias) = bias {
+            bias.add(first + from, scores);
+        }
+        for score in scores.as_flattened_mut() {
+            *score *= shape.scale;
+        }
+        if let Some(cap) = shape.softcap {
+            for score in scores.as_flattened_mut() {
+                *score = cap * tanh(*score / cap);
             }
         }
-        let weights = Rows { values: self.scores.as_flattened(), stride: BLOCK };
-        let values = Rows { values: keys.blocks[block].1, stride: columns };
-        multiply_add(simd, weights, values, BLOCK, &mut self.gathered, columns);
+        if self.common.start > first + from || self.common.end < first + to {
+            mask(first + from, &self.from, &self.to, scores);
+        }
+        let shrink = self.running.absorb(scores);
+        gather(simd, &self.scores, values, from..to, &shrink, self.count, &mut self.gathered);
     }
 
+    /// What every query has gathered, as `[count, dim]`.
     #[inline(always)]
-    fn finish(&self, slot: usize, output: &mut [f32]) {
-        let sum = self.running[slot].sum;
-        for (output, gathered) in output.iter_mut().zip(&self.gathered[slot * self.columns..]) {
-            *output = gathered / sum;
+    fn finish(&self, output: &mut [f32]) {
+        for (lane, output) in output.chunks_exact_mut(self.dim).enumerate() {
+            for (output, panel) in output.chunks_mut(WIDTH).zip(self.gathered.chunks_exact(ROWS * WIDTH)) {
+                for (output, gathered) in output.iter_mut().zip(&panel[lane * WIDTH..]) {
+                    *output = gathered / self.running.sums[lane];
+                }
+            }
+        }
+    }
+}
+
+/// Hides the keys that a query does not see; the scores are those of keys from position `first` on.
+#[inline(always)]
+fn mask(first: usize, from: &[usize; ROWS], to: &[usize; ROWS], scores: &mut [[f32; ROWS]]) {
+    // In 32 bits, so that a comparison takes no more room than what it decides on.
+    let near = |bounds: &[usize; ROWS]| bounds.map(|bound| bound.saturating_sub(first).min(BLOCK) as u32);
+    let (from, to) = (near(from), near(to));
+    for (key, scores) in (0u32..).zip(scores) {
+        for i in 0..ROWS {
+            scores[i] = if key >= from[i] && key < to[i] { scores[i] } else { f32::NEG_INFINITY };
         }
     }
 }

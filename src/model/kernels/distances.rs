@@ -6,16 +6,16 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::attention::BLOCK;
-use super::tile::{ROWS, Rows, multiply_add};
+use super::tile::{PANEL, ROWS, fill_lane, products};
 use crate::checkpoint::Disentangled;
 
 /// Embeddings of distances, projected by one layer.
 #[derive(Clone, Debug)]
 pub struct Projected {
     head_dim: usize,
-    /// Embeddings, and zeros up to whole blocks.
+    /// Embeddings, and zeros up to whole panels.
     width: usize,
-    /// As keys, which queries meet: `[heads][width / BLOCK][head_dim][BLOCK]`.
+    /// As keys, which queries meet: `[heads, width / PANEL, head_dim, PANEL]`.
     keys: Option<Vec<f32>>,
     /// As queries, which keys meet, in the same order.
     queries: Option<Vec<f32>>,
@@ -35,35 +35,29 @@ pub struct Distances<'a> {
 impl Projected {
     /// `keys` and `queries` are `[embeddings, heads * head_dim]`.
     pub fn new(heads: usize, head_dim: usize, embeddings: usize, keys: Option<&[f32]>, queries: Option<&[f32]>) -> Self {
-        let width = embeddings.next_multiple_of(BLOCK);
-        let blocks = |values: &[f32]| {
-            let mut blocks = vec![0.0; heads * width * head_dim];
+        let width = embeddings.next_multiple_of(PANEL);
+        let panels = |values: &[f32]| {
+            let mut panels = vec![0.0; heads * width * head_dim];
             for (row, values) in values.chunks_exact(heads * head_dim).enumerate() {
                 for (column, value) in values.iter().enumerate() {
                     let (head, d) = (column / head_dim, column % head_dim);
-                    let block = (head * width + row / BLOCK * BLOCK) * head_dim;
-                    blocks[block + d * BLOCK + row % BLOCK] = *value;
+                    let panel = (head * width + row / PANEL * PANEL) * head_dim;
+                    panels[panel + d * PANEL + row % PANEL] = *value;
                 }
             }
-            blocks
+            panels
         };
-        Self { head_dim, width, keys: keys.map(blocks), queries: queries.map(blocks) }
+        Self { head_dim, width, keys: keys.map(panels), queries: queries.map(panels) }
     }
 
-    /// Products of a tile of rows with the embeddings of a range, into `[ROWS][width]`. Those around them are computed or
-    /// not, by whole blocks, and never read.
+    /// Products of a tile of rows, `[head_dim, ROWS]`, with the embeddings of a range, into `[width, ROWS]`. Those around
+    /// them are computed or not, by whole panels, and never read.
     #[inline(always)]
     fn meet<S: Simd>(&self, simd: S, embeddings: &[f32], head: usize, tile: &[f32], range: Range<usize>, into: &mut [f32]) {
-        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
-            let start = (head * self.width + block * BLOCK) * self.head_dim;
-            let mut products = [[0.0; BLOCK]; ROWS];
-            let tile = Rows { values: tile, stride: self.head_dim };
-            let embeddings = Rows { values: &embeddings[start..], stride: BLOCK };
-            multiply_add(simd, tile, embeddings, self.head_dim, products.as_flattened_mut(), BLOCK);
-            for (slot, products) in products.iter().enumerate() {
-                into[slot * self.width + block * BLOCK..][..BLOCK].copy_from_slice(products);
-            }
-        }
+        let range = range.start / PANEL * PANEL..range.end.next_multiple_of(PANEL);
+        let own = &embeddings[head * self.width * self.head_dim..][..self.width * self.head_dim];
+        let embeddings = &own[range.start * self.head_dim..range.end * self.head_dim];
+        products(simd, embeddings, tile, ROWS, &mut into[range.start * ROWS..range.end * ROWS]);
     }
 }
 
@@ -80,21 +74,21 @@ impl<'a> Distances<'a> {
     #[inline(always)]
     pub fn of_head<S: Simd>(self, simd: S, head: usize, tokens: usize, key: impl Fn(usize, &mut [f32])) -> HeadBias<'a> {
         let (projected, dim) = (self.projected, self.projected.head_dim);
+        let size = projected.width * ROWS;
         let mut from_keys = Vec::new();
         if let Some(embeddings) = &projected.queries {
-            from_keys = vec![0.0; (tokens.next_multiple_of(BLOCK) + ROWS) * projected.width];
-            let mut tile = vec![0.0; ROWS * dim];
-            for first in (0..tokens).step_by(ROWS) {
+            from_keys = vec![0.0; tokens.next_multiple_of(BLOCK).div_ceil(ROWS) * size];
+            let (mut row, mut tile) = (vec![0.0; dim], vec![0.0; dim * ROWS]);
+            for (first, into) in (0..tokens).step_by(ROWS).zip(from_keys.chunks_exact_mut(size)) {
                 let keys = first..tokens.min(first + ROWS);
-                tile.fill(0.0);
-                for (position, row) in keys.clone().zip(tile.chunks_exact_mut(dim)) {
-                    key(position, row);
+                for (slot, position) in keys.clone().enumerate() {
+                    key(position, &mut row);
+                    fill_lane(&mut tile, slot, &row);
                 }
-                let into = &mut from_keys[first * projected.width..][..ROWS * projected.width];
                 projected.meet(simd, embeddings, head, &tile, self.range(0..tokens, keys), into);
             }
         }
-        HeadBias { distances: self, head, tokens, queries: 0..0, from_keys, from_queries: vec![0.0; ROWS * projected.width] }
+        HeadBias { distances: self, head, tokens, queries: 0..0, from_keys, from_queries: vec![0.0; size] }
     }
 }
 
@@ -105,14 +99,14 @@ pub struct HeadBias<'a> {
     tokens: usize,
     /// Positions of the tile at hand.
     queries: Range<usize>,
-    /// `[tokens][width]`.
+    /// `[tokens / ROWS, width, ROWS]`.
     from_keys: Vec<f32>,
-    /// `[ROWS][width]`, of the tile at hand.
+    /// `[width, ROWS]`, of the tile at hand.
     from_queries: Vec<f32>,
 }
 
 impl HeadBias<'_> {
-    /// Turns to the tile of the queries at these positions.
+    /// Turns to the tile, `[head_dim, ROWS]`, of the queries at these positions.
     #[inline(always)]
     pub fn turn<S: Simd>(&mut self, simd: S, tile: &[f32], queries: Range<usize>) {
         let projected = self.distances.projected;
@@ -123,23 +117,25 @@ impl HeadBias<'_> {
         self.queries = queries;
     }
 
-    /// Adds to the products of one query of the tile with one block of keys.
+    /// Adds to the products of the tile with the keys at positions from `first` on.
     #[inline(always)]
-    pub fn add(&self, slot: usize, block: usize, products: &mut [f32; BLOCK]) {
+    pub fn add(&self, first: usize, products: &mut [[f32; ROWS]]) {
         let Distances { projected, embeddings, longest } = self.distances;
-        // A slot behind the tile's last query is not read.
-        let (position, first) = ((self.queries.start + slot).min(self.queries.end - 1), block * BLOCK);
-        let embeddings = &embeddings[first + longest - 1 - position..][..BLOCK];
-        if projected.keys.is_some() {
-            let from_queries = &self.from_queries[slot * projected.width..][..projected.width];
-            for (product, embedding) in products.iter_mut().zip(embeddings) {
-                *product += from_queries[usize::from(*embedding)];
+        let (from_queries, _) = self.from_queries.as_chunks::<ROWS>();
+        let (from_keys, _) = self.from_keys.as_chunks::<ROWS>();
+        for (key, products) in (first..).zip(products) {
+            // The distances from the queries of the tile to this key, of which the last query's comes first.
+            let embeddings = &embeddings[key + longest - self.queries.end..][..self.queries.len()];
+            if projected.keys.is_some() {
+                for ((slot, product), embedding) in products.iter_mut().enumerate().zip(embeddings.iter().rev()) {
+                    *product += from_queries[usize::from(*embedding)][slot];
+                }
             }
-        }
-        if projected.queries.is_some() {
-            let from_keys = self.from_keys[first * projected.width..].chunks_exact(projected.width);
-            for ((product, embedding), from_key) in products.iter_mut().zip(embeddings).zip(from_keys) {
-                *product += from_key[usize::from(*embedding)];
+            if projected.queries.is_some() {
+                let from_keys = &from_keys[key / ROWS * projected.width..][..projected.width];
+                for (product, embedding) in products.iter_mut().zip(embeddings.iter().rev()) {
+                    *product += from_keys[usize::from(*embedding)][key % ROWS];
+                }
             }
         }
     }

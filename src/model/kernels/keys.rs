@@ -8,11 +8,12 @@ use rayon::prelude::*;
 
 use super::ALONE;
 use super::attention::{BLOCK, Shape};
-use super::tile::WIDTH;
+use super::tile::{PANEL, WIDTH};
 use crate::model::pack::{Node, Pack};
 
-/// The keys and values of [`BLOCK`] positions of a path in one layer: for every key head the keys as `[head_dim][BLOCK]`,
-/// then the values in `BLOCK` rows of whole vectors. Zeros where there is no token, and where a value ends.
+/// The keys and values of [`BLOCK`] positions of a path in one layer, for every key head in the panels that the products of
+/// attention walk: the keys as `[BLOCK / PANEL, head_dim, PANEL]`, then the values as `[columns / WIDTH, BLOCK, WIDTH]`.
+/// Zeros where there is no token, and where a value ends.
 pub type Block = Vec<f32>;
 
 /// The same in all layers, of tokens that an earlier pack computed.
@@ -43,6 +44,11 @@ impl Form {
     pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
         let starts = (heads * head_dim, (heads + kv_heads) * head_dim);
         Self { dim: head_dim, columns: head_dim.next_multiple_of(WIDTH), kv_heads, starts }
+    }
+
+    /// Where a number of a key is in a block.
+    pub fn key(&self, position: usize, d: usize) -> usize {
+        (position % BLOCK / PANEL * self.dim + d) * PANEL + position % PANEL
     }
 
     /// Numbers of one head in a block.
@@ -122,11 +128,14 @@ fn fill(form: Form, pack: &Pack, past: Option<Past>, data: &[f32], stride: usize
             for position in from..until {
                 let row = &data[(rows.start + position - start) * stride..];
                 let key = &row[form.starts.0 + head * form.dim..][..form.dim];
-                for (d, key) in key.iter().enumerate() {
-                    keys[d * BLOCK + position - begin] = *key;
+                let panel = &mut keys[form.key(position, 0)..];
+                for (place, key) in panel.iter_mut().step_by(PANEL).zip(key) {
+                    *place = *key;
                 }
                 let value = &row[form.starts.1 + head * form.dim..][..form.dim];
-                values[(position - begin) * form.columns..][..form.dim].copy_from_slice(value);
+                for (panel, value) in values.chunks_exact_mut(BLOCK * WIDTH).zip(value.chunks(WIDTH)) {
+                    panel[(position - begin) * WIDTH..][..value.len()].copy_from_slice(value);
+                }
             }
         }
         if from == begin {
@@ -148,10 +157,13 @@ fn fill(form: Form, pack: &Pack, past: Option<Past>, data: &[f32], stride: usize
 fn copy_beginning(form: Form, from: &[f32], into: &mut [f32], tokens: usize) {
     for (from, into) in from.chunks_exact(form.head()).zip(into.chunks_exact_mut(form.head())) {
         let (keys, values) = into.split_at_mut(BLOCK * form.dim);
-        for (keys, from) in keys.chunks_exact_mut(BLOCK).zip(from.chunks_exact(BLOCK)) {
-            keys[..tokens].copy_from_slice(&from[..tokens]);
+        let (from_keys, from_values) = from.split_at(BLOCK * form.dim);
+        for (index, (keys, from)) in keys.chunks_exact_mut(PANEL).zip(from_keys.chunks_exact(PANEL)).enumerate() {
+            let count = tokens.saturating_sub(index / form.dim * PANEL).min(PANEL);
+            keys[..count].copy_from_slice(&from[..count]);
         }
-        let count = tokens * form.columns;
-        values[..count].copy_from_slice(&from[BLOCK * form.dim..][..count]);
+        for (values, from) in values.chunks_exact_mut(BLOCK * WIDTH).zip(from_values.chunks_exact(BLOCK * WIDTH)) {
+            values[..tokens * WIDTH].copy_from_slice(&from[..tokens * WIDTH]);
+        }
     }
 }

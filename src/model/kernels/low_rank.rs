@@ -7,7 +7,11 @@
 use pulp::Simd;
 use rayon::prelude::*;
 
-use super::tile::{ROWS, Rows, WIDTH, multiply_add};
+/// Rows of a tile: with two vectors each, the sums of a product fill the sixteen registers of AVX2 and keep the units of
+/// AVX-512 busy.
+const ROWS: usize = 6;
+/// The widths of factors are multiples of two of the widest vectors.
+const WIDTH: usize = 32;
 
 /// Steps along the depth that are taken for all rows of a task before the next ones: so much of the factor stays in a
 /// core's cache.
@@ -20,6 +24,13 @@ const TASK: usize = 4 * ROWS;
 /// Columns of a factor with its padding.
 pub fn padded(columns: usize) -> usize {
     columns.next_multiple_of(WIDTH)
+}
+
+/// A matrix of which some rows are read: `stride` numbers apart.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    pub values: &'a [f32],
+    pub stride: usize,
 }
 
 /// A factor: `[depth, width]` with a width that [`padded`] gave.
@@ -144,6 +155,46 @@ fn whole_tile(rows: Rows, count: usize, depth: usize) -> (Vec<f32>, usize) {
         padded.copy_from_slice(&rows.values[row * rows.stride..][..depth]);
     }
     (padded, depth)
+}
+
+/// `c += a b`: `a` is `[ROWS, depth]`, `b` is `[depth, stride]` of rows that may be wider, and `c` is `[ROWS, stride]` with a
+/// stride that is a multiple of [`WIDTH`].
+#[inline(always)]
+fn multiply_add<S: Simd>(simd: S, a: Rows, b: Rows, depth: usize, c: &mut [f32], stride: usize) {
+    let lanes = S::F32_LANES;
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &a.values[row * a.stride..][..depth]);
+    let (vectors, _) = S::as_simd_f32s(b.values);
+    for column in (0..stride).step_by(2 * lanes) {
+        let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let held = &c[row * stride + column..][..2 * lanes];
+            *sums = [load(simd, &held[..lanes]), load(simd, &held[lanes..])];
+        }
+        // All that is walked along the depth is zipped, so that no index is checked at every step.
+        let [a0, a1, a2, a3, a4, a5] = rows;
+        let along = vectors[column / lanes..].chunks(b.stride / lanes);
+        for ((((((b, a0), a1), a2), a3), a4), a5) in along.zip(a0).zip(a1).zip(a2).zip(a3).zip(a4).zip(a5) {
+            let &[low, high, ..] = b else { unreachable!("a row of whole pairs of vectors") };
+            for (a, sums) in [a0, a1, a2, a3, a4, a5].into_iter().zip(&mut sums) {
+                let a = simd.splat_f32s(*a);
+                *sums = [simd.mul_add_f32s(a, low, sums[0]), simd.mul_add_f32s(a, high, sums[1])];
+            }
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            let (low, high) = c[row * stride + column..][..2 * lanes].split_at_mut(lanes);
+            simd.partial_store_f32s(low, sums[0]);
+            simd.partial_store_f32s(high, sums[1]);
+        }
+    }
+}
+
+/// One whole vector.
+#[inline(always)]
+fn load<S: Simd>(simd: S, values: &[f32]) -> S::f32s {
+    match S::as_simd_f32s(values).0.first() {
+        Some(vector) => *vector,
+        None => simd.splat_f32s(0.0),
+    }
 }
 
 #[cfg(test)]

@@ -1,102 +1,174 @@
-//! What attention does with a tile of a few rows: two dense products, and one step of a running softmax.
+//! What attention does with a tile of queries and a block of keys: their products, one step of a running softmax, and the
+//! weighted sum of the values.
 //!
-//! The products hold their sums in vector registers, [`ROWS`] rows by two vectors, so that a step along the depth is two
-//! loads and twice [`ROWS`] fused multiply-adds. Every sum is one chain of them along the depth, whatever the width of a
-//! vector is.
+//! The queries of a tile stand beside each other, one in each lane of [`ROWS`]: scores are `[keys, ROWS]`, so the softmax
+//! runs down the keys with no step across lanes, and nothing that a query gets depends on what stands in another lane. Both
+//! products hold their sums in vector registers, and a step along the depth is one chunk of each side; every sum is one
+//! chain of fused multiply-adds along the depth, whatever the width of a vector is.
+
+use std::ops::Range;
 
 use pulp::Simd;
 
-use super::math::{LANES, exp, fold};
+use super::math::exp;
 
-/// Rows of a tile: with two vectors each, the sums of a product fill the sixteen registers of AVX2 and keep the units of
-/// AVX-512 busy.
-pub const ROWS: usize = 6;
-/// The widths of products are multiples of two of the widest vectors.
+/// Queries of a tile: two of the widest vectors.
+pub const ROWS: usize = 32;
+/// Values are in panels of so many columns: two of the widest vectors.
 pub const WIDTH: usize = 32;
+/// Keys are in panels of so many: with two vectors of queries each, their sums keep the units of AVX-512 busy, and those of
+/// half a panel fit in the sixteen registers of AVX2.
+pub const PANEL: usize = 8;
 /// Below every score that a model can produce, and finite, so that differences with it are numbers.
-pub const LOWEST: f32 = -1e30;
+const LOWEST: f32 = -1e30;
 
-/// A matrix of which some rows are read: `stride` numbers apart.
-#[derive(Clone, Copy)]
-pub struct Rows<'a> {
-    pub values: &'a [f32],
-    pub stride: usize,
+/// Puts a row into one lane of a tile, `[depth, ROWS]`.
+#[inline(always)]
+pub fn fill_lane(tile: &mut [f32], lane: usize, row: &[f32]) {
+    let (tile, _) = tile.as_chunks_mut::<ROWS>();
+    for (lanes, number) in tile.iter_mut().zip(row) {
+        lanes[lane] = *number;
+    }
 }
 
-/// `c += a b`: `a` is `[ROWS, depth]`, `b` is `[depth, c.stride]`, `c` is `[ROWS, stride]` with a stride that is a multiple
-/// of [`WIDTH`].
+/// Products of keys and queries: `keys` is `[panels, depth, PANEL]`, `queries` is `[depth, ROWS]`, and `into`
+/// `[panels * PANEL, ROWS]` of which the columns of the first `count` queries are written, and maybe others.
 #[inline(always)]
-pub fn multiply_add<S: Simd>(simd: S, a: Rows, b: Rows, depth: usize, c: &mut [f32], stride: usize) {
+pub fn products<S: Simd>(simd: S, keys: &[f32], queries: &[f32], count: usize, into: &mut [f32]) {
     let lanes = S::F32_LANES;
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &a.values[row * a.stride..][..depth]);
-    let (vectors, _) = S::as_simd_f32s(b.values);
-    for column in (0..stride).step_by(2 * lanes) {
-        let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let held = &c[row * stride + column..][..2 * lanes];
-            *sums = [load(simd, &held[..lanes]), load(simd, &held[lanes..])];
-        }
-        // All that is walked along the depth is zipped, so that no index is checked at every step.
-        let [a0, a1, a2, a3, a4, a5] = rows;
-        let along = vectors[column / lanes..].chunks(b.stride / lanes);
-        for ((((((b, a0), a1), a2), a3), a4), a5) in along.zip(a0).zip(a1).zip(a2).zip(a3).zip(a4).zip(a5) {
-            let &[low, high, ..] = b else { unreachable!("a row of whole pairs of vectors") };
-            for (a, sums) in [a0, a1, a2, a3, a4, a5].into_iter().zip(&mut sums) {
-                let a = simd.splat_f32s(*a);
-                *sums = [simd.mul_add_f32s(a, low, sums[0]), simd.mul_add_f32s(a, high, sums[1])];
+    match lanes {
+        16 if count <= lanes => products_of::<S, PANEL, 1>(simd, keys, queries, count, into),
+        16 => products_of::<S, PANEL, 2>(simd, keys, queries, count, into),
+        _ => products_of::<S, { PANEL / 2 }, 2>(simd, keys, queries, count, into),
+    }
+}
+
+/// [`products`], of which the sums of `K` keys with `V` vectors of queries are held at a time.
+#[inline(always)]
+fn products_of<S: Simd, const K: usize, const V: usize>(simd: S, keys: &[f32], queries: &[f32], count: usize, into: &mut [f32]) {
+    let (queries, _) = S::as_simd_f32s(queries);
+    let vectors = ROWS / S::F32_LANES;
+    let depth = queries.len() / vectors;
+    let wanted = count.div_ceil(S::F32_LANES).next_multiple_of(V);
+    for (keys, into) in keys.chunks_exact(depth * PANEL).zip(into.chunks_exact_mut(PANEL * ROWS)) {
+        let (keys, _) = keys.as_chunks::<PANEL>();
+        let (into, _) = S::as_mut_simd_f32s(into);
+        for first in (0..PANEL).step_by(K) {
+            for column in (0..wanted).step_by(V) {
+                let mut sums = [[simd.splat_f32s(0.0); V]; K];
+                for (queries, keys) in queries[column..].chunks(vectors).zip(keys) {
+                    let Some(queries) = queries.first_chunk::<V>() else { unreachable!("a row of whole vectors") };
+                    let Some(keys) = keys[first..].first_chunk::<K>() else { unreachable!("a panel of whole chunks") };
+                    for (sums, key) in sums.iter_mut().zip(keys) {
+                        let key = simd.splat_f32s(*key);
+                        for (sum, query) in sums.iter_mut().zip(queries) {
+                            *sum = simd.mul_add_f32s(key, *query, *sum);
+                        }
+                    }
+                }
+                for (sums, into) in sums.iter().zip(into[first * vectors..].chunks_exact_mut(vectors)) {
+                    into[column..column + V].copy_from_slice(sums);
+                }
             }
         }
-        for (row, sums) in sums.into_iter().enumerate() {
-            let (low, high) = c[row * stride + column..][..2 * lanes].split_at_mut(lanes);
-            simd.partial_store_f32s(low, sums[0]);
-            simd.partial_store_f32s(high, sums[1]);
+    }
+}
+
+/// `held = held * shrink + weights values` for some keys and the first `count` queries, and maybe other queries: `weights`
+/// is `[height, ROWS]`, `values` is `[columns / WIDTH, height, WIDTH]`, and `held` is `[columns / WIDTH, ROWS, WIDTH]`.
+#[inline(always)]
+pub fn gather<S: Simd>(
+    simd: S,
+    weights: &[[f32; ROWS]],
+    values: &[f32],
+    keys: Range<usize>,
+    shrink: &[f32; ROWS],
+    count: usize,
+    held: &mut [f32],
+) {
+    if S::F32_LANES == 16 {
+        gather_of::<S, PANEL>(simd, weights, values, keys, shrink, count, held);
+    } else {
+        gather_of::<S, { PANEL / 2 }>(simd, weights, values, keys, shrink, count, held);
+    }
+}
+
+/// [`gather`], of which the sums of `R` queries with two vectors of values are held at a time.
+#[inline(always)]
+fn gather_of<S: Simd, const R: usize>(
+    simd: S,
+    weights: &[[f32; ROWS]],
+    values: &[f32],
+    keys: Range<usize>,
+    shrink: &[f32; ROWS],
+    count: usize,
+    held: &mut [f32],
+) {
+    let vectors = WIDTH / S::F32_LANES;
+    for (values, held) in values.chunks_exact(weights.len() * WIDTH).zip(held.chunks_exact_mut(ROWS * WIDTH)) {
+        let ((values, _), (held, _)) = (S::as_simd_f32s(values), S::as_mut_simd_f32s(held));
+        let (values, weights) = (&values[keys.start * vectors..], &weights[keys.clone()]);
+        for column in (0..vectors).step_by(2) {
+            for first in (0..count).step_by(R) {
+                let held = &mut held[first * vectors..];
+                let mut sums = [[simd.splat_f32s(0.0); 2]; R];
+                for ((sums, held), shrink) in sums.iter_mut().zip(held.chunks_exact(vectors)).zip(&shrink[first..first + R]) {
+                    let shrink = simd.splat_f32s(*shrink);
+                    *sums = [simd.mul_f32s(shrink, held[column]), simd.mul_f32s(shrink, held[column + 1])];
+                }
+                for (values, weights) in values[column..].chunks(vectors).zip(weights) {
+                    let &[low, high, ..] = values else { unreachable!("a row of whole pairs of vectors") };
+                    let Some(weights) = weights[first..].first_chunk::<R>() else { unreachable!("a tile of whole chunks") };
+                    for (sums, weight) in sums.iter_mut().zip(weights) {
+                        let weight = simd.splat_f32s(*weight);
+                        *sums = [simd.mul_add_f32s(weight, low, sums[0]), simd.mul_add_f32s(weight, high, sums[1])];
+                    }
+                }
+                for (sums, held) in sums.iter().zip(held.chunks_exact_mut(vectors)) {
+                    held[column..column + 2].copy_from_slice(sums);
+                }
+            }
         }
     }
 }
 
-/// One whole vector.
-#[inline(always)]
-fn load<S: Simd>(simd: S, values: &[f32]) -> S::f32s {
-    match S::as_simd_f32s(values).0.first() {
-        Some(vector) => *vector,
-        None => simd.splat_f32s(0.0),
-    }
-}
-
-/// The running softmax of one row: the largest score so far, and the sum of the weights relative to it.
+/// The running softmax of a tile: every query's largest score so far, and the sum of its weights relative to that.
 #[derive(Clone, Copy, Debug)]
 pub struct Running {
-    pub top: f32,
-    pub sum: f32,
+    pub tops: [f32; ROWS],
+    pub sums: [f32; ROWS],
 }
 
 impl Running {
-    pub const EMPTY: Self = Self { top: LOWEST, sum: 0.0 };
+    pub const EMPTY: Self = Self { tops: [LOWEST; ROWS], sums: [0.0; ROWS] };
 
-    /// Turns a block of scores into weights relative to the largest score so far, and gives the factor by which what was
-    /// gathered before shrinks. A score of minus infinity is a masked key: its weight is exactly 0, and a block of nothing
-    /// else leaves every bit as it was (Milakov and Gimelshein, 1805.02867).
+    /// Turns the scores of some keys into weights relative to the largest score so far, and gives the factors by which what
+    /// was gathered before shrinks. A score of minus infinity is a masked key: its weight is exactly 0, and keys that are
+    /// all masked leave every bit as it was (Milakov and Gimelshein, 1805.02867).
     #[inline(always)]
-    pub fn absorb<const BLOCK: usize>(&mut self, scores: &mut [f32; BLOCK]) -> f32 {
-        let (chunks, _) = scores.as_chunks_mut::<LANES>();
-        let mut tops = [self.top; LANES];
-        for chunk in chunks.iter() {
-            for i in 0..LANES {
-                tops[i] = if chunk[i] > tops[i] { chunk[i] } else { tops[i] };
+    pub fn absorb(&mut self, scores: &mut [[f32; ROWS]]) -> [f32; ROWS] {
+        let mut tops = self.tops;
+        for scores in scores.iter() {
+            for i in 0..ROWS {
+                tops[i] = if scores[i] > tops[i] { scores[i] } else { tops[i] };
             }
         }
-        let top = tops.iter().fold(LOWEST, |top, other| if *other > top { *other } else { top });
-        let shrink = exp(self.top - top);
-        let mut sums = [0.0f32; LANES];
-        for chunk in chunks.iter_mut() {
-            for i in 0..LANES {
-                let weight = exp(chunk[i] - top);
-                chunk[i] = if chunk[i] == f32::NEG_INFINITY { 0.0 } else { weight };
-                sums[i] += chunk[i];
+        let mut shrink = [0.0f32; ROWS];
+        for i in 0..ROWS {
+            shrink[i] = exp(self.tops[i] - tops[i]);
+        }
+        let mut sums = [0.0f32; ROWS];
+        for scores in scores.iter_mut() {
+            for i in 0..ROWS {
+                let weight = exp(scores[i] - tops[i]);
+                scores[i] = if scores[i] == f32::NEG_INFINITY { 0.0 } else { weight };
+                sums[i] += scores[i];
             }
         }
-        self.top = top;
-        self.sum = self.sum.mul_add(shrink, fold(sums));
+        for i in 0..ROWS {
+            self.sums[i] = self.sums[i].mul_add(shrink[i], sums[i]);
+        }
+        self.tops = tops;
         shrink
     }
 }
@@ -106,38 +178,105 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    struct Product<'a>(&'a [f32], &'a [f32], usize, &'a mut [f32], usize);
+    struct Products<'a>(&'a [f32], &'a [f32], usize, &'a mut [f32]);
 
-    impl pulp::WithSimd for Product<'_> {
+    impl pulp::WithSimd for Products<'_> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            let Self(a, b, depth, c, stride) = self;
-            multiply_add(simd, Rows { values: a, stride: depth }, Rows { values: b, stride }, depth, c, stride);
+            products(simd, self.0, self.1, self.2, self.3);
         }
+    }
+
+    struct Gather<'a>(&'a [[f32; ROWS]], &'a [f32], Range<usize>, [f32; ROWS], usize, &'a mut [f32]);
+
+    impl pulp::WithSimd for Gather<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            gather(simd, self.0, self.1, self.2, &self.3, self.4, self.5);
+        }
+    }
+
+    /// Vectors of this machine, and of any other.
+    #[derive(Clone, Copy, Debug)]
+    enum Width {
+        Own,
+        One,
+        Four,
+        Eight,
+        Sixteen,
+    }
+
+    impl Width {
+        const ALL: [Self; 5] = [Self::Own, Self::One, Self::Four, Self::Eight, Self::Sixteen];
+
+        fn run(self, work: impl pulp::WithSimd<Output = ()>) {
+            match self {
+                Self::Own => pulp::Arch::new().dispatch(work),
+                Self::One => work.with_simd(pulp::Scalar),
+                Self::Four => work.with_simd(pulp::Scalar128b),
+                Self::Eight => work.with_simd(pulp::Scalar256b),
+                Self::Sixteen => work.with_simd(pulp::Scalar512b),
+            }
+        }
+    }
+
+    /// Numbers on both sides of zero.
+    fn value(i: usize, seed: u32) -> f32 {
+        ((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 1e7 - 0.8
+    }
+
+    fn values(count: usize, seed: u32) -> Vec<f32> {
+        (0..count).map(|i| value(i, seed)).collect()
     }
 
     proptest! {
         #[test]
-        fn a_product_is_one_chain_of_fused_additions_for_every_element(depth in 1usize..40, wide in 1usize..4, seed in any::<u32>()) {
-            let stride = wide * WIDTH;
-            let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 1e7 - 0.8;
-            let a: Vec<f32> = (0..ROWS * depth).map(value).collect();
-            let b: Vec<f32> = (0..depth * stride).map(|i| value(i + 10_000)).collect();
-            let held: Vec<f32> = (0..ROWS * stride).map(|i| value(i + 50_000)).collect();
-            let mut c = held.clone();
-            pulp::Arch::new().dispatch(Product(&a, &b, depth, &mut c, stride));
-            for row in 0..ROWS {
-                for column in 0..stride {
-                    let expected = (0..depth).fold(held[row * stride + column], |sum, k| a[row * depth + k].mul_add(b[k * stride + column], sum));
-                    prop_assert_eq!(c[row * stride + column].to_bits(), expected.to_bits());
+        fn every_score_is_one_chain_of_fused_additions_along_the_depth(depth in 1usize..40, panels in 1usize..4, count in 1usize..=ROWS, seed in any::<u32>()) {
+            let (keys, queries) = (values(panels * depth * PANEL, seed), values(depth * ROWS, seed ^ 77));
+            for width in Width::ALL {
+                let mut scores = vec![f32::NAN; panels * PANEL * ROWS];
+                width.run(Products(&keys, &queries, count, &mut scores));
+                for key in 0..panels * PANEL {
+                    for query in 0..count {
+                        let at = |d: usize| keys[(key / PANEL * depth + d) * PANEL + key % PANEL];
+                        let expected = (0..depth).fold(0f32, |sum, d| at(d).mul_add(queries[d * ROWS + query], sum));
+                        prop_assert_eq!(scores[key * ROWS + query].to_bits(), expected.to_bits(), "{:?}", width);
+                    }
                 }
             }
         }
 
         #[test]
-        fn a_softmax_in_blocks_is_the_softmax_of_the_whole(scores in prop::collection::vec(prop::option::of(-30f32..30.0), 1..200)) {
+        fn what_is_gathered_is_one_chain_of_fused_additions_along_the_keys(
+            first in 0usize..9, keys in 0usize..20, more in 0usize..5, panels in 1usize..4, count in 1usize..=ROWS, seed in any::<u32>()
+        ) {
+            let height = first + keys + more + 1;
+            let weights: Vec<[f32; ROWS]> = (0..height).map(|key| std::array::from_fn(|i| value(key * ROWS + i, seed))).collect();
+            let shrink: [f32; ROWS] = std::array::from_fn(|i| value(i, seed ^ 5));
+            let (values, held) = (values(panels * height * WIDTH, seed ^ 9), values(panels * ROWS * WIDTH, seed ^ 13));
+            for width in Width::ALL {
+                let mut found = held.clone();
+                width.run(Gather(&weights, &values, first..first + keys, shrink, count, &mut found));
+                for (panel, row) in (0..panels).flat_map(|panel| (0..count).map(move |row| (panel, row))) {
+                    for column in 0..WIDTH {
+                        let place = (panel * ROWS + row) * WIDTH + column;
+                        let at = |key: usize| values[(panel * height + key) * WIDTH + column];
+                        let begin = shrink[row] * held[place];
+                        let expected = (first..first + keys).fold(begin, |sum, key| weights[key][row].mul_add(at(key), sum));
+                        prop_assert_eq!(found[place].to_bits(), expected.to_bits(), "{:?}", width);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn a_softmax_in_blocks_is_the_softmax_of_the_whole(
+            scores in prop::collection::vec(prop::option::of(-30f32..30.0), 1..200), lane in 0..ROWS, block in 1usize..80
+        ) {
             let mut running = Running::EMPTY;
             let mut gathered = 0.0f32;
             let mut exact = (0.0f64, 0.0f64);
@@ -147,29 +286,31 @@ mod tests {
                     exact.1 += f64::from(*score).exp() * index as f64;
                 }
             }
-            for (number, block) in scores.chunks(64).enumerate() {
-                let mut weights = [f32::NEG_INFINITY; 64];
-                for (weight, score) in weights.iter_mut().zip(block) {
-                    *weight = score.unwrap_or(f32::NEG_INFINITY);
+            for (number, scores) in scores.chunks(block).enumerate() {
+                // Other lanes have scores that would outweigh everything.
+                let mut weights = vec![[80.0; ROWS]; scores.len()];
+                for (weights, score) in weights.iter_mut().zip(scores) {
+                    weights[lane] = score.unwrap_or(f32::NEG_INFINITY);
                 }
-                gathered *= running.absorb(&mut weights);
-                gathered += weights.iter().enumerate().map(|(i, weight)| weight * (number * 64 + i) as f32).sum::<f32>();
+                gathered *= running.absorb(&mut weights)[lane];
+                gathered += weights.iter().enumerate().map(|(i, weights)| weights[lane] * (number * block + i) as f32).sum::<f32>();
             }
             if exact.0 > 0.0 {
-                let expected = exact.1 / exact.0;
-                prop_assert!((f64::from(gathered / running.sum) - expected).abs() < 1e-3 * (1.0 + expected), "{} {expected}", gathered / running.sum);
+                let (expected, found) = (exact.1 / exact.0, f64::from(gathered / running.sums[lane]));
+                prop_assert!((found - expected).abs() < 1e-3 * (1.0 + expected), "{found} {expected}");
             } else {
-                prop_assert_eq!(running.sum, 0.0);
+                prop_assert_eq!(running.sums[lane], 0.0);
             }
         }
 
         #[test]
-        fn a_block_of_masked_keys_changes_no_bit(top in -50f32..50.0, sum in 0f32..100.0) {
-            let mut running = Running { top, sum };
-            let mut weights = [f32::NEG_INFINITY; 64];
+        fn masked_keys_change_no_bit(top in -50f32..50.0, sum in 0f32..100.0, keys in 0usize..9) {
+            let mut running = Running { tops: [top; ROWS], sums: [sum; ROWS] };
+            let mut weights = vec![[f32::NEG_INFINITY; ROWS]; keys];
             let shrink = running.absorb(&mut weights);
-            prop_assert_eq!((shrink, running.top.to_bits(), running.sum.to_bits()), (1.0, top.to_bits(), sum.to_bits()));
-            prop_assert_eq!(weights, [0.0; 64]);
+            prop_assert_eq!((shrink, running.tops.map(f32::to_bits)), ([1.0; ROWS], [top.to_bits(); ROWS]));
+            prop_assert_eq!(running.sums.map(f32::to_bits), [sum.to_bits(); ROWS]);
+            prop_assert!(weights.iter().flatten().all(|weight| weight.to_bits() == 0));
         }
     }
 }
