@@ -73,12 +73,13 @@ impl Ops {
         }
     }
 
-    /// For every row of `x` the sum of what its experts `run` make of it, by their weights, in the order of their numbers.
-    /// `run` takes the number of an expert and the rows that chose it, of which it may be given more than those.
-    pub fn mix(self, x: &Tensor, routed: &[Routed], run: Expert) -> Result<Tensor> {
+    /// For every row of `x` the sum of what its experts `run` make of it, by their weights, in the order of their numbers. A row
+    /// takes the experts of its largest `logits`, which has a column for each. `run` takes the number of an expert and the rows
+    /// that chose it, and maybe one of them again.
+    pub fn mix(self, x: &Tensor, logits: &Tensor, choice: Choice, run: Expert) -> Result<Tensor> {
         match self {
-            Self::Plain => plain::mix(x, routed, run),
-            Self::Kernels => mix(x, routed, run),
+            Self::Plain => plain::mix(x, logits, choice, run),
+            Self::Kernels => mix(x, &route(&logits.flatten_all()?.to_vec1::<f32>()?, choice), run),
         }
     }
 

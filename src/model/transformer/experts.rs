@@ -8,7 +8,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::super::LoadError;
 use super::super::apart::Destination;
-use super::super::kernels::route::route;
+use super::super::kernels::route::Choice;
 use super::super::ops::Ops;
 use super::super::weights::{Linear, Loader};
 use super::block::Dense;
@@ -45,10 +45,9 @@ impl Mixture {
     }
 
     pub fn forward(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
-        // The one place in a forward where the host waits for the device: it chooses the experts, whose products need to know
-        // how many rows they have.
-        let logits = self.router.forward_narrow(x)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let routed = route(&logits, self.shape.count, self.shape.per_token, self.shape.normalised);
-        self.ops.mix(x, &routed, &mut |expert, own| self.experts[expert].forward(architecture, self.shape.intermediate_size, own))
+        let logits = self.router.forward_narrow(x)?.to_dtype(DType::F32)?;
+        let Experts { count, per_token, intermediate_size, normalised } = self.shape;
+        let choice = Choice { experts: count, per_token, normalised };
+        self.ops.mix(x, &logits, choice, &mut |expert, own| self.experts[expert].forward(architecture, intermediate_size, own))
     }
 }
