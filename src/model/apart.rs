@@ -13,7 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::{Device, DeviceLocation, Result as CandleResult, Tensor, TensorId};
 
 use crate::checkpoint::{Adapter, LinearKeys, Origin, Summand, TensorSource, Term};
-pub use bytes::{ApartBytes, apart_bytes};
+use crate::lock::lock;
+pub use bytes::{ApartBytes, apart_bytes, products};
 pub use factors::{Factors, RowFactors};
 
 /// What the models of one base have in common on the device. Needed while they are loaded; each then holds its share.

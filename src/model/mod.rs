@@ -211,6 +211,7 @@ fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u
     let head = Head::load(layout, readout, &mut loader)?;
     let limits = Limits {
         max_tokens: max_tokens.min(architecture.longest().unwrap_or(max_tokens)),
+    loader.settle()?;
         outputs: layout.outputs(),
         parameters: loader.parameters,
         device_bytes: loader.device_bytes,
@@ -236,12 +237,15 @@ pub fn device_bytes_on(places: &[Place], weights: Dtype, manifest: &Manifest) ->
     manifest.iter().map(|(_, info)| (info.elements() * size(info)) as u64).sum()
 }
 
-/// What a load needs on a card beside the model for a moment: a tensor is there in its blocks and as a whole, at its end.
-pub fn placing_bytes(places: &[Place], weights: Dtype, manifest: &Manifest) -> u64 {
+/// What a load needs on a card beside the model for a moment: a block of a tensor, or the whole of one that is turned round.
+pub fn placing_bytes(places: &[Place], weights: Dtype, layout: &Layout) -> u64 {
     if places.contains(&Place::Cpu) {
         return 0;
     }
-    manifest.iter().map(|(_, info)| (info.elements() * weights.size()) as u64).max().unwrap_or(0)
+    let parts = apart::products(layout).into_iter().flat_map(|parts| weights::joined(&parts));
+    let turned = parts.filter(|part| part.transposed.is_some());
+    let block = turned.map(|part| part.outputs * part.inputs).max().unwrap_or(0).max(CHUNK_ELEMENTS);
+    (block * weights.size()) as u64
 }
 
 /// Whether a model of this architecture keeps beginnings of samples on these devices, if it is given bytes for them.

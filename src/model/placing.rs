@@ -1,12 +1,14 @@
-//! Weights on their way to a device: while one block of a tensor is rounded and copied by a thread for that, the next one is
-//! read. On the host there are never more than these two blocks; on the device they become one tensor at its end.
+//! Weights on their way to a device: while one block is rounded and copied by a thread for that, the next one is read, be it of
+//! the same tensor or of the one behind it. On the host there are never more than these two blocks, and on the device there is
+//! one beside the tensor that it becomes a part of. (A matrix that is turned round is one block.)
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
-use candle_core::{DType, Device, Error, Result, Tensor};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::device::{Backend, Staging};
@@ -14,11 +16,8 @@ use crate::checkpoint::CHUNK_ELEMENTS;
 
 /// What takes blocks.
 pub trait Place: Send + 'static {
-    /// A flat tensor of these values.
-    fn block(&mut self, values: &[f32], dtype: DType) -> Result<Tensor>;
-
-    /// All blocks so far are where they were to be.
-    fn settle(&mut self) -> Result<()>;
+    /// Makes these values the elements of a flat tensor from `at` on. They may be written over once it returns.
+    fn put(&mut self, values: &[f32], whole: &Tensor, at: usize) -> Result<()>;
 }
 
 /// A device, and memory of the host from where copies to it are fast.
@@ -28,85 +27,90 @@ struct OnDevice {
 }
 
 impl Place for OnDevice {
-    fn block(&mut self, values: &[f32], dtype: DType) -> Result<Tensor> {
+    fn put(&mut self, values: &[f32], whole: &Tensor, at: usize) -> Result<()> {
         let (device, count) = (&*self.device, values.len());
-        let tensor = match dtype {
+        let block = match whole.dtype() {
             DType::BF16 => {
-                let numbers: &mut [bf16] = self.staging.of(count)?.reinterpret_cast_mut();
+                let numbers = self.staging.of::<bf16>(count)?;
                 numbers.convert_from_f32_slice(values);
                 Tensor::from_slice(numbers, count, device)?
             }
             DType::F16 => {
-                let numbers: &mut [f16] = self.staging.of(count)?.reinterpret_cast_mut();
+                let numbers = self.staging.of::<f16>(count)?;
                 numbers.convert_from_f32_slice(values);
                 Tensor::from_slice(numbers, count, device)?
             }
-            _ => Tensor::from_slice(values, count, device)?,
+            _ => {
+                let numbers = self.staging.of::<f32>(count)?;
+                numbers.copy_from_slice(values);
+                Tensor::from_slice(numbers, count, device)?
+            }
         };
+        whole.slice_set(&block, 0, at)?;
         // The copy may still read what is written over next.
-        device.synchronize()?;
-        Ok(tensor)
-    }
-
-    fn settle(&mut self) -> Result<()> {
-        self.device.synchronize()
+        device.synchronize()
     }
 }
 
 enum Job {
-    /// The first so many values are the next of the tensor, or begin it.
-    Block { values: Vec<f32>, used: usize, dtype: DType, first: bool },
-    /// There are no more; the tensor has this shape.
-    End { shape: Vec<usize>, reply: Sender<Result<Tensor>> },
+    /// The first so many values are elements of a tensor, from `at` on.
+    Block { values: Vec<f32>, used: usize, whole: Tensor, at: usize },
+    /// Somebody waits for all blocks so far.
+    Settle(Sender<Result<()>>),
 }
 
-/// The thread, and what it has done with. One tensor after another.
+/// The thread, and what it has done with. One tensor after another. A block that fails fails all, and nothing is copied behind it.
 pub struct Placer {
+    device: Arc<Device>,
     jobs: Option<SyncSender<Job>>,
     spare: Receiver<Vec<f32>>,
     thread: Option<JoinHandle<()>>,
+    /// A block has failed: nobody needs to read on.
+    failed: Arc<AtomicBool>,
 }
 
 impl Placer {
     pub fn onto(backend: &Backend) -> std::io::Result<Self> {
-        let (device, staging) = (Arc::clone(&backend.device), Staging::on(backend.place, CHUNK_ELEMENTS));
-        Self::with(OnDevice { device, staging })
+        let (device, staging) = (Arc::clone(&backend.device), Staging::on(backend.place, CHUNK_ELEMENTS * backend.weights.size_in_bytes()));
+        Self::with(Arc::clone(&device), OnDevice { device, staging })
     }
 
-    fn with(mut place: impl Place) -> std::io::Result<Self> {
+    fn with(device: Arc<Device>, mut place: impl Place) -> std::io::Result<Self> {
         // A block is handed over when the one before it is done with.
         let (jobs, taken) = sync_channel::<Job>(0);
         let (done_with, spare) = channel();
+        let failed = Arc::new(AtomicBool::new(false));
+        let fails = Arc::clone(&failed);
         let run = move || {
-            let mut placed: Result<Vec<Tensor>> = Ok(Vec::new());
+            let mut so_far: Result<()> = Ok(());
             for job in taken {
                 match job {
-                    Job::Block { values, used, dtype, first } => {
-                        if first {
-                            // One that was given up leaves its blocks behind.
-                            placed = Ok(Vec::new());
-                        }
-                        placed = placed.and_then(|mut blocks| {
-                            blocks.push(place.block(&values[..used], dtype)?);
-                            Ok(blocks)
-                        });
+                    Job::Block { values, used, whole, at } => {
+                        so_far = so_far.and_then(|()| place.put(&values[..used], &whole, at));
+                        fails.store(so_far.is_err(), Ordering::Relaxed);
                         let _ = done_with.send(values);
                     }
-                    Job::End { shape, reply } => {
-                        let blocks = std::mem::replace(&mut placed, Ok(Vec::new()));
-                        let whole = blocks.and_then(|blocks| Tensor::cat(&blocks, 0)?.reshape(shape));
-                        let _ = reply.send(whole.and_then(|whole| place.settle().map(|()| whole)));
-                    }
+                    Job::Settle(reply) => _ = reply.send(std::mem::replace(&mut so_far, Ok(()))),
                 }
             }
         };
         let thread = std::thread::Builder::new().name("warm-place".to_owned()).spawn(run)?;
-        Ok(Self { jobs: Some(jobs), spare, thread: Some(thread) })
+        Ok(Self { device, jobs: Some(jobs), spare, thread: Some(thread), failed })
     }
 
-    /// A tensor is read now.
-    pub fn begin(&self, dtype: DType) -> Filling<'_> {
-        Filling { placer: self, block: Vec::new(), used: 0, dtype, first: true }
+    /// A flat tensor of so many elements is read now.
+    pub fn begin(&self, elements: usize, dtype: DType) -> Result<Filling<'_>> {
+        let whole = Tensor::zeros(elements, dtype, &self.device)?;
+        // Each thread has a stream of its own on a card: the zeros are there before the other one writes.
+        self.device.synchronize()?;
+        Ok(Filling { placer: self, whole, placed: 0, block: Vec::new(), used: 0 })
+    }
+
+    /// Waits until every tensor is what was read; after an error none of those so far is. Before that nobody may compute with one.
+    pub fn settle(&self) -> Result<()> {
+        let (reply, settled) = channel();
+        self.send(Job::Settle(reply))?;
+        settled.recv().map_err(|_| ended())?
     }
 
     fn send(&self, job: Job) -> Result<()> {
@@ -160,10 +164,11 @@ impl Room<'_> {
 /// A tensor that is being read.
 pub struct Filling<'p> {
     placer: &'p Placer,
+    whole: Tensor,
+    /// Elements that were handed over.
+    placed: usize,
     block: Vec<f32>,
     used: usize,
-    dtype: DType,
-    first: bool,
 }
 
 impl Filling<'_> {
@@ -183,19 +188,25 @@ impl Filling<'_> {
         Ok(&mut self.block[self.used - elements..self.used])
     }
 
-    /// The tensor, in the order in which it was read, once it is on the device.
+    /// The tensor, in the order in which it is read; it is there once the placer has settled.
     pub fn end(mut self, shape: &[usize]) -> Result<Tensor> {
         if self.used > 0 {
             self.hand_over()?;
         }
-        let (reply, tensor) = channel();
-        self.placer.send(Job::End { shape: shape.to_vec(), reply })?;
-        tensor.recv().map_err(|_| ended())?
+        if self.placed != self.whole.elem_count() {
+            bail!("{} elements were read of {}", self.placed, self.whole.elem_count());
+        }
+        self.whole.reshape(shape)
     }
 
     fn hand_over(&mut self) -> Result<()> {
+        if self.placer.failed.load(Ordering::Relaxed) {
+            self.placer.settle()?;
+        }
         let (values, used) = (std::mem::take(&mut self.block), std::mem::take(&mut self.used));
-        self.placer.send(Job::Block { values, used, dtype: self.dtype, first: std::mem::take(&mut self.first) })
+        let at = self.placed;
+        self.placed += used;
+        self.placer.send(Job::Block { values, used, whole: self.whole.clone(), at })
     }
 }
 
@@ -213,23 +224,19 @@ mod tests {
     }
 
     impl Place for Slow {
-        fn block(&mut self, values: &[f32], dtype: DType) -> Result<Tensor> {
+        fn put(&mut self, values: &[f32], whole: &Tensor, at: usize) -> Result<()> {
             self.first.send(values[0]).map_err(|_| ended())?;
             self.go_on.recv().map_err(|_| ended())?;
             if values[0] < 0.0 {
                 candle_core::bail!("CUDA_ERROR_OUT_OF_MEMORY");
             }
-            Tensor::from_slice(values, values.len(), &Device::Cpu)?.to_dtype(dtype)
-        }
-
-        fn settle(&mut self) -> Result<()> {
-            Ok(())
+            whole.slice_set(&Tensor::from_slice(values, values.len(), &Device::Cpu)?.to_dtype(whole.dtype())?, 0, at)
         }
     }
 
     fn slow() -> (Placer, Receiver<f32>, Sender<()>) {
         let ((first, seen), (goes, go_on)) = (mpsc::channel(), mpsc::channel());
-        (Placer::with(Slow { first, go_on }).expect("a thread"), seen, goes)
+        (Placer::with(Arc::new(Device::Cpu), Slow { first, go_on }).expect("a thread"), seen, goes)
     }
 
     fn fill(filling: &mut Filling, elements: usize, first: f32) {
@@ -238,18 +245,21 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_read_while_the_one_before_it_is_copied_and_no_more_than_these_two_are_held() {
+    fn a_block_is_read_while_the_one_before_it_is_copied_whichever_tensor_it_is_of_and_no_more_than_these_two_are_held() {
         let (placer, seen, goes) = slow();
         let (reached, arrived) = (&Mutex::new(0usize), &Condvar::new());
         std::thread::scope(|scope| {
             let reading = scope.spawn(move || {
-                let mut filling = placer.begin(DType::F32);
-                for block in 1..=4usize {
-                    fill(&mut filling, CHUNK_ELEMENTS, block as f32);
-                    *reached.lock().expect("whole") = block;
-                    arrived.notify_all();
-                }
-                filling.end(&[2, 2, CHUNK_ELEMENTS]).expect("a tensor")
+                let tensors = [0, 2].map(|before| {
+                    let mut filling = placer.begin(2 * CHUNK_ELEMENTS, DType::F32).expect("a tensor");
+                    for block in before + 1..=before + 2 {
+                        fill(&mut filling, CHUNK_ELEMENTS, block as f32);
+                        *reached.lock().expect("whole") = block;
+                        arrived.notify_all();
+                    }
+                    filling.end(&[2, CHUNK_ELEMENTS]).expect("a tensor")
+                });
+                placer.settle().map(|()| tensors)
             });
             let until = |blocks: usize| {
                 let read = arrived.wait_while(reached.lock().expect("whole"), |read| *read < blocks).expect("whole");
@@ -261,11 +271,10 @@ mod tests {
                 assert_eq!(until((block + 1).min(4)), (block + 1).min(4));
                 goes.send(()).expect("it waits");
             }
-            let tensor = reading.join().expect("no panic");
-            let of = |block: usize| {
-                tensor.flatten_all().and_then(|all| all.get(block * CHUNK_ELEMENTS + 8)).and_then(|one| one.to_scalar::<f32>())
-            };
-            assert_eq!([0, 1, 2, 3].map(|block| of(block).expect("a number")), [2.0, 3.0, 4.0, 5.0]);
+            let tensors = reading.join().expect("no panic").expect("nothing fails");
+            let of = |tensor: &Tensor, row: usize| tensor.get(row).and_then(|row| row.get(8)).and_then(|one| one.to_scalar::<f32>());
+            let firsts = tensors.each_ref().map(|tensor| [0, 1].map(|row| of(tensor, row).expect("a number")));
+            assert_eq!(firsts, [[2.0, 3.0], [4.0, 5.0]]);
         });
     }
 
@@ -273,35 +282,54 @@ mod tests {
     fn small_parts_ride_together_and_a_large_one_goes_by_itself() {
         let (placer, seen, goes) = slow();
         (0..3).for_each(|_| goes.send(()).expect("it waits"));
-        let mut filling = placer.begin(DType::BF16);
+        let elements = 2 * CHUNK_ELEMENTS + 12;
+        let mut filling = placer.begin(elements, DType::BF16).expect("a tensor");
         fill(&mut filling, 5, 1.0);
         fill(&mut filling, 6, 10.0);
         fill(&mut filling, CHUNK_ELEMENTS, 20.0);
         fill(&mut filling, CHUNK_ELEMENTS + 1, 30.0);
-        let tensor = filling.end(&[2 * CHUNK_ELEMENTS + 12]).expect("a tensor");
+        let tensor = filling.end(&[elements]).expect("a tensor");
+        placer.settle().expect("nothing fails");
         assert_eq!(tensor.dtype(), DType::BF16);
-        let few = tensor.narrow(0, 0, 12).and_then(|few| few.to_dtype(DType::F32)).and_then(|few| few.to_vec1::<f32>()).expect("numbers");
-        assert_eq!(few, [1., 2., 3., 4., 5., 10., 11., 12., 13., 14., 15., 20.]);
+        let some = |first: usize, count: usize| {
+            let some = tensor.narrow(0, first, count).and_then(|some| some.to_dtype(DType::F32));
+            some.and_then(|some| some.to_vec1::<f32>()).expect("numbers")
+        };
+        assert_eq!(some(0, 12), [1., 2., 3., 4., 5., 10., 11., 12., 13., 14., 15., 20.]);
+        assert_eq!(some(CHUNK_ELEMENTS + 11, 2), [30., 31.]);
         drop(placer);
         assert_eq!(seen.iter().collect::<Vec<_>>(), [1.0, 20.0, 30.0]);
     }
 
     #[test]
-    fn a_block_that_fails_fails_its_tensor_and_not_the_next_one() {
+    fn a_block_that_fails_fails_the_load_and_nothing_is_copied_behind_it() {
         let (placer, seen, goes) = slow();
-        (0..3).for_each(|_| goes.send(()).expect("it waits"));
+        (0..2).for_each(|_| goes.send(()).expect("it waits"));
         let tensor = |firsts: &[f32]| {
-            let mut filling = placer.begin(DType::F32);
-            firsts.iter().for_each(|first| fill(&mut filling, CHUNK_ELEMENTS, *first));
+            let mut filling = placer.begin(firsts.len() * CHUNK_ELEMENTS, DType::F32)?;
+            firsts.iter().try_for_each(|first| {
+                filling.room(CHUNK_ELEMENTS).map(|room| room.iter_mut().enumerate().for_each(|(i, value)| *value = first + (i % 7) as f32))
+            })?;
             filling.end(&[firsts.len() * CHUNK_ELEMENTS])
         };
-        let failed = tensor(&[1.0, -1.0, 2.0]).expect_err("fails").to_string();
+        // Who reads on is told at the latest when all is to be there.
+        let load = || tensor(&[1.0, -1.0, 2.0]).and_then(|_| tensor(&[3.0])).and_then(|_| placer.settle());
+        let failed = load().expect_err("fails").to_string();
         assert!(failed.contains("CUDA_ERROR_OUT_OF_MEMORY"), "{failed}");
-        assert!(tensor(&[3.0]).is_ok());
         drop(goes);
-        assert!(tensor(&[4.0]).is_err(), "nobody waits for ever");
+        assert!(tensor(&[4.0]).and_then(|_| placer.settle()).is_err(), "nobody waits for ever");
         drop(placer);
-        assert_eq!(seen.iter().collect::<Vec<_>>(), [1.0, -1.0, 3.0, 4.0], "nothing is copied for a tensor that has failed");
+        assert_eq!(seen.iter().collect::<Vec<_>>(), [1.0, -1.0, 4.0]);
+    }
+
+    #[test]
+    fn a_tensor_of_which_too_little_was_read_is_refused() {
+        let (placer, _seen, goes) = slow();
+        goes.send(()).expect("it waits");
+        let mut filling = placer.begin(12, DType::F32).expect("a tensor");
+        fill(&mut filling, 11, 1.0);
+        let refused = filling.end(&[3, 4]).expect_err("refused").to_string();
+        assert!(refused.starts_with("11 elements were read of 12"), "{refused}");
     }
 
     #[test]
@@ -309,9 +337,11 @@ mod tests {
         let values: Vec<f32> = (0..4096).map(|i| (i as f32 * 0.37).sin() * 1000f32.powf((i % 5) as f32 - 2.0)).collect();
         let mut place = OnDevice { device: Arc::new(Device::Cpu), staging: Staging::on(crate::model::Place::Cpu, 16) };
         for dtype in [DType::BF16, DType::F16, DType::F32] {
-            let flat = |tensor: Tensor| tensor.to_dtype(DType::F32).and_then(|tensor| tensor.to_vec1::<f32>()).expect("numbers");
+            let flat = |tensor: &Tensor| tensor.to_dtype(DType::F32).and_then(|tensor| tensor.to_vec1::<f32>()).expect("numbers");
             let expected = crate::model::reading::placed(values.clone(), &[values.len()], dtype, &Device::Cpu).expect("a tensor");
-            assert_eq!(flat(place.block(&values, dtype).expect("a tensor")), flat(expected), "{dtype:?}");
+            let whole = Tensor::zeros(values.len() + 3, dtype, &Device::Cpu).expect("a tensor");
+            place.put(&values, &whole, 2).expect("room");
+            assert_eq!(flat(&whole), [&[0.0; 2], &*flat(&expected), &[0.0]].concat(), "{dtype:?}");
         }
     }
 }

@@ -299,8 +299,11 @@ impl<'a> Loader<'a> {
         // Where the host's memory is the model's it is filled in place.
         let mut room = match (backend.ops, placer) {
             (Ops::Kernels, _) => Room::here(elements),
-            (Ops::Plain, Some(placer)) => Room::Device(placer.begin(dtype)),
-            (Ops::Plain, none) => Room::Device(none.insert(Placer::onto(backend).map_err(candle_core::Error::wrap)?).begin(dtype)),
+            (Ops::Plain, Some(placer)) => Room::Device(placer.begin(elements, dtype)?),
+            (Ops::Plain, none) => {
+                let placer = none.insert(Placer::onto(backend).map_err(candle_core::Error::wrap)?);
+                Room::Device(placer.begin(elements, dtype)?)
+            }
         };
         read(reader, &mut room)?;
         match room {
@@ -315,6 +318,11 @@ impl<'a> Loader<'a> {
 
     fn shape(&self, name: &str) -> Vec<usize> {
         self.own.info(name).map(|info| info.shape.clone()).unwrap_or_default()
+    }
+
+    /// Waits until all that was asked for is on the device. Before that nobody may compute with it.
+    pub fn settle(&self) -> std::result::Result<(), LoadError> {
+        Ok(self.placer.as_ref().map_or(Ok(()), Placer::settle)?)
     }
 
     /// The base's name for a tensor that is the base's as it is, where there is a base.

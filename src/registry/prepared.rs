@@ -127,7 +127,7 @@ impl Prepared {
     fn least_bytes(&self) -> Result<u64, LoadError> {
         let (On { places, arithmetic }, reward) = (&self.on, self.plan.reward()?);
         let activations = model::least_activation_bytes(places, *arithmetic, reward.architecture, self.max_tokens);
-        let placing = model::placing_bytes(places, arithmetic.dtype, self.plan.manifest());
+        let placing = model::placing_bytes(places, arithmetic.dtype, reward.layout);
         Ok(self.device_bytes().saturating_add(activations.max(placing)))
     }
 

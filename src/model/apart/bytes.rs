@@ -131,7 +131,7 @@ fn rank(term: &Term) -> Option<usize> {
 }
 
 /// The layers of a model that are multiplied by at once, as its parts ask for them.
-fn products(layout: &Layout) -> Vec<Vec<&LinearKeys>> {
+pub fn products(layout: &Layout) -> Vec<Vec<&LinearKeys>> {
     fn dense(keys: &DenseKeys) -> [Vec<&LinearKeys>; 2] {
         [keys.gate.iter().chain([&keys.up]).collect(), vec![&keys.down]]
     }

@@ -40,18 +40,18 @@ pub fn settle(ordinal: usize) -> Result<(), String> {
     settle().map_err(|error: DriverError| format!("{:?}", error.0))
 }
 
-/// Numbers of 16 bits on pages of the host that stay where they are.
-pub type Pinned = PinnedHostSlice<u16>;
+/// Words of 32 bits on pages of the host that stay where they are.
+pub type Pinned = PinnedHostSlice<u32>;
 
-pub fn pinned(ordinal: usize, elements: usize) -> Result<Pinned, String> {
-    context(ordinal).and_then(|context| raw::pinned(&context, elements)).map_err(|error| format!("{:?}", error.0))
+pub fn pinned(ordinal: usize, words: usize) -> Result<Pinned, String> {
+    context(ordinal).and_then(|context| raw::pinned(&context, words)).map_err(|error| format!("{:?}", error.0))
 }
 
 pub fn length(pinned: &Pinned) -> usize {
     pinned.len()
 }
 
-pub fn numbers(pinned: &mut Pinned) -> Result<&mut [u16], String> {
+pub fn words(pinned: &mut Pinned) -> Result<&mut [u32], String> {
     pinned.as_mut_slice().map_err(|error| format!("{:?}", error.0))
 }
 

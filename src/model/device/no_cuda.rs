@@ -27,6 +27,6 @@ pub fn length(pinned: &Pinned) -> usize {
     match *pinned {}
 }
 
-pub fn numbers(pinned: &mut Pinned) -> Result<&mut [u16], String> {
+pub fn words(pinned: &mut Pinned) -> Result<&mut [u32], String> {
     match *pinned {}
 }

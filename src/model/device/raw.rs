@@ -36,13 +36,13 @@ pub fn trim(context: &CudaContext) -> Result<(), DriverError> {
     }
 }
 
-/// So many numbers on pages that stay where they are, all zero.
+/// So many words on pages that stay where they are, all zero.
 #[allow(unsafe_code)]
-pub fn pinned(context: &Arc<CudaContext>, elements: usize) -> Result<PinnedHostSlice<u16>, DriverError> {
+pub fn pinned(context: &Arc<CudaContext>, words: usize) -> Result<PinnedHostSlice<u32>, DriverError> {
     // SAFETY: the memory is written as a whole, through its own pointer and for its own length, before anybody reads it.
     unsafe {
-        let mut slice = context.alloc_pinned::<u16>(elements)?;
-        slice.as_mut_ptr()?.write_bytes(0, elements);
+        let mut slice = context.alloc_pinned::<u32>(words)?;
+        slice.as_mut_ptr()?.write_bytes(0, words);
         Ok(slice)
     }
 }

@@ -269,8 +269,10 @@ fn distances(
         if !wanted {
             continue;
         }
+        let own = own.as_ref().map(|own| loader.fused(&[own])).transpose()?;
+        loader.settle()?;
         *side = Some(match own {
-            Some(own) => loader.fused(&[own])?.forward_biased(relative)?.narrow(1, 0, width)?,
+            Some(own) => own.forward_biased(relative)?.narrow(1, 0, width)?,
             None => qkv.forward_biased(relative)?.narrow(1, column, width)?,
         });
     }

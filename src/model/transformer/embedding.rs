@@ -104,6 +104,7 @@ pub fn relative(architecture: &Architecture, layout: &Layout, loader: &mut Loade
     let Some(keys) = &layout.relative else { return Ok(None) };
     let embeddings = loader.tensor(&keys.embeddings)?;
     let norm = loader.optional_norm(keys.norm.as_ref())?;
+    loader.settle()?;
     Ok(Some(match norm {
         Some(norm) => norm.apply(architecture.norm, &embeddings)?,
         None => embeddings,
