@@ -5,6 +5,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Notify;
 
+use crate::lock::lock;
+
 /// Where the time comes from: the machine, or a test's hand.
 #[derive(Clone, Debug, Default)]
 pub struct Clock(Option<Arc<Hand>>);
@@ -87,11 +89,6 @@ impl Clock {
             moved.await;
         }
     }
-}
-
-// A panic elsewhere cannot leave two plain numbers half-written, so a poisoned lock is still good.
-fn lock(manual: &Mutex<Manual>) -> std::sync::MutexGuard<'_, Manual> {
-    manual.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 #[cfg(test)]

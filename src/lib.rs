@@ -25,6 +25,7 @@ pub mod clock;
 pub mod commands;
 pub mod config;
 pub mod domain;
+mod lock;
 pub mod merge;
 pub mod model;
 pub mod offline;

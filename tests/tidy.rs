@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 /// The layers from left to right; a file names only layers to its left. Layers of one row never see each other.
-const LAYERS: [&[&str]; 15] = [
+const LAYERS: [&[&str]; 16] = [
+    &["lock"],
     &["clock"],
     &["domain"],
     &["wire"],

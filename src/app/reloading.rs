@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::last_good::{LastGood, StateFolder};
 use super::loading::{canary_probes, with_causes};
@@ -14,6 +14,7 @@ use crate::checkpoint::remote::is_remote;
 use crate::clock::Clock;
 use crate::config::{CalibrationConfig, Config, ConfigErrors, ModelChoice, Resolved, Sources};
 use crate::domain::{Fingerprint, GenerationId};
+use crate::lock::lock;
 use crate::merge::Recipe;
 use crate::registry::{
     Activation, CanaryBounds, Candidate, Generation, LoadSpec, Prepared, Probes, Progress, RegistryMetrics, ReloadOutcome, Source,
@@ -315,11 +316,6 @@ impl Candidate for SettingsCandidate {
         loaded.truncate(MAX_REMEMBERED);
         Ok(generation)
     }
-}
-
-/// Every critical section leaves whole values, whatever panics elsewhere.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -15,10 +15,11 @@ mod pattern;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::source::look_up;
 use super::{Dtype, Elements, FileStamp, Manifest, SourceError, TensorSource};
+use crate::lock::lock;
 use low_rank::Panels;
 pub use open::{named_base, open};
 use parts::Parts;
@@ -122,7 +123,7 @@ impl Adapter {
 
     /// The origin's elements in float64.
     fn widen_origin(&self, origin: &Origin, range: Range<usize>, into: &mut [f64]) -> Result<(), SourceError> {
-        let lock = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || lock(&self.scratch);
         let mut buffer = lock().pop().unwrap_or_default();
         let outcome = self.read_origin(origin, range, &mut buffer);
         if outcome.is_ok() {
@@ -162,7 +163,7 @@ impl Adapter {
         orientation: Orientation,
         columns: usize,
     ) -> Result<Arc<Factors>, SourceError> {
-        let mut recent: MutexGuard<_> = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent: MutexGuard<_> = lock(&self.recent);
         if let Some((_, factors)) = recent.iter().find(|(known, _)| known == name) {
             return Ok(Arc::clone(factors));
         }

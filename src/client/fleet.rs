@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -13,6 +13,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::{Client, ClientError, addresses_of};
 use crate::clock::Clock;
+use crate::lock::lock;
 use crate::wire;
 
 /// How long a server that could not answer is left alone.
@@ -166,7 +167,7 @@ impl Drop for Fleet {
 
 impl Known {
     fn servers(&self) -> Arc<[Arc<Server>]> {
-        self.servers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.servers).clone()
     }
 
     /// From now on these are the servers; those that were there before keep their connections. Needs a tokio runtime.
@@ -182,7 +183,7 @@ impl Known {
         if servers.is_empty() {
             return Err(ClientError::Address { address: String::new(), problem: "expected at least one".to_owned() });
         }
-        *self.servers.lock().unwrap_or_else(PoisonError::into_inner) = servers.into();
+        *lock(&self.servers) = servers.into();
         Ok(())
     }
 }
@@ -193,7 +194,7 @@ impl Server {
     }
 
     fn rests(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.rests_until.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.rests_until)
     }
 }
 

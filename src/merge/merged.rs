@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 
@@ -19,6 +19,7 @@ use super::weights_id::{Named, weights_id};
 use super::{MergePlan, PlannedSource};
 use crate::checkpoint::{Dtype, Elements, Manifest, SourceError, TensorSource, look_up};
 use crate::domain::WeightsId;
+use crate::lock::lock;
 
 /// A plan's merge, or one of its members alone. Reading needs, for each thread of the current rayon pool, memory for one
 /// block of sums (512 KiB) and one block of a member; the size and number of the members do not matter.
@@ -170,7 +171,7 @@ impl Merged {
 
     /// Averages the elements that begin at `begin` and lie within one block.
     fn read_block(&self, name: &str, parts: &[(usize, f64)], begin: usize, into: Rounded<'_>) -> Result<(), SourceError> {
-        let lock = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || lock(&self.scratch);
         let mut scratch = lock().pop().unwrap_or_default();
         let outcome = self.average(name, parts, begin, into, &mut scratch);
         lock().push(scratch);

@@ -5,7 +5,7 @@
 //! same on every machine and any number of threads.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use rayon::prelude::*;
 
@@ -14,6 +14,7 @@ use super::combine::Gram;
 use super::content::{BLOCK_ELEMENTS, block_range};
 use super::planned::PlannedSource;
 use crate::checkpoint::{Elements, SourceError, TensorInfo};
+use crate::lock::lock;
 
 /// Blocks whose products are kept until they are summed.
 const BATCH: usize = 1024;
@@ -48,7 +49,7 @@ pub fn sum_products<'t>(
         }
         let of_block = |block: &Block<'_>| {
             // Rayon's own way of keeping a value for each thread makes one for every few blocks.
-            let lock = || pool.lock().unwrap_or_else(PoisonError::into_inner);
+            let lock = || lock(&pool);
             let mut buffers = lock().pop().unwrap_or_default();
             let products = products(&mut buffers, block.tensor, block_range(block.info, block.index));
             lock().push(buffers);

@@ -8,12 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::content::{BLOCK_ELEMENTS, Remembered, hash_text};
 use crate::checkpoint::{
     Adapter, Dtype, Elements, FileStamp, Manifest, Orientation, Origin, Part, SourceError, Summand, TensorInfo, TensorSource,
 };
+use crate::lock::lock;
 
 /// The weights of one member or of init.
 pub struct Tracked {
@@ -255,7 +256,7 @@ struct Block {
 
 impl Shared {
     fn recent(&self) -> MutexGuard<'_, Recent> {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.recent)
     }
 
     /// Takes a block that another source has read a moment ago, or reads it.

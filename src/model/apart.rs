@@ -8,7 +8,7 @@ mod bytes;
 mod factors;
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use candle_core::{Device, DeviceLocation, Result as CandleResult, Tensor, TensorId};
 
@@ -70,10 +70,6 @@ impl SharedBase {
     pub fn keep(&self, key: Key, tensor: &Tensor) {
         lock(&self.placed).insert(key, tensor.clone());
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'a> Origins<'a> {

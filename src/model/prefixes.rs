@@ -15,6 +15,7 @@ use super::ops::Ops;
 use super::pack::{Pack, PrefixKey};
 use super::prefix_cache::{BLOCK, Plan, PrefixCache, Wanted};
 use crate::checkpoint::Architecture;
+use crate::lock::lock;
 
 /// Empty, and keeps nothing, until it is given bytes.
 #[derive(Debug)]
@@ -71,7 +72,7 @@ impl Prefixes {
     /// Forgets everything, and keeps so many bytes from now on.
     pub fn resize(&self, bytes: usize) {
         let capacity = bytes / self.block_bytes;
-        let mut cache = self.cache.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut cache = lock(&self.cache);
         let before = std::mem::replace(&mut *cache, PrefixCache::new(capacity));
         self.cache.clear_poison();
         self.capacity.store(capacity, Ordering::Relaxed);

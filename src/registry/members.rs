@@ -2,11 +2,12 @@
 //! not stand on the device.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::generation::Generation;
 use super::{Calibration, EngineError};
 use crate::domain::{MemberName, MemberScale, Moments, Score};
+use crate::lock::lock;
 use crate::model::RewardModel;
 
 /// Members that are loaded when they are asked for, and freed right after.
@@ -28,7 +29,7 @@ struct Seen {
 impl Running {
     /// Adds one sample that the merged model and these members scored, raw.
     pub fn push<'a>(&self, merged: Score, members: impl IntoIterator<Item = (&'a MemberName, Score)>) {
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.0);
         seen.merged.push(f64::from(merged.get()));
         for (name, reward) in members {
             match seen.members.get_mut(name) {
@@ -39,11 +40,11 @@ impl Running {
     }
 
     fn merged(&self) -> Moments {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).merged
+        lock(&self.0).merged
     }
 
     fn member(&self, name: &MemberName) -> Moments {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).members.get(name).copied().unwrap_or_default()
+        lock(&self.0).members.get(name).copied().unwrap_or_default()
     }
 }
 

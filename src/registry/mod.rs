@@ -26,7 +26,7 @@ mod weights;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use call::{CallOptions, EngineError, ModelStamp, ScoreReply, Timing};
 pub use canary::{Answers, CanaryBounds, CanaryError, Figures, MAX_PROBES, Probes, examine};
@@ -53,6 +53,7 @@ pub use watch::{ShadowOutcome, Watch, WatchOptions, Watched};
 pub use weights::CacheUse;
 
 use crate::domain::{Fingerprint, GenerationId};
+use crate::lock::lock;
 use crate::model::PrefixBytes;
 pub use recent::{ComparedPoint, Problem, Recent, ReloadEvent};
 use table::Table;
@@ -259,9 +260,4 @@ impl Registry {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.0.state)
     }
-}
-
-/// Every change leaves what is guarded here whole, whatever panics elsewhere.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
 
+use super::EngineError;
 use super::generation::Encode;
 use super::turns::Turns;
-use super::{EngineError, lock};
 use crate::domain::{Failure, Sample, Truncation};
+use crate::lock::lock;
 use crate::scorer::{Permit, panic_message};
 use crate::text::{Before, Encoding};
 

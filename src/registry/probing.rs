@@ -4,12 +4,13 @@
 //! must not wait for it. The live model was a candidate once, and answers the same probes with the same bits for as long as
 //! it lives, so what it said then is remembered; other probes go through its queue, a few at a time.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::canary::{Answers, CanaryBounds, Figures, Probes, examine};
 use super::outcomes::{answer, scored};
 use super::{Generation, LoadError};
 use crate::domain::{Sample, Truncation};
+use crate::lock::lock;
 use crate::model::Pack;
 
 /// Samples of a candidate's canary that are run at once.
@@ -22,12 +23,12 @@ pub(super) struct Remembered(Mutex<Option<(Vec<Sample>, Answers)>>);
 impl Remembered {
     /// What it said to these samples, if they were the last.
     pub fn recall(&self, samples: &[Sample]) -> Option<Answers> {
-        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = lock(&self.0);
         last.as_ref().filter(|(asked, _)| asked == samples).map(|(_, answers)| answers.clone())
     }
 
     pub fn remember(&self, samples: &[Sample], answers: &[Option<f32>]) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((samples.to_vec(), answers.to_vec()));
+        *lock(&self.0) = Some((samples.to_vec(), answers.to_vec()));
     }
 }
 

@@ -2,11 +2,12 @@
 //! words and the times that counts do not have.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use super::ReloadOutcome;
 use crate::domain::Fingerprint;
+use crate::lock::lock;
 
 /// Loads of generations that are remembered.
 const RELOADS: usize = 16;
@@ -99,7 +100,7 @@ impl Recent {
 
     fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
         // Every critical section leaves whole entries behind, so a poisoned lock is still good.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

@@ -7,7 +7,7 @@ mod fitting;
 mod in_place;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -24,6 +24,7 @@ use super::probing::ask;
 use super::room::{Room, Swap, Way, decide};
 use super::{CacheUse, Engine, Generation, GenerationState, NotHere, Registry, ReloadEvent, ReloadOutcome};
 use crate::domain::Fingerprint;
+use crate::lock::lock;
 use crate::scorer::panic_message;
 
 /// Starts reloads, one at a time. Clones are handles of the same.
@@ -129,7 +130,7 @@ impl Reloader {
     }
 
     fn status(&self) -> MutexGuard<'_, Status> {
-        self.0.status.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.status)
     }
 
     /// What to do after a reload; nothing more runs if nothing was asked for meanwhile.

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::ScorerMetrics;
 use super::pace::{self, spread};
 use super::shares::{Caller, Held, Refusal, Resource, Shares};
-use super::{ScorerMetrics, lock};
+use crate::lock::lock;
 
 /// Bounds on what is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

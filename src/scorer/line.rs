@@ -10,8 +10,9 @@ use tokio::sync::{oneshot, watch};
 
 use super::forward::Next;
 use super::load::loads;
-use super::{JobId, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission, lock};
+use super::{JobId, NewJob, Pick, Queue, Reply, SampleError, ScorerError, ScorerMetrics, ScorerOptions, ShedReason, Submission};
 use crate::clock::Clock;
+use crate::lock::lock;
 use crate::model::Output;
 
 pub(super) type Answer = Result<Reply, ScorerError>;

@@ -26,9 +26,3 @@ pub(crate) use priority::stands_last;
 pub use queue::{Draw, JobId, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub use shares::Caller;
 pub use worker::{Worker, crew, pair, spawn};
-
-/// What a mutex guards here stays whole when a panic elsewhere poisons it: every critical section is short and leaves
-/// consistent counts.
-fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}

@@ -20,8 +20,9 @@ use super::budget::Budget;
 use super::forward::{Drawn, Forwarded, Lost, Next, forward};
 use super::line::{Job, ScorerHandle, Shared, State, answer_all};
 use super::priority::stand_back;
-use super::{Draw, PackLimits, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions, lock};
+use super::{Draw, PackLimits, Queue, QueueBounds, ScorerError, ScorerMetrics, ScorerOptions};
 use crate::clock::Clock;
+use crate::lock::lock;
 
 /// The one that owns a device. [`spawn`] gives it a thread; a test steps it by hand.
 pub struct Worker {

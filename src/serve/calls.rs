@@ -4,7 +4,7 @@
 //! text, so of an INVALID_ARGUMENT only the field is told, unless content may be logged.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
@@ -17,6 +17,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use super::metrics::ServeMetrics;
 use super::tenants::Tenants;
 use crate::clock::Clock;
+use crate::lock::lock;
 use crate::registry::{ModelStamp, Problem, Recent, Timing};
 use crate::wire::code_name;
 
@@ -158,7 +159,7 @@ impl CallFacts {
     }
 
     fn facts(&self) -> std::sync::MutexGuard<'_, Facts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

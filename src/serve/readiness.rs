@@ -1,8 +1,10 @@
 //! Whether this process wants requests, in one place that probes, health checks and the drain all read.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::watch;
+
+use crate::lock::lock;
 
 /// Where a server is in its life. It only moves forward, but for the pause of a reload in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,7 +79,7 @@ impl Readiness {
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         // The state is whole after every change, whatever panics elsewhere.
-        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.0.state);
         change(&mut state);
         let now = state.shown();
         self.0.shown.send_if_modified(|shown| std::mem::replace(shown, now) != now);

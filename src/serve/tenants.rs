@@ -4,10 +4,11 @@
 //! own is counted as [`OTHER`].
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use tonic::transport::server::TcpConnectInfo;
 
+use crate::lock::lock;
 use crate::scorer::Caller;
 
 /// The metadata that names a tenant.
@@ -68,7 +69,7 @@ impl Tenants {
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.known)
     }
 }
 

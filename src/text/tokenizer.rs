@@ -1,7 +1,7 @@
 //! The model's tokenizer: text to ids, and the special tokens that its post-processor puts around them.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Encoding as RawEncoding, PostProcessor, PostProcessorWrapper, Token, Tokenizer as RawTokenizer};
@@ -9,6 +9,7 @@ use tokenizers::{AddedToken, Encoding as RawEncoding, PostProcessor, PostProcess
 use super::before::{Before, Cuts};
 use super::options::TextError;
 use crate::checkpoint::TextFacts;
+use crate::lock::lock;
 
 /// Stand-ins for the two segments of a text while the post-processor is asked what it puts around them.
 const FIRST: u32 = u32::MAX - 1;
@@ -112,7 +113,7 @@ impl Kept {
     /// The tokenizer of these facts, as [`Tokenizer::new`] builds it.
     pub(super) fn tokenizer(&self, facts: &TextFacts, vocab_rows: usize) -> Result<Arc<Tokenizer>, TextError> {
         let source = source(facts, vocab_rows);
-        let kept = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = || lock(&self.0);
         if let Some((of, tokenizer)) = &*kept()
             && *of == source
         {

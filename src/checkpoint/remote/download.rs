@@ -16,6 +16,7 @@ use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use super::listing::{Digest, RemoteFile};
 use super::{Source, Trouble};
 use crate::clock::Clock;
+use crate::lock::lock;
 
 /// Failures one after the other without a byte in between before a range is given up.
 pub(super) const ATTEMPTS: u32 = 6;
@@ -64,7 +65,7 @@ impl Downloader<'_> {
             let target = blobs.join(file.digest.hex());
             match Job::open(file, target, self.part) {
                 Ok(Some(job)) => {
-                    let parts = job.parts.lock().unwrap_or_else(PoisonError::into_inner);
+                    let parts = lock(&job.parts);
                     let there: u64 = parts.done.iter().map(|&part| self.range(file, part).1).sum();
                     drop(parts);
                     self.done.fetch_add(there, Ordering::Relaxed);
@@ -75,7 +76,7 @@ impl Downloader<'_> {
             }
         }
         let missing = |job: &Job<'_>| {
-            let parts = job.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            let parts = lock(&job.parts);
             (0..job.file.bytes.div_ceil(self.part)).filter(|part| !parts.done.contains(part)).collect::<Vec<_>>()
         };
         let work: Vec<(usize, u64)> =
@@ -89,7 +90,7 @@ impl Downloader<'_> {
                         let Some(&(i, part)) = work.get(place) else { return };
                         if let Err(words) = self.part(&jobs[i], part, &failed) {
                             failed.store(true, Ordering::Relaxed);
-                            problem.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(format!("{}: {words}", jobs[i].file.name));
+                            lock(&problem).get_or_insert(format!("{}: {words}", jobs[i].file.name));
                         }
                     }
                 });
@@ -189,7 +190,7 @@ impl<'a> Job<'a> {
 
     /// Remembers that a part is whole.
     fn note(&self, part: u64) -> std::io::Result<()> {
-        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parts = lock(&self.parts);
         writeln!(parts.log, "{part}")?;
         parts.done.insert(part);
         Ok(())
@@ -271,7 +272,7 @@ fn write_at(mut file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
     use std::io::{Seek, SeekFrom};
     // One handle has one position, so one thread at a time moves and writes.
     static POSITION: Mutex<()> = Mutex::new(());
-    let _position = POSITION.lock().unwrap_or_else(PoisonError::into_inner);
+    let _position = lock(&POSITION);
     file.seek(SeekFrom::Start(at))?;
     file.write_all(bytes)
 }

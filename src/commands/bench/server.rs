@@ -1,7 +1,7 @@
 //! The server under load: over calls, or over one stream for each connection.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -10,6 +10,7 @@ use super::load::Target;
 use super::shape::Shape;
 use super::tally::{Outcome, ServerTiming};
 use crate::client::{Client, ClientError, StreamAnswers, StreamRequests};
+use crate::lock::lock;
 use crate::wire;
 
 /// What an answer is called that never came.
@@ -99,9 +100,4 @@ async fn deliver(mut answers: StreamAnswers, waiting: Arc<Waiting>) {
         }
     }
     lock(&waiting).clear();
-}
-
-/// A map of senders is whole whenever the lock is free.
-fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, HashMap<String, oneshot::Sender<wire::ScoreResponse>>> {
-    waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -5,11 +5,12 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::{ENTRY, Entry, checksum};
 use crate::checkpoint::{CHUNK_ELEMENTS, Elements, Manifest, SourceError, TensorSource};
 use crate::domain::WeightsId;
+use crate::lock::lock;
 use crate::merge::Merged;
 use crate::merge::content::Remembered;
 use crate::merge::shards::{self, Metadata};
@@ -56,7 +57,7 @@ impl Recorder {
         let size = elements.bytes().len() / range.len().max(1);
         let begin = begin + (range.start * size) as u64;
         elements.with_little_endian(|bytes| write_all_at(&self.file, bytes, begin)).map_err(|error| cannot_write(&self.path, &error))?;
-        *self.written.lock().unwrap_or_else(PoisonError::into_inner).entry(name.to_owned()).or_default() += range.len();
+        *lock(&self.written).entry(name.to_owned()).or_default() += range.len();
         Ok(())
     }
 
@@ -65,7 +66,7 @@ impl Recorder {
         if let Some(failure) = self.failure.get() {
             return Err(failure.clone());
         }
-        let written = std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner));
+        let written = std::mem::take(&mut *lock(&self.written));
         let cannot = |error: SourceError| FileError::new(&self.path, error);
         let mut elements = Elements::default();
         for (name, info) in self.source.manifest().iter().filter(|(name, info)| written.get(*name) != Some(&info.elements())) {

@@ -1,11 +1,12 @@
 //! What the CUDA driver says of its devices, and what is asked of it beside computing.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use candle_core::cuda::cudarc::driver::{CudaContext, DriverError, PinnedHostSlice};
 
 use super::{Card, raw};
+use crate::lock::lock;
 
 /// How many cards there are. Touches none of them.
 pub fn count() -> Result<usize, String> {
@@ -58,7 +59,7 @@ pub fn words(pinned: &mut Pinned) -> Result<&mut [u32], String> {
 /// The card's own context, kept once it is there: whoever looks again and again would make it anew each time.
 fn context(ordinal: usize) -> Result<Arc<CudaContext>, DriverError> {
     static CONTEXTS: Mutex<BTreeMap<usize, Arc<CudaContext>>> = Mutex::new(BTreeMap::new());
-    let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut contexts = lock(&CONTEXTS);
     if let Some(context) = contexts.get(&ordinal) {
         return Ok(Arc::clone(context));
     }

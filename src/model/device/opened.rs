@@ -4,12 +4,13 @@
 //! Two loads never hold the same one at once, though they may be on the same card: a handle of the vendor's matrix library
 //! has one workspace, which two threads (one that scores, and one that tries out what comes next) would write over each other.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::Device;
 
 use super::{Arithmetic, Backend, DeviceError, Place, guarded};
 use crate::checkpoint::Architecture;
+use crate::lock::lock;
 
 /// What was opened, by place; held by nobody but this list where it is free.
 struct Shelf<D>(Mutex<Vec<(Place, Arc<D>)>>);
@@ -21,7 +22,7 @@ impl<D> Shelf<D> {
 
     /// One that nobody holds, or a new one.
     fn take(&self, place: Place, open: impl FnOnce() -> Result<D, DeviceError>) -> Result<Arc<D>, DeviceError> {
-        let mut shelf = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shelf = lock(&self.0);
         let free = shelf.iter().find(|(known, device)| *known == place && Arc::strong_count(device) == 1);
         if let Some((_, device)) = free {
             return Ok(Arc::clone(device));
@@ -54,7 +55,7 @@ impl Turns {
     /// Waits for a turn; `None` where there is no such device.
     pub fn take(&self, device: usize) -> Option<MutexGuard<'_, ()>> {
         // There is nothing in it that a panic could have left half done.
-        Some(self.0.get(device)?.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(lock(self.0.get(device)?))
     }
 }
 

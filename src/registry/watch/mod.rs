@@ -24,9 +24,10 @@ pub use shadow::ShadowOutcome;
 use shadow::{Drawn, MAILBOX};
 use stats::{BASELINE, Budget, FIGURES, Run, Sampler, Seen, Shadowed, Traffic, WINDOW};
 
-use super::{Generation, lock};
+use super::Generation;
 use crate::clock::Clock;
 use crate::domain::{FailureKind, GenerationId, Score};
+use crate::lock::lock;
 use crate::text::Encoding;
 
 /// Settings of the watch.

@@ -5,7 +5,7 @@
 
 mod history;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::Registry;
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::convert;
 use super::readiness::Readiness;
+use crate::lock::lock;
 use crate::registry::{ComparedPoint, Engine, GenerationState};
 use history::{Buckets, Flow, History, Totals};
 
@@ -144,7 +145,7 @@ impl Page {
     }
 
     fn history(&self) -> std::sync::MutexGuard<'_, History> {
-        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.history)
     }
 }
 
