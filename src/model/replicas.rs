@@ -5,7 +5,9 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 
 use super::device::{Arithmetic, Backend, DeviceError, Devices, Place, Turns};
-use super::{Limits, LoadError, Model, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel, SharedBase, What, load_with};
+use super::{
+    Limits, LoadError, Model, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel, SharedBase, StandsFor, What, load_with,
+};
 
 /// At least one model, all the same but for where they are.
 pub struct Replicas {
@@ -16,15 +18,15 @@ pub struct Replicas {
 
 /// One model that stands on one of the devices alone.
 pub struct Lodger {
-    model: Model,
+    pub model: Model,
     device: usize,
     /// Whether that is the one that most of such models are on.
     fullest: bool,
     turns: Turns,
 }
 
-/// [`load`](super::load) onto one device or several, each of which then holds the whole model: the source is read once, and copied to all
-/// others at the same time. Every device has settled when this returns, so the model may be used from any thread.
+/// [`load`](super::load) onto one device or several, each of which then holds the whole model: the source is read once, and
+/// copied to all others at the same time. Every device has settled when this returns, so any thread may use the model.
 pub fn load_on(
     devices: &Devices,
     arithmetic: impl Into<Arithmetic>,
@@ -74,7 +76,7 @@ impl Replicas {
         device.checked_sub(1).map_or(Some(&self.first), |other| self.others.get(other))
     }
 
-    fn each(&self) -> impl Iterator<Item = &Model> {
+    pub fn each(&self) -> impl Iterator<Item = &Model> {
         std::iter::once(&self.first).chain(&self.others)
     }
 }
@@ -144,39 +146,26 @@ impl Lodger {
     }
 }
 
-impl RewardModel for Lodger {
-    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
+impl StandsFor for Lodger {
+    fn model(&self) -> &dyn RewardModel {
+        &self.model
+    }
+
+    fn forwarded(&self, _: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
         let _turn = self.turns.take(self.device);
         self.model.forward(pack)
     }
 
-    fn runs_on(&self) -> Vec<String> {
-        self.model.runs_on()
+    fn prepared(&self, device: usize, pack: &Pack) {
+        // A device has room for what its own worker's packs need, of which one runs and one is next.
+        if device == self.device {
+            self.model.prepare(device, pack);
+        }
     }
 
-    fn limits(&self) -> Limits {
+    fn limited(&self) -> Limits {
         // What is said of bytes is said of the fullest device.
         let limits = self.model.limits();
         Limits { device_bytes: if self.fullest { limits.device_bytes } else { 0 }, ..limits }
-    }
-
-    fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
-        self.model.prefix_key(tokens)
-    }
-
-    fn keep_prefixes(&self, bytes: usize) {
-        self.model.keep_prefixes(bytes);
-    }
-
-    fn prefix_bytes(&self) -> PrefixBytes {
-        self.model.prefix_bytes()
-    }
-
-    fn token_cost(&self, from: usize, to: usize) -> usize {
-        self.model.token_cost(from, to)
-    }
-
-    fn activation_bytes(&self, tokens: usize) -> Option<u64> {
-        self.model.activation_bytes(tokens)
     }
 }

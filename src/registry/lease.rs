@@ -6,14 +6,15 @@
 //! for whose lock it may have to wait until a forward has ended.
 
 use std::sync::mpsc::{self, SendError, Sender};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use prometheus::IntGauge;
 use tokio::sync::watch;
 
 use super::Encode;
 use crate::domain::{Failure, FailureKind, Sample, Truncation};
-use crate::model::{Limits, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
+use crate::lock::lock;
+use crate::model::{Limits, ModelError, Output, Pack, RewardModel, StandsFor};
 use crate::scorer::stand_last;
 use crate::text::{Before, Encoding};
 
@@ -38,7 +39,7 @@ impl Lease {
 
     /// Counts the lease in `gauge` until it ends or is not retiring any more.
     pub fn retire(&self, gauge: &IntGauge) {
-        let mut retiring = self.retiring.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut retiring = lock(&self.retiring);
         if retiring.is_none() {
             gauge.inc();
             *retiring = Some(gauge.clone());
@@ -46,7 +47,7 @@ impl Lease {
     }
 
     pub fn come_back(&self) {
-        if let Some(gauge) = self.retiring.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(gauge) = lock(&self.retiring).take() {
             gauge.dec();
         }
     }
@@ -86,54 +87,22 @@ pub(super) fn leased(model: Arc<dyn RewardModel>, lease: &Arc<Lease>) -> Arc<dyn
     Arc::new(Leased { model: Some(model), lease: lease.clone() })
 }
 
-fn freed() -> ModelError {
-    ModelError::Failed("the model has been freed".to_owned())
-}
+/// What is there of a model whose memory was handed over: nobody meets it.
+struct Freed;
 
-impl RewardModel for Leased {
-    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        self.model.as_ref().ok_or_else(freed)?.forward(pack)
-    }
-
-    fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        self.model.as_ref().ok_or_else(freed)?.forward_on(device, pack)
-    }
-
-    fn prepare(&self, device: usize, pack: &Pack) {
-        if let Some(model) = &self.model {
-            model.prepare(device, pack);
-        }
-    }
-
-    fn runs_on(&self) -> Vec<String> {
-        self.model.as_ref().map_or_else(Vec::new, |model| model.runs_on())
+impl RewardModel for Freed {
+    fn forward(&self, _: &Pack) -> Result<Vec<Output>, ModelError> {
+        Err(ModelError::Failed("the model has been freed".to_owned()))
     }
 
     fn limits(&self) -> Limits {
-        let none = Limits { max_tokens: 0, outputs: 0, parameters: 0, device_bytes: 0 };
-        self.model.as_ref().map_or(none, |model| model.limits())
+        Limits { max_tokens: 0, outputs: 0, parameters: 0, device_bytes: 0 }
     }
+}
 
-    fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
-        self.model.as_ref()?.prefix_key(tokens)
-    }
-
-    fn keep_prefixes(&self, bytes: usize) {
-        if let Some(model) = &self.model {
-            model.keep_prefixes(bytes);
-        }
-    }
-
-    fn prefix_bytes(&self) -> PrefixBytes {
-        self.model.as_ref().map(|model| model.prefix_bytes()).unwrap_or_default()
-    }
-
-    fn token_cost(&self, from: usize, to: usize) -> usize {
-        self.model.as_ref().map_or(to - from, |model| model.token_cost(from, to))
-    }
-
-    fn activation_bytes(&self, tokens: usize) -> Option<u64> {
-        self.model.as_ref()?.activation_bytes(tokens)
+impl StandsFor for Leased {
+    fn model(&self) -> &dyn RewardModel {
+        self.model.as_deref().unwrap_or(&Freed)
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 use super::EngineError;
 use super::members::StreamedMembers;
 use crate::domain::MemberName;
-use crate::model::{Limits, ModelError, Output, Pack, PrefixBytes, PrefixKey, RewardModel};
+use crate::model::{RewardModel, StandsFor};
 use crate::scorer::panic_message;
 
 /// Room for one member.
@@ -49,40 +49,8 @@ struct Placed {
     _taken: OwnedMutexGuard<()>,
 }
 
-impl RewardModel for Placed {
-    fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        self.model.forward(pack)
-    }
-
-    fn forward_on(&self, device: usize, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        self.model.forward_on(device, pack)
-    }
-
-    fn prepare(&self, device: usize, pack: &Pack) {
-        self.model.prepare(device, pack);
-    }
-
-    fn runs_on(&self) -> Vec<String> {
-        self.model.runs_on()
-    }
-
-    fn limits(&self) -> Limits {
-        self.model.limits()
-    }
-
-    fn prefix_key(&self, tokens: usize) -> Option<PrefixKey> {
-        self.model.prefix_key(tokens)
-    }
-
-    fn keep_prefixes(&self, bytes: usize) {
-        self.model.keep_prefixes(bytes);
-    }
-
-    fn prefix_bytes(&self) -> PrefixBytes {
-        self.model.prefix_bytes()
-    }
-
-    fn token_cost(&self, from: usize, to: usize) -> usize {
-        self.model.token_cost(from, to)
+impl StandsFor for Placed {
+    fn model(&self) -> &dyn RewardModel {
+        self.model.as_ref()
     }
 }
