@@ -1,7 +1,7 @@
 //! What is asked of a device beside computing: by loads, and by forwards that fail.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread::ThreadId;
 
 use candle_core::{DType, Device};
@@ -11,6 +11,7 @@ use super::device::Driver;
 use super::replicas::{Lodger, Replicas, copies};
 use super::sharing_tests::loaded;
 use super::*;
+use crate::lock::lock;
 use crate::text::Encoding;
 
 /// Remembers what was asked of it, and by whom.
@@ -22,7 +23,7 @@ struct Recorder {
 
 impl Recorder {
     fn settled(&self) -> Vec<(Place, ThreadId)> {
-        self.settled.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
+        lock(&self.settled).drain(..).collect()
     }
 }
 
@@ -31,7 +32,7 @@ impl Driver for Recorder {
         if self.broken.load(Ordering::Relaxed) {
             return Err(DeviceError { place: place.to_string(), problem: "CUDA_ERROR_UNKNOWN".to_owned() });
         }
-        self.settled.lock().unwrap_or_else(PoisonError::into_inner).push((place, std::thread::current().id()));
+        lock(&self.settled).push((place, std::thread::current().id()));
         Ok(())
     }
 
@@ -101,16 +102,38 @@ fn a_pack_that_was_made_ready_has_the_same_scores_on_whichever_device_it_runs() 
     };
     let expected = bits(&pack(), 0);
     let ready = pack();
+    let kinds = || several.each().map(|model| ready.ready().has(model.kind)).collect::<Vec<_>>();
     several.prepare(1, &ready);
-    assert!(format!("{:?}", ready.ready()).contains("Some"));
+    assert_eq!(kinds(), [false, true]);
     assert_eq!(bits(&ready, 0), expected, "what is ready elsewhere is no use here");
-    assert!(format!("{:?}", ready.ready()).contains("Some"), "and stays");
     assert_eq!(bits(&ready, 1), expected);
-    assert!(format!("{:?}", ready.ready()).contains("None"), "what was used is gone");
-    assert_eq!(bits(&ready, 1), expected);
+    assert_eq!((kinds(), bits(&ready, 1)), (vec![false, true], expected), "and stays for as long as the pack");
     let kernels = loaded("llama", json!({}), |what| load_with(&Backend::cpu(), what, &mut |_, _| {})).expect("loads");
     kernels.prepare(0, &ready);
-    assert!(format!("{:?}", ready.ready()).contains("None"), "the host needs nothing");
+    assert!(!ready.ready().has(kernels.kind), "the host needs nothing");
+}
+
+#[test]
+fn members_of_one_device_share_what_was_made_ready_for_one_of_them() {
+    let driver = driver();
+    let load = |ordinal: usize| loaded("llama", json!({}), |what| load_with(&card(ordinal, driver), what, &mut |_, _| {})).expect("loads");
+    let (first, second, elsewhere) = (load(0), load(0), Lodger::new(load(1), 1, false, device::Turns::new(2)));
+    let other = loaded("llama", json!({"rope_theta": 5000.0}), |what| load_with(&card(0, driver), what, &mut |_, _| {})).expect("loads");
+    let pack = || Pack::new(&[Arc::new(Encoding::for_test(vec![1, 2, 3]))]);
+    let ready = pack();
+    first.prepare(0, &ready);
+    let made = ready.ready().get::<transformer::Ready>(first.kind).expect("made");
+    second.prepare(0, &ready);
+    assert!(Arc::ptr_eq(&made, &ready.ready().get(second.kind).expect("there")), "it is not made again");
+    assert!(!ready.ready().has(other.kind), "another architecture needs something else");
+    elsewhere.prepare(0, &ready);
+    assert!(!ready.ready().has(elsewhere.model.kind), "that is for the worker of its own device");
+    elsewhere.prepare(1, &ready);
+    assert!(ready.ready().has(elsewhere.model.kind));
+    let rewards = |model: &dyn RewardModel, pack: &Pack| model.forward(pack).expect("scored")[0].reward.to_bits();
+    for model in [&first as &dyn RewardModel, &second, &elsewhere, &other] {
+        assert_eq!(rewards(model, &ready), rewards(model, &pack()));
+    }
 }
 
 #[test]

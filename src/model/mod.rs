@@ -36,7 +36,7 @@ use ops::Ops;
 pub use pack::{MIN_SHARED, Node, Pack, PrefixKey};
 pub use prefixes::PrefixBytes;
 use prefixes::{Memory, Prefixes};
-use ready::Owner;
+use ready::Kind;
 pub use replicas::{load_on, load_on_one, most_on_one};
 pub use stands_for::StandsFor;
 use transformer::Transformer;
@@ -211,9 +211,9 @@ fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u
     let mut loader = Loader::new(source, apart, layout.used(), backend, progress);
     let transformer = Transformer::load(architecture, layout, &mut loader)?;
     let head = Head::load(layout, readout, &mut loader)?;
+    loader.settle()?;
     let limits = Limits {
         max_tokens: max_tokens.min(architecture.longest().unwrap_or(max_tokens)),
-    loader.settle()?;
         outputs: layout.outputs(),
         parameters: loader.parameters,
         device_bytes: loader.device_bytes,
@@ -221,7 +221,7 @@ fn load_with(backend: &Backend, what: &What<'_>, progress: &mut dyn FnMut(u64, u
     let (head, prefixes) = (Arc::new(head), Prefixes::of(backend, architecture));
     // Each thread has a stream of its own on a card: what this one has placed is there for others only once it has settled.
     backend.driver.settle(backend.place)?;
-    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone(), owner: Owner::new() })
+    Ok(Model { transformer, head, limits, prefixes, architecture: architecture.clone(), kind: Kind::of(backend, architecture, readout) })
 }
 
 /// Bytes of a model of these tensors on the CPU, but for the few rows that narrow matrices are padded with.
@@ -269,7 +269,7 @@ struct Model {
     /// Absent where our kernels do not compute, and for a model whose tokens depend on what comes after them.
     prefixes: Option<Prefixes>,
     architecture: Architecture,
-    owner: Owner,
+    kind: Kind,
 }
 
 impl Model {
@@ -278,7 +278,8 @@ impl Model {
         let (transformer, head) = (self.transformer.on(backend, base)?, Arc::clone(&self.head));
         let (architecture, prefixes) = (self.architecture.clone(), Prefixes::of(backend, &self.architecture));
         backend.driver.settle(backend.place)?;
-        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture, owner: Owner::new() })
+        let kind = Kind::of(backend, &architecture, head.readout());
+        Ok(Self { transformer, head, limits: self.limits, prefixes, architecture, kind })
     }
 }
 
@@ -298,7 +299,7 @@ impl Model {
     }
 
     fn scored(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        let ready = pack.ready().take(self.owner);
+        let ready = pack.ready().get(self.kind);
         let places = self.places(pack);
         let read = |sample: usize| positions(&places, sample);
         let mut cache = self.prefixes.as_ref().and_then(Prefixes::open);
@@ -336,19 +337,28 @@ impl Model {
 
 impl RewardModel for Model {
     fn prepare(&self, _: usize, pack: &Pack) {
-        if self.transformer.backend().ops == Ops::Kernels {
-            // The host's memory is the device's, and which tokens are there is known only when their turn comes.
+        // The host's memory is the device's where our kernels compute, and which tokens are there is known only when their turn
+        // comes.
+        if self.transformer.backend().ops == Ops::Kernels || pack.ready().has(self.kind) {
             return;
         }
         match self.transformer.prepare(pack, &rows(pack, &self.places(pack))) {
-            Ok(ready) => pack.ready().put(self.owner, ready),
+            Ok(ready) => pack.ready().put(self.kind, ready),
             // The forward tries it once more, and tells.
             Err(problem) => tracing::debug!(%problem, "a pack was not made ready"),
         }
     }
 
     fn forward(&self, pack: &Pack) -> Result<Vec<Output>, ModelError> {
-        self.scored(pack).map_err(|error| self.told(error))
+        // What the pack has ready is freed elsewhere, in an order of its own: nothing may still read it, however this ends.
+        let _done = self.transformer.backend().at_the_end();
+        self.scored(pack).map_err(|error| {
+            if matches!(error, ModelError::OutOfMemory(_)) {
+                // Parts of the pack get what they need anew.
+                pack.ready().forget(self.kind);
+            }
+            self.told(error)
+        })
     }
 
     fn limits(&self) -> Limits {

@@ -3,39 +3,47 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
-/// Which model on which device something is ready for.
+use super::device::Backend;
+use crate::checkpoint::{Architecture, Readout};
+use crate::lock::lock;
+
+/// Which models need the same beside their weights: those that compute alike on one device, and read alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner(u64);
+pub struct Kind(blake3::Hash);
 
-impl Owner {
-    /// One that there has not been before.
-    pub fn new() -> Self {
-        static LAST: AtomicU64 = AtomicU64::new(0);
-        Self(LAST.fetch_add(1, Ordering::Relaxed))
+impl Kind {
+    pub fn of(backend: &Backend, architecture: &Architecture, readout: &Readout) -> Self {
+        // All that these are stands in how they are written.
+        let words = format!("{} {:?} {architecture:?} {readout:?}", backend.describe(), backend.arithmetic());
+        Self(blake3::hash(words.as_bytes()))
     }
 }
 
-/// At most one thing, for at most one owner. A copy of a pack has nothing ready.
+/// One thing for every kind of model that a pack is given to, for as long as there is the pack. A copy of a pack has nothing ready.
 #[derive(Default)]
-pub struct Ready(Mutex<Option<(Owner, Box<dyn Any + Send>)>>);
+pub struct Ready(Mutex<Vec<(Kind, Arc<dyn Any + Send + Sync>)>>);
 
 impl Ready {
-    pub fn put(&self, owner: Owner, thing: impl Any + Send) {
-        *self.lock() = Some((owner, Box::new(thing)));
+    /// Puts it there where there is none.
+    pub fn put(&self, kind: Kind, thing: impl Any + Send + Sync) {
+        lock(&self.0).push((kind, Arc::new(thing)));
     }
 
-    /// What was put there for this owner. What is there for another stays.
-    pub fn take<T: Any>(&self, owner: Owner) -> Option<T> {
-        let mut ready = self.lock();
-        let (_, thing) = ready.take_if(|(known, _)| *known == owner)?;
-        thing.downcast().ok().map(|thing| *thing)
+    pub fn forget(&self, kind: Kind) {
+        lock(&self.0).retain(|(known, _)| *known != kind);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<(Owner, Box<dyn Any + Send>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn has(&self, kind: Kind) -> bool {
+        lock(&self.0).iter().any(|(known, _)| *known == kind)
+    }
+
+    /// What was put there for this kind.
+    pub fn get<T: Any + Send + Sync>(&self, kind: Kind) -> Option<Arc<T>> {
+        let ready = lock(&self.0);
+        let (_, thing) = ready.iter().find(|(known, _)| *known == kind)?;
+        Arc::clone(thing).downcast().ok()
     }
 }
 
@@ -47,7 +55,7 @@ impl Clone for Ready {
 
 impl fmt::Debug for Ready {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Ready").field(&self.lock().as_ref().map(|(owner, _)| *owner)).finish()
+        f.debug_list().entries(lock(&self.0).iter().map(|(kind, _)| *kind)).finish()
     }
 }
 
@@ -56,13 +64,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_ready_is_taken_once_and_by_its_owner() {
-        let (ready, owner, other) = (Ready::default(), Owner::new(), Owner::new());
-        ready.put(owner, 5u32);
-        assert_eq!((ready.take::<u32>(other), ready.clone().take::<u32>(owner)), (None, None));
-        assert_eq!((ready.take::<u32>(owner), ready.take::<u32>(owner)), (Some(5), None));
-        ready.put(owner, 6u32);
+    fn what_is_ready_is_there_for_all_of_its_kind_and_for_no_other() {
+        let [kind, other] = ["one", "other"].map(|name| Kind(blake3::hash(name.as_bytes())));
+        let ready = Ready::default();
+        ready.put(kind, 5u32);
+        assert_eq!((ready.get::<u32>(other), ready.clone().get::<u32>(kind)), (None, None));
+        assert_eq!((ready.get::<u32>(kind).as_deref(), ready.get::<u32>(kind).as_deref()), (Some(&5), Some(&5)));
+        assert_eq!((ready.has(kind), ready.has(other)), (true, false));
         ready.put(other, "seven");
-        assert_eq!((ready.take::<u32>(owner), ready.take::<&str>(other)), (None, Some("seven")));
+        assert_eq!((ready.get::<u32>(kind).as_deref(), ready.get::<&str>(other).as_deref()), (Some(&5), Some(&"seven")));
+        ready.forget(kind);
+        assert_eq!((ready.has(kind), ready.has(other)), (false, true));
     }
 }

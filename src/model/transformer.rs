@@ -6,6 +6,8 @@ mod convolution;
 mod embedding;
 mod experts;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::LoadError;
@@ -122,16 +124,17 @@ impl Transformer {
 
     /// The hidden states of the given rows of the pack, after the last norm: `[rows.len(), width]` on the host, in float32.
     /// `memory` has what the pack lacks of its samples, `ready` what was prepared for the same pack and rows.
-    pub fn hidden(&self, pack: &Pack, rows: &[u32], memory: Option<&Memory>, ready: Option<Ready>) -> Result<Vec<Vec<f32>>> {
+    pub fn hidden(&self, pack: &Pack, rows: &[u32], memory: Option<&Memory>, ready: Option<Arc<Ready>>) -> Result<Vec<Vec<f32>>> {
         let architecture = &self.architecture;
         let rotations: Vec<Rotation> = self.ropes.iter().map(|tables| tables.rotation(pack)).collect();
         let embeddings = self.embeddings(pack);
-        let Ready { embedded, windows, read, plan } = match ready {
+        let ready = match ready {
             Some(ready) => ready,
-            None => self.ready(pack, rows, &rotations, embeddings.as_deref())?,
+            None => Arc::new(self.ready(pack, rows, &rotations, embeddings.as_deref())?),
         };
-        let mut x = self.embedding.embed(architecture, &embedded)?;
-        let mut convolved = match (&self.convolution, &windows) {
+        let Ready { embedded, windows, read, plan } = &*ready;
+        let mut x = self.embedding.embed(architecture, embedded)?;
+        let mut convolved = match (&self.convolution, windows) {
             (Some(convolution), Some(windows)) => Some(convolution.of(&x, windows)?),
             _ => None,
         };
@@ -148,9 +151,9 @@ impl Transformer {
             let context = Context { architecture, pack, window: kind.window, rotation, distances, memory, plan: plan.as_ref() };
             let mut attended = block.attend(&x, &context)?;
             if layer + 1 == self.blocks.len() {
-                attended = attended.index_select(&read, 0)?;
-                x = x.index_select(&read, 0)?;
-                convolved = convolved.map(|convolved| convolved.index_select(&read, 0)).transpose()?;
+                attended = attended.index_select(read, 0)?;
+                x = x.index_select(read, 0)?;
+                convolved = convolved.map(|convolved| convolved.index_select(read, 0)).transpose()?;
             }
             let convolved = convolved.take();
             x = match self.row_blocks(block, x.dim(0)?) {

@@ -66,11 +66,12 @@ impl Next {
         Self { drawn, pack }
     }
 
-    /// Lets the first model make ready on a device what it needs there, while another pack is computed. What goes wrong here
-    /// goes wrong again when the pack is run.
+    /// Lets the models make ready on a device what they need there, while another pack is computed. What goes wrong here goes
+    /// wrong again when the pack is run.
     pub fn prepare(&self, device: usize) {
-        if let (Ok(pack), Some(model)) = (&self.pack, self.drawn.models.first()) {
-            let _ = catch_unwind(AssertUnwindSafe(|| model.prepare(device, pack)));
+        if let Ok(pack) = &self.pack {
+            let prepare = || self.drawn.models.iter().for_each(|model| model.prepare(device, pack));
+            let _ = catch_unwind(AssertUnwindSafe(prepare));
         }
     }
 }

@@ -184,6 +184,18 @@ impl Backend {
         Arithmetic { dtype, batch_invariant: self.fixed_rows.is_some() }
     }
 
+    /// What waits, when it is dropped, for all that this thread gave the device to do.
+    pub fn at_the_end(&self) -> impl Drop + use<> {
+        struct Waits(Arc<Device>);
+        impl Drop for Waits {
+            fn drop(&mut self) {
+                // A device that answers no more is found out elsewhere.
+                let _ = self.0.synchronize();
+            }
+        }
+        Waits(Arc::clone(&self.device))
+    }
+
     /// The device and how attention runs there, for people.
     pub fn describe(&self) -> String {
         let shapes = if self.fixed_rows.is_some() { ", fixed shapes" } else { "" };
