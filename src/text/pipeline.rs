@@ -106,18 +106,18 @@ impl TextPipeline {
     /// refused for conversations (the template's closing tokens would go) and for texts and ids that end with a special
     /// token which would go.
     pub fn encode(&self, sample: &Sample, truncation: Truncation) -> Result<Encoding, Failure> {
-        self.encode_beside(sample, truncation, &mut Before::default())
+        self.finish(sample, truncation, None).map(|(encoding, _)| encoding)
     }
 
     /// [`Self::encode`] for one of several samples, which may begin alike: what they begin with is tokenised once, where that
     /// gives the same tokens. A template renders each conversation as a whole.
     pub fn encode_beside(&self, sample: &Sample, truncation: Truncation, before: &mut Before) -> Result<Encoding, Failure> {
-        self.finish(sample, truncation, before).map(|(encoding, _)| encoding)
+        self.finish(sample, truncation, Some(before)).map(|(encoding, _)| encoding)
     }
 
     /// The same, with what there is to see on the way.
     pub fn explain(&self, sample: &Sample, truncation: Truncation) -> Result<Explanation, Failure> {
-        let (encoding, notes) = self.finish(sample, truncation, &mut Before::default())?;
+        let (encoding, notes) = self.finish(sample, truncation, None)?;
         let tokens = encoding.ids().iter().map(|&id| self.tokenizer.token_of(id).unwrap_or_default()).collect();
         let special = encoding.ids().iter().map(|&id| self.tokenizer.is_special(id)).collect();
         Ok(Explanation { encoding, tokens, special, notes })
@@ -133,7 +133,7 @@ impl TextPipeline {
         &self.policy
     }
 
-    fn finish(&self, sample: &Sample, truncation: Truncation, before: &mut Before) -> Result<(Encoding, Vec<String>), Failure> {
+    fn finish(&self, sample: &Sample, truncation: Truncation, before: Option<&mut Before>) -> Result<(Encoding, Vec<String>), Failure> {
         let stripped = self.without_reasoning(sample)?;
         let sample = stripped.as_ref();
         let mut draft = self.draft(sample, before)?;
@@ -188,14 +188,19 @@ impl TextPipeline {
         })
     }
 
-    fn draft(&self, sample: &Sample, before: &mut Before) -> Result<Draft, Failure> {
+    fn draft(&self, sample: &Sample, mut before: Option<&mut Before>) -> Result<Draft, Failure> {
         let known = |ids: Result<Vec<u32>, String>| -> Result<Vec<u32>, Failure> {
             let unknown = |error| Failure::new(FailureKind::UnknownToken, format!("the tokenizer cannot encode this text: {error}"));
             let ids = ids.map_err(unknown)?;
             self.check_rows(&ids)?;
             Ok(ids)
         };
-        let mut ids = |text: &str| known(self.tokenizer.ids_beside(text, before));
+        let mut ids = |text: &str| {
+            known(match &mut before {
+                Some(before) => self.tokenizer.ids_beside(text, before),
+                None => self.tokenizer.ids(text),
+            })
+        };
         let bare = || vec![Piece::First { type_id: 0 }];
         let draft =
             |pieces: Vec<Piece>, first, second| Draft { pieces, first, second, rendered: None, doubled_bos: false, notes: Vec::new() };
