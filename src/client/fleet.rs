@@ -113,10 +113,8 @@ impl Fleet {
                 if left.is_zero() {
                     break;
                 }
-                let mut asked = tonic::Request::new(request.clone());
-                asked.set_timeout(left);
-                match server.client.rewards().score(asked).await {
-                    Ok(response) => return Ok(response.into_inner()),
+                match server.client.scored(&request, Some((&self.clock, left))).await {
+                    Ok(response) => return Ok(response),
                     // It is going, or not there: somebody else can answer. A status with a source is what became of a connection
                     // that was closed under the call, whatever its code; no server has sent it.
                     Err(status) if status.code() == Code::Unavailable || std::error::Error::source(&status).is_some() => {

@@ -1,5 +1,6 @@
 //! A thin client of the wire contract, for the command line, the demo, benchmarks and tests.
 
+mod again;
 mod fleet;
 mod from_domain;
 mod names;
@@ -13,6 +14,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
+use crate::clock::Clock;
 use crate::wire;
 use crate::wire::model_service_client::ModelServiceClient;
 use crate::wire::reward_service_client::RewardServiceClient;
@@ -114,27 +116,50 @@ impl Client {
     }
 
     pub async fn score(&self, request: wire::ScoreRequest) -> Result<wire::ScoreResponse, ClientError> {
-        Ok(self.rewards().score(request).await?.into_inner())
+        Ok(self.scored(&request, None).await?)
     }
 
     /// The same with a deadline, which travels with the request.
     pub async fn score_within(&self, request: wire::ScoreRequest, timeout: Duration) -> Result<wire::ScoreResponse, ClientError> {
-        let mut request = tonic::Request::new(request);
-        request.set_timeout(timeout);
-        Ok(self.rewards().score(request).await?.into_inner())
+        Ok(self.scored(&request, Some((&Clock::system(), timeout))).await?)
+    }
+
+    /// Within a time over all attempts.
+    async fn scored(&self, request: &wire::ScoreRequest, within: Option<(&Clock, Duration)>) -> Result<wire::ScoreResponse, Status> {
+        let end = within.and_then(|(clock, timeout)| Some((clock, clock.now().checked_add(timeout)?)));
+        let call = || {
+            let (mut rewards, mut request) = (self.rewards(), tonic::Request::new(request.clone()));
+            if let Some((clock, end)) = end {
+                request.set_timeout(end.saturating_duration_since(clock.now()));
+            }
+            async move { rewards.score(request).await }
+        };
+        again::made(call).await
     }
 
     pub async fn compare(&self, request: wire::CompareRequest) -> Result<wire::CompareResponse, ClientError> {
-        Ok(self.rewards().compare(request).await?.into_inner())
+        let call = || {
+            let (mut rewards, request) = (self.rewards(), request.clone());
+            async move { rewards.compare(request).await }
+        };
+        Ok(again::made(call).await?)
     }
 
     pub async fn get_model(&self) -> Result<wire::Generation, ClientError> {
-        Ok(self.models().get_model(wire::GetModelRequest {}).await?.into_inner())
+        let call = || {
+            let mut models = self.models();
+            async move { models.get_model(wire::GetModelRequest {}).await }
+        };
+        Ok(again::made(call).await?)
     }
 
     /// All generations that the server can still name, the newest first.
     pub async fn list_generations(&self) -> Result<Vec<wire::Generation>, ClientError> {
-        Ok(self.models().list_generations(wire::ListGenerationsRequest {}).await?.into_inner().generations)
+        let call = || {
+            let mut models = self.models();
+            async move { models.list_generations(wire::ListGenerationsRequest {}).await }
+        };
+        Ok(again::made(call).await?.generations)
     }
 
     /// Reloads, telling every step, and gives back the last one. A reload that fails tells its reason in its last step, too.
@@ -143,7 +168,11 @@ impl Client {
         request: wire::ReloadRequest,
         mut tell: impl FnMut(&wire::ReloadProgress),
     ) -> Result<wire::ReloadProgress, ClientError> {
-        let mut steps = self.models().reload(request).await?.into_inner();
+        let call = || {
+            let mut models = self.models();
+            async move { models.reload(request).await }
+        };
+        let mut steps = again::made(call).await?;
         let mut last = wire::ReloadProgress::default();
         while let Some(step) = steps.message().await? {
             tell(&step);
@@ -154,13 +183,19 @@ impl Client {
 
     /// Makes a staged or held generation the live one.
     pub async fn activate(&self, fingerprint: &str) -> Result<wire::Generation, ClientError> {
-        Ok(self.models().activate(wire::ActivateRequest { fingerprint: fingerprint.to_owned() }).await?.into_inner())
+        let call = || {
+            let (mut models, request) = (self.models(), wire::ActivateRequest { fingerprint: fingerprint.to_owned() });
+            async move { models.activate(request).await }
+        };
+        Ok(again::made(call).await?)
     }
 
     /// Whether `service` (empty for the whole server) says that it serves.
     pub async fn is_serving(&self, service: &str) -> Result<bool, ClientError> {
-        let request = HealthCheckRequest { service: service.to_owned() };
-        let answer = self.health().check(request).await?.into_inner();
-        Ok(answer.status() == ServingStatus::Serving)
+        let call = || {
+            let (mut health, request) = (self.health(), HealthCheckRequest { service: service.to_owned() });
+            async move { health.check(request).await }
+        };
+        Ok(again::made(call).await?.status() == ServingStatus::Serving)
     }
 }
