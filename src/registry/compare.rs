@@ -1,7 +1,8 @@
 //! The merged model beside the ensemble of its members: tokenised once, packed once, every model over the same packs.
 
 use super::engine::Row;
-use super::generation::{Generation, Lane};
+use super::generation::Generation;
+use super::lanes::Lane;
 use super::members::{ScaleSource, Scales};
 use super::outcomes::{member, non_finite, resident, reward, scored};
 use super::{CallOptions, ComparedPoint, Engine, EngineError, ModelStamp, Timing};
@@ -120,9 +121,11 @@ fn choose(generation: &Generation, names: &[String]) -> Result<(Vec<MemberName>,
     if chosen == all {
         return Ok((chosen, Some(generation.ensemble.clone())));
     }
-    // Some of the members: their packs hold this request alone, and nothing is run that was not asked for.
-    let models = chosen.iter().filter_map(|name| resident(generation, name)).map(|lane| lane.models[0].clone());
-    let lane = Lane::new(std::iter::once(generation.merged.models[0].clone()).chain(models));
+    // Some of the members: nothing is run that was not asked for.
+    let lane = generation.selections.lane(&chosen, || {
+        let models = chosen.iter().filter_map(|name| resident(generation, name)).map(|lane| lane.models[0].clone());
+        std::iter::once(generation.merged.models[0].clone()).chain(models)
+    });
     Ok((chosen, Some(lane)))
 }
 

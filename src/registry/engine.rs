@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use tracing::Instrument;
 
 use super::canary::Answers;
-use super::generation::{Generation, Lane};
+use super::generation::Generation;
+use super::lanes::Lane;
 use super::outcomes::{answer, first, first_failure, member, non_finite, outcome, resident, scored};
 use super::pool::{Encoded, Pool, Reading, caught};
 use super::streamed::Place;

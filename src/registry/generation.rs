@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::SystemTime;
 
 use super::ModelStamp;
+use super::lanes::{Lane, Selections};
 use super::lease::{self, Lease, leased, leased_text};
 use super::members::{Running, StreamedMembers};
 use super::probing::Remembered;
@@ -151,21 +152,6 @@ pub struct GenerationParts {
     pub prefix_bytes: usize,
 }
 
-/// Models that run over the same packs, and the number by which the queue tells them from others.
-#[derive(Clone)]
-pub(super) struct Lane {
-    pub number: u64,
-    pub models: Arc<[Arc<dyn RewardModel>]>,
-}
-
-impl Lane {
-    /// A lane that no other submission of this process shares by accident.
-    pub fn new(models: impl IntoIterator<Item = Arc<dyn RewardModel>>) -> Self {
-        static LAST: AtomicU64 = AtomicU64::new(0);
-        Self { number: LAST.fetch_add(1, Ordering::Relaxed), models: models.into_iter().collect() }
-    }
-}
-
 /// Tokenizer, merged model, members and fingerprint, pinned by a request for its whole length. Immutable.
 pub struct Generation {
     pub id: GenerationId,
@@ -178,6 +164,8 @@ pub struct Generation {
     pub(super) resident: Vec<(MemberName, Lane)>,
     /// The merged model, then every resident member.
     pub(super) ensemble: Lane,
+    /// The merged model, then some of them.
+    pub(super) selections: Selections,
     /// Dropped last: each model has a share of it.
     pub(super) lease: Arc<Lease>,
     pub(super) streamed: Option<Arc<dyn StreamedMembers>>,
@@ -248,6 +236,7 @@ impl Generation {
             merged,
             resident,
             ensemble,
+            selections: Selections::default(),
             lease,
             streamed,
             member_calibrations,

@@ -28,7 +28,7 @@ fn load(spec: &LoadSpec) -> Result<(Generation, Vec<Progress>), LoadError> {
 }
 
 /// The rewards of one text by every model of a lane.
-fn rewards(generation: &Generation, lane: &super::super::generation::Lane) -> Vec<f32> {
+fn rewards(generation: &Generation, lane: &super::super::lanes::Lane) -> Vec<f32> {
     let encoding = generation.text.encode(&Sample::Text("abcde".to_owned()), Truncation::Refuse).expect("short");
     let pack = Pack::new(&[Arc::new(encoding)]);
     lane.models.iter().map(|model| model.forward(&pack).expect("scored")[0].values[0]).collect()
@@ -382,7 +382,7 @@ fn the_name_is_known_before_the_weights_are_loaded_and_streamed_members_are_the_
     let stream = streamed.streamed.as_ref().expect("streams");
     let expected = rewards(&resident, &resident.ensemble);
     for index in 0..2 {
-        let lane = super::super::generation::Lane::new([stream.load(index).expect("loads")]);
+        let lane = super::super::lanes::Lane::new([stream.load(index).expect("loads")]);
         assert_eq!(rewards(&streamed, &lane), [expected[index + 1]]);
     }
     assert!(stream.load(2).is_err());

@@ -6,6 +6,7 @@ mod candidate;
 mod compare;
 mod engine;
 mod generation;
+mod lanes;
 mod lease;
 mod load;
 mod load_thread;

@@ -1,7 +1,8 @@
 //! From what models put out to scores, and from names to the models that are asked. Pure.
 
 use super::EngineError;
-use super::generation::{Generation, Lane};
+use super::generation::Generation;
+use super::lanes::Lane;
 use crate::domain::{Failure, FailureKind, MemberName, Score, ScoreDetails, Scored, Step};
 use crate::model::{Output, StepOutput};
 use crate::scorer::SampleError;
