@@ -123,13 +123,12 @@ impl Adapter {
 
     /// The origin's elements in float64.
     fn widen_origin(&self, origin: &Origin, range: Range<usize>, into: &mut [f64]) -> Result<(), SourceError> {
-        let lock = || lock(&self.scratch);
-        let mut buffer = lock().pop().unwrap_or_default();
+        let mut buffer = lock(&self.scratch).pop().unwrap_or_default();
         let outcome = self.read_origin(origin, range, &mut buffer);
         if outcome.is_ok() {
             buffer.widen(0..buffer.len(), into);
         }
-        lock().push(buffer);
+        lock(&self.scratch).push(buffer);
         outcome
     }
 

@@ -171,10 +171,9 @@ impl Merged {
 
     /// Averages the elements that begin at `begin` and lie within one block.
     fn read_block(&self, name: &str, parts: &[(usize, f64)], begin: usize, into: Rounded<'_>) -> Result<(), SourceError> {
-        let lock = || lock(&self.scratch);
-        let mut scratch = lock().pop().unwrap_or_default();
+        let mut scratch = lock(&self.scratch).pop().unwrap_or_default();
         let outcome = self.average(name, parts, begin, into, &mut scratch);
-        lock().push(scratch);
+        lock(&self.scratch).push(scratch);
         outcome
     }
 

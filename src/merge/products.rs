@@ -49,10 +49,9 @@ pub fn sum_products<'t>(
         }
         let of_block = |block: &Block<'_>| {
             // Rayon's own way of keeping a value for each thread makes one for every few blocks.
-            let lock = || lock(&pool);
-            let mut buffers = lock().pop().unwrap_or_default();
+            let mut buffers = lock(&pool).pop().unwrap_or_default();
             let products = products(&mut buffers, block.tensor, block_range(block.info, block.index));
-            lock().push(buffers);
+            lock(&pool).push(buffers);
             products
         };
         let found: Vec<Result<Vec<f64>, SourceError>> = batch.par_iter().map(of_block).collect();

@@ -2,9 +2,8 @@
 //! the same tensor or of the one behind it. On the host there are never more than these two blocks, and on the device there is
 //! one beside the tensor that it becomes a part of. (A matrix that is turned round is one block.)
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use candle_core::{DType, Device, Error, Result, Tensor, bail};
@@ -13,6 +12,7 @@ use half::{bf16, f16};
 
 use super::device::{Backend, Staging};
 use crate::checkpoint::CHUNK_ELEMENTS;
+use crate::lock::lock;
 
 /// What takes blocks.
 pub trait Place: Send + 'static {
@@ -56,7 +56,7 @@ enum Job {
     /// The first so many values are elements of a tensor, from `at` on.
     Block { values: Vec<f32>, used: usize, whole: Tensor, at: usize },
     /// Somebody waits for all blocks so far.
-    Settle(Sender<Result<()>>),
+    Settle(Sender<()>),
 }
 
 /// The thread, and what it has done with. One tensor after another. A block that fails fails all, and nothing is copied behind it.
@@ -65,8 +65,8 @@ pub struct Placer {
     jobs: Option<SyncSender<Job>>,
     spare: Receiver<Vec<f32>>,
     thread: Option<JoinHandle<()>>,
-    /// A block has failed: nobody needs to read on.
-    failed: Arc<AtomicBool>,
+    /// Why a block has failed: nobody needs to read on.
+    failed: Arc<Mutex<Option<Error>>>,
 }
 
 impl Placer {
@@ -79,18 +79,20 @@ impl Placer {
         // A block is handed over when the one before it is done with.
         let (jobs, taken) = sync_channel::<Job>(0);
         let (done_with, spare) = channel();
-        let failed = Arc::new(AtomicBool::new(false));
+        let failed = Arc::new(Mutex::new(None));
         let fails = Arc::clone(&failed);
         let run = move || {
-            let mut so_far: Result<()> = Ok(());
             for job in taken {
                 match job {
                     Job::Block { values, used, whole, at } => {
-                        so_far = so_far.and_then(|()| place.put(&values[..used], &whole, at));
-                        fails.store(so_far.is_err(), Ordering::Relaxed);
+                        if lock(&fails).is_none()
+                            && let Err(error) = place.put(&values[..used], &whole, at)
+                        {
+                            *lock(&fails) = Some(error);
+                        }
                         let _ = done_with.send(values);
                     }
-                    Job::Settle(reply) => _ = reply.send(std::mem::replace(&mut so_far, Ok(()))),
+                    Job::Settle(reply) => _ = reply.send(()),
                 }
             }
         };
@@ -110,7 +112,8 @@ impl Placer {
     pub fn settle(&self) -> Result<()> {
         let (reply, settled) = channel();
         self.send(Job::Settle(reply))?;
-        settled.recv().map_err(|_| ended())?
+        settled.recv().map_err(|_| ended())?;
+        lock(&self.failed).take().map_or(Ok(()), Err)
     }
 
     fn send(&self, job: Job) -> Result<()> {
@@ -200,7 +203,7 @@ impl Filling<'_> {
     }
 
     fn hand_over(&mut self) -> Result<()> {
-        if self.placer.failed.load(Ordering::Relaxed) {
+        if lock(&self.placer.failed).is_some() {
             self.placer.settle()?;
         }
         let (values, used) = (std::mem::take(&mut self.block), std::mem::take(&mut self.used));

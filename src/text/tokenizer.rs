@@ -113,14 +113,13 @@ impl Kept {
     /// The tokenizer of these facts, as [`Tokenizer::new`] builds it.
     pub(super) fn tokenizer(&self, facts: &TextFacts, vocab_rows: usize) -> Result<Arc<Tokenizer>, TextError> {
         let source = source(facts, vocab_rows);
-        let kept = || lock(&self.0);
-        if let Some((of, tokenizer)) = &*kept()
+        if let Some((of, tokenizer)) = &*lock(&self.0)
             && *of == source
         {
             return Ok(tokenizer.clone());
         }
         let tokenizer = Arc::new(Tokenizer::new(facts, vocab_rows)?);
-        let before = kept().replace((source, tokenizer.clone()));
+        let before = lock(&self.0).replace((source, tokenizer.clone()));
         // Freed without the lock.
         drop(before);
         Ok(tokenizer)

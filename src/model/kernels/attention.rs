@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::distances::{Distances, HeadBias};
 use super::keys::{Blocks, Form, Past};
 use super::math::tanh;
-use super::tile::{PANEL, ROWS, Running, WIDTH, fill_lane, gather, products};
+use super::tile::{PANEL, ROWS, Running, WIDTH, Weights, fill_lane, gather, products};
 use crate::model::pack::Pack;
 
 /// Products of queries and keys below which a hand-over to another thread costs more than the work.
@@ -261,7 +261,8 @@ impl Tile {
             mask(first + from, &self.from, &self.to, scores);
         }
         let shrink = self.running.absorb(scores);
-        gather(simd, &self.scores, values, from..to, &shrink, self.count, &mut self.gathered);
+        let weights = Weights { all: &self.scores, keys: from..to, shrink: &shrink, count: self.count };
+        gather(simd, weights, values, &mut self.gathered);
     }
 
     /// What every query has gathered, as `[count, dim]`.

@@ -74,40 +74,37 @@ fn products_of<S: Simd, const K: usize, const V: usize>(simd: S, keys: &[f32], q
     }
 }
 
-/// `held = held * shrink + weights values` for some keys and the first `count` queries, and maybe other queries: `weights`
-/// is `[height, ROWS]`, `values` is `[columns / WIDTH, height, WIDTH]`, and `held` is `[columns / WIDTH, ROWS, WIDTH]`.
+/// What some queries give some keys of a block.
+#[derive(Clone, Debug)]
+pub struct Weights<'a> {
+    /// `[height, ROWS]`: of all keys of the block.
+    pub all: &'a [[f32; ROWS]],
+    /// Those that count.
+    pub keys: Range<usize>,
+    /// By which factors the queries' sums so far shrink.
+    pub shrink: &'a [f32; ROWS],
+    /// Of how many queries there is more than padding.
+    pub count: usize,
+}
+
+/// `held = held * shrink + weights values` for some keys and the first queries, and maybe others: `values` is
+/// `[columns / WIDTH, height, WIDTH]`, and `held` is `[columns / WIDTH, ROWS, WIDTH]`.
 #[inline(always)]
-pub fn gather<S: Simd>(
-    simd: S,
-    weights: &[[f32; ROWS]],
-    values: &[f32],
-    keys: Range<usize>,
-    shrink: &[f32; ROWS],
-    count: usize,
-    held: &mut [f32],
-) {
+pub fn gather<S: Simd>(simd: S, weights: Weights<'_>, values: &[f32], held: &mut [f32]) {
     if S::F32_LANES == 16 {
-        gather_of::<S, PANEL>(simd, weights, values, keys, shrink, count, held);
+        gather_of::<S, PANEL>(simd, weights, values, held);
     } else {
-        gather_of::<S, { PANEL / 2 }>(simd, weights, values, keys, shrink, count, held);
+        gather_of::<S, { PANEL / 2 }>(simd, weights, values, held);
     }
 }
 
 /// [`gather`], of which the sums of `R` queries with two vectors of values are held at a time.
 #[inline(always)]
-fn gather_of<S: Simd, const R: usize>(
-    simd: S,
-    weights: &[[f32; ROWS]],
-    values: &[f32],
-    keys: Range<usize>,
-    shrink: &[f32; ROWS],
-    count: usize,
-    held: &mut [f32],
-) {
-    let vectors = WIDTH / S::F32_LANES;
-    for (values, held) in values.chunks_exact(weights.len() * WIDTH).zip(held.chunks_exact_mut(ROWS * WIDTH)) {
+fn gather_of<S: Simd, const R: usize>(simd: S, weights: Weights<'_>, values: &[f32], held: &mut [f32]) {
+    let (Weights { all, keys, shrink, count }, vectors) = (weights, WIDTH / S::F32_LANES);
+    for (values, held) in values.chunks_exact(all.len() * WIDTH).zip(held.chunks_exact_mut(ROWS * WIDTH)) {
         let ((values, _), (held, _)) = (S::as_simd_f32s(values), S::as_mut_simd_f32s(held));
-        let (values, weights) = (&values[keys.start * vectors..], &weights[keys.clone()]);
+        let (values, weights) = (&values[keys.start * vectors..], &all[keys.clone()]);
         for column in (0..vectors).step_by(2) {
             for first in (0..count).step_by(R) {
                 let held = &mut held[first * vectors..];
@@ -189,14 +186,14 @@ mod tests {
         }
     }
 
-    struct Gather<'a>(&'a [[f32; ROWS]], &'a [f32], Range<usize>, [f32; ROWS], usize, &'a mut [f32]);
+    struct Gather<'a>(Weights<'a>, &'a [f32], &'a mut [f32]);
 
     impl pulp::WithSimd for Gather<'_> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
-            gather(simd, self.0, self.1, self.2, &self.3, self.4, self.5);
+            gather(simd, self.0, self.1, self.2);
         }
     }
 
@@ -260,7 +257,8 @@ mod tests {
             let (values, held) = (values(panels * height * WIDTH, seed ^ 9), values(panels * ROWS * WIDTH, seed ^ 13));
             for width in Width::ALL {
                 let mut found = held.clone();
-                width.run(Gather(&weights, &values, first..first + keys, shrink, count, &mut found));
+                let given = Weights { all: &weights, keys: first..first + keys, shrink: &shrink, count };
+                width.run(Gather(given, &values, &mut found));
                 for (panel, row) in (0..panels).flat_map(|panel| (0..count).map(move |row| (panel, row))) {
                     for column in 0..WIDTH {
                         let place = (panel * ROWS + row) * WIDTH + column;

@@ -264,19 +264,19 @@ fn distances(
         (disentangled.is_some_and(|kinds| kinds.content_to_position), width),
         (disentangled.is_some_and(|kinds| kinds.position_to_content), 0),
     ];
-    let mut sides = [None, None];
-    for ((side, own), (wanted, column)) in sides.iter_mut().zip(&keys.position_projections).zip(wanted) {
-        if !wanted {
-            continue;
-        }
-        let own = own.as_ref().map(|own| loader.fused(&[own])).transpose()?;
-        loader.settle()?;
-        *side = Some(match own {
-            Some(own) => own.forward_biased(relative)?.narrow(1, 0, width)?,
-            None => qkv.forward_biased(relative)?.narrow(1, column, width)?,
-        });
-    }
-    let [as_keys, as_queries] = sides;
+    let [keys, queries] = &keys.position_projections;
+    let own = [(keys, wanted[0]), (queries, wanted[1])].map(|(own, (wanted, _))| own.as_ref().filter(|_| wanted));
+    let [keys, queries] = own.map(|own| own.map(|own| loader.fused(&[own])).transpose());
+    let own = [keys?, queries?];
+    loader.settle()?;
+    let side = |own: &Option<Linear>, (wanted, column): (bool, usize)| {
+        let projected = || match own {
+            Some(own) => own.forward_biased(relative)?.narrow(1, 0, width),
+            None => qkv.forward_biased(relative)?.narrow(1, column, width),
+        };
+        wanted.then(projected).transpose()
+    };
+    let (as_keys, as_queries) = (side(&own[0], wanted[0])?, side(&own[1], wanted[1])?);
     if loader.backend().ops == Ops::Plain {
         return Ok(LayerDistances::Plain(plain::Embedded::new(heads, as_keys.as_ref(), as_queries.as_ref())?));
     }
