@@ -331,8 +331,13 @@ fn rates(arguments: &Arguments) -> Result<(), Failure> {
 
     let a = &loaded.architecture;
     let embedding = (a.vocab_size * a.embedding_size()) as u64;
+    // Of a mixture, a token meets the experts that it chose.
+    let idle = a.experts.as_ref().map_or(0, |experts| {
+        let weights = if a.gated { 3 } else { 2 } * a.hidden_size * experts.intermediate_size;
+        (experts.count.saturating_sub(experts.per_token) * weights * a.layers.len()) as u64
+    });
     // Two operations a weight and token; attention is not counted.
-    let per_token = 2.0 * (loaded.model.limits().parameters - embedding) as f64;
+    let per_token = 2.0 * (loaded.model.limits().parameters - embedding - idle) as f64;
     let positions = loaded.positions();
     let long = loaded.long();
     // From a sixteenth of that length to four times it, evenly on a scale of doublings.

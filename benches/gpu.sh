@@ -71,6 +71,10 @@ checks() {
     rates --batch-invariant "$models/qwen3-0.6b"
     peer beside "$models/qwen3-0.6b" --bench "$bench" --device "$device"
     peer step "$models/qwen3-0.6b" --warm "$warm" --device "$device"
+    # A mixture, whose rows choose their experts on the card; which way it goes there stands behind `on`.
+    peer make "$models" qwen3-moe-4l
+    rates "$models/qwen3-moe-4l"
+    rates --batch-invariant "$models/qwen3-moe-4l"
 }
 rates_1b() {
     peer make "$models" llama-1b --members 4
@@ -113,6 +117,8 @@ dry)
     run "$bench" load --device cpu --dtype bfloat16 "$models"/tiny-member-{0,1,2,3}
     peer server "$models/tiny" --warm "$warm" --bench "$bench" --device cpu --rounds 1 --seconds 5s --callers 2
     peer step "$models/tiny" --warm "$warm" --device cpu
+    peer make "$models" tiny-moe
+    rates --pack 2048 --rounds 1 "$models/tiny-moe"
     ;;
 *)
     echo "expected checks, rates-1b, rates-8b, all or dry, found $part" >&2

@@ -35,6 +35,13 @@ SHAPES = {
                                num_attention_heads=32, num_key_value_heads=8, head_dim=64)),
     "llama-8b": ("Llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                                num_attention_heads=32, num_key_value_heads=8, head_dim=128)),
+    # Four of 48 layers: what a mixture costs is a matter of one.
+    "qwen3-moe-4l": ("Qwen3Moe", dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
+                                      num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=4, num_attention_heads=32,
+                                      num_key_value_heads=4, head_dim=128)),
+    "tiny-moe": ("Qwen3Moe", dict(vocab_size=4096, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_experts=8,
+                                  num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, head_dim=16)),
     "tiny": ("Llama", dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                            num_attention_heads=4, num_key_value_heads=2, head_dim=16)),
 }
@@ -100,14 +107,20 @@ def shapes_of(kind, n):
     for layer in range(n["num_hidden_layers"]):
         name = f"model.layers.{layer}."
         parts = {"self_attn.q_proj": [queries, hidden], "self_attn.k_proj": [keys, hidden], "self_attn.v_proj": [keys, hidden],
-                 "self_attn.o_proj": [hidden, queries], "mlp.gate_proj": [inner, hidden], "mlp.up_proj": [inner, hidden],
-                 "mlp.down_proj": [hidden, inner]}
+                 "self_attn.o_proj": [hidden, queries]}
+        # A mixture has a router, and experts of a width of their own.
+        mixture = n.get("num_experts", 0)
+        if mixture:
+            parts["mlp.gate"] = [mixture, hidden]
+        wide = n["moe_intermediate_size"] if mixture else inner
+        for mlp in [f"mlp.experts.{expert}." for expert in range(mixture)] or ["mlp."]:
+            parts |= {f"{mlp}gate_proj": [wide, hidden], f"{mlp}up_proj": [wide, hidden], f"{mlp}down_proj": [hidden, wide]}
         for part, shape in parts.items():
             yield f"{name}{part}.weight", shape, 1 / math.sqrt(shape[1])
         norms = ["input_layernorm", "post_attention_layernorm"]
         for norm in norms:
             yield f"{name}{norm}.weight", [hidden], None
-        if kind == "Qwen3":
+        if kind.startswith("Qwen3"):
             for norm in ("self_attn.q_norm", "self_attn.k_norm"):
                 yield f"{name}{norm}.weight", [dim], None
     yield "model.norm.weight", [hidden], None
@@ -117,8 +130,8 @@ def shapes_of(kind, n):
 
 def make(folder, shape, members):
     kind, numbers = SHAPES[shape]
-    config = dict(numbers, architectures=[f"{kind}ForSequenceClassification"], model_type=kind.lower(), dtype="bfloat16", torch_dtype="bfloat16",
-                  max_position_embeddings=SMALL_POSITIONS if shape == "tiny" else 8192, rope_theta=500000.0, rms_norm_eps=1e-5, hidden_act="silu", attention_bias=False,
+    config = dict(numbers, architectures=[f"{kind}ForSequenceClassification"], model_type="qwen3_moe" if kind == "Qwen3Moe" else kind.lower(), dtype="bfloat16", torch_dtype="bfloat16",
+                  max_position_embeddings=SMALL_POSITIONS if shape.startswith("tiny") else 8192, rope_theta=500000.0, rms_norm_eps=1e-5, hidden_act="silu", attention_bias=False,
                   mlp_bias=False, num_labels=1, id2label={"0": "LABEL_0"}, pad_token_id=0, eos_token_id=2, bos_token_id=1, use_cache=False)
     tensors = list(shapes_of(kind, numbers))
     blocks = {}

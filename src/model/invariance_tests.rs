@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
+use super::device::OnHost;
 use super::pack::MIN_ROWS;
 use super::*;
 use crate::merge::{MergePlan, Merged, Recipe};
@@ -42,8 +43,14 @@ static CACHED: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| {
 });
 
 /// In operations of candle, with fixed shapes: what a card does. Of few rows, because only their being fixed counts.
-static FIXED: LazyLock<Vec<Arc<dyn RewardModel>>> =
-    LazyLock::new(|| models_on(&Backend { fixed_rows: Some(64), ..Backend::plain_on_cpu(DType::F32) }));
+static FIXED: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| models_on(&fixed()));
+
+/// With the rows of mixtures in tiles.
+static GROUPED: LazyLock<Vec<Arc<dyn RewardModel>>> = LazyLock::new(|| models_on(&Backend { grouped: Some(&OnHost), ..fixed() }));
+
+fn fixed() -> Backend {
+    Backend { fixed_rows: Some(64), ..Backend::plain_on_cpu(DType::F32) }
+}
 
 fn models() -> Vec<Arc<dyn RewardModel>> {
     models_on(&Backend::cpu())
@@ -91,8 +98,8 @@ proptest! {
     }
 
     #[test]
-    fn in_fixed_shapes_the_plain_path_gives_the_same_bits_alone_and_in_company(path in 0..PATHS.len(), pack in packs(), threads in 1usize..5) {
-        let model = &*FIXED[path];
+    fn in_fixed_shapes_the_plain_path_gives_the_same_bits_alone_and_in_company(path in 0..PATHS.len(), pack in packs(), threads in 1usize..5, grouped in any::<bool>()) {
+        let model = &*if grouped { &GROUPED } else { &FIXED }[path];
         let samples: Vec<_> = pack.into_iter().map(|ids| Arc::new(Encoding::for_test(ids))).collect();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
         let (together, kernels) = pool.install(|| (bits(model, &samples), bits(&*MODELS[path], &samples)));

@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::device::{Arithmetic, Place};
+use super::device::{Arithmetic, FIXED_ROWS, Place, Tiling};
 use super::pack::MIN_ROWS;
 use super::plain::ELEMENTS;
 use super::transformer::ROW_BLOCK;
@@ -91,7 +91,7 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     let fixed = fixed_shapes && way != Way::Kernels;
     let rows = wide(load.tokens.max(MIN_ROWS));
     // Rows of a product, and how many copies of its output there are while blocks become one.
-    let (product_rows, copies) = if fixed { (rows.next_multiple_of(wide(super::device::FIXED_ROWS)), 2) } else { (rows, 1) };
+    let (product_rows, copies) = if fixed { (rows.next_multiple_of(wide(FIXED_ROWS)), 2) } else { (rows, 1) };
     let (h, queries, keys) = (wide(a.hidden_size), wide(a.heads * a.head_dim), wide(a.kv_heads * a.head_dim));
     let up = wide(a.intermediate_size) * if a.gated { 2 } else { 1 };
     let inner = wide(a.intermediate_size);
@@ -125,7 +125,8 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
             let copies = if way == Way::Kernels { 1 } else { wide(experts.per_token) };
             let gathered = (1 + copies) * stream + 2 * copies * row(h, w) + row(wide(experts.count), f32s);
             let one = mlp(2 * inner, row(inner, w) + row(inner, f32s) + cast(inner));
-            gathered + one.max((copies + 2) * stream) + stream
+            let alone = gathered + one.max((copies + 2) * stream) + stream;
+            if way == Way::Kernels { alone } else { alone.max(tiled(a, w, fixed, rows)) }
         });
         // In families of parallel parts the MLP stands beside what attention gave.
         output.max(dense.max(experts) + row(queries, f32s) + row(h, w))
@@ -134,6 +135,19 @@ pub fn activation_bytes(architecture: &Architecture, way: Way, weights: Dtype, f
     // That of the next pack stands there, too.
     let whole_pack = if way == Way::Kernels { 0 } else { 2 * planned(a, way, fixed, load) };
     2 * stream + whole_pack + convolution + largest + WORKSPACE
+}
+
+/// What a mixture takes whose rows stand in tiles: what goes into the first product and what stands behind it, or what came out
+/// and how it is added up.
+fn tiled(a: &Architecture, w: u64, fixed: bool, rows: u64) -> u64 {
+    let Some(experts) = &a.experts else { return 0 };
+    let (h, inner, count) = (a.hidden_size as u64, experts.intermediate_size as u64, experts.count as u64);
+    let (f32s, pairs) = (4, rows * experts.per_token.min(experts.count) as u64);
+    let places = Tiling::most_places(pairs, count, fixed.then_some(FIXED_ROWS as u64));
+    let products = places * (h * f32s + 2 * inner * w + (h * w).max(inner * (3 * w + f32s)));
+    let sums = places * h * w + pairs * h * (2 * f32s + w) + 2 * rows * h * f32s;
+    // Beside the rows themselves, and what they were chosen by.
+    products.max(sums) + rows * h * f32s + 3 * rows * count * f32s
 }
 
 /// What stands on the device for the whole of a forward: angles, masks, indices.

@@ -62,6 +62,9 @@ impl Transformer {
         for keys in &layout.blocks {
             blocks.push(Block::load(architecture, keys, relative.as_ref(), loader)?);
         }
+        // Said and used are the same: experts may have more than weights.
+        let mut backend = loader.backend().clone();
+        backend.grouped = backend.grouped.filter(|_| blocks.iter().any(Block::groups_rows));
         Ok(Self {
             embedding,
             convolution: Convolution::load(architecture, layout, loader)?,
@@ -70,7 +73,7 @@ impl Transformer {
             output_projection: layout.output_projection.as_ref().map(|keys| loader.fused(&[keys])).transpose()?,
             ropes: architecture.ropes.iter().map(Tables::new).collect(),
             architecture: architecture.clone(),
-            backend: loader.backend().clone(),
+            backend,
         })
     }
 
@@ -89,7 +92,7 @@ impl Transformer {
             output_projection: self.output_projection.as_ref().map(|projection| projection.on(to)).transpose()?,
             ropes: self.architecture.ropes.iter().map(Tables::new).collect(),
             architecture: self.architecture.clone(),
-            backend: backend.clone(),
+            backend: Backend { grouped: backend.grouped.filter(|_| self.backend.grouped.is_some()), ..backend.clone() },
         })
     }
 

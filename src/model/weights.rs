@@ -49,6 +49,11 @@ impl Linear {
         }
     }
 
+    /// Its weight, `[inputs, at least outputs]`, if that is all that there is to it.
+    pub fn bare(&self) -> Option<&Tensor> {
+        (self.bias.is_none() && self.added.is_none()).then_some(&self.weight)
+    }
+
     /// Block by block of so many rows, the last one lifted by zeros.
     fn in_blocks(&self, x: &Tensor, rows: usize) -> Result<Tensor> {
         let count = x.dim(0)?;

@@ -8,7 +8,12 @@ mod fault;
 #[cfg_attr(not(feature = "flash-attn"), path = "no_flash.rs")]
 mod flash;
 mod flash_check;
+mod grouped;
+#[cfg_attr(not(feature = "cuda"), path = "no_groups.rs")]
+mod groups;
 mod idle;
+#[cfg(feature = "cuda")]
+mod launch;
 mod opened;
 mod place;
 #[cfg(feature = "cuda")]
@@ -29,6 +34,10 @@ use crate::checkpoint::{Architecture, Dtype};
 pub use cards::{Card, Inventory, Support, card, has_room, inventory, settle};
 pub use fault::Fault;
 pub use flash_check::{FlashCheck, flash_checks};
+#[cfg(test)]
+pub use grouped::on_host::OnHost;
+pub use grouped::{Grouped, Stack, Tiles, Tiling};
+use grouped::{MOST_EXPERTS, Verdicts};
 pub use idle::run_when_idle;
 pub use opened::Devices;
 pub(super) use opened::Turns;
@@ -69,6 +78,8 @@ pub struct Backend {
     pub fixed_rows: Option<usize>,
     /// Attention by the flash kernels, where there are such for the model.
     pub flash: Option<FlashKernel>,
+    /// Of a mixture, what groups rows by their experts without the host.
+    pub grouped: Option<&'static dyn Grouped>,
     pub driver: &'static dyn Driver,
 }
 
@@ -102,8 +113,41 @@ impl Driver for Installed {
 /// keys of each begin, and the most of either. The last query of a sequence stands beside its last key.
 pub type FlashKernel = fn(&Shape, [&Tensor; 3], &[Tensor; 2], [usize; 2]) -> CandleResult<Tensor>;
 
-/// How far the flash kernels may be from plain attention over random rows: twice what 16-bit numbers of magnitude one are off.
-const FLASH_TOLERANCE: f32 = 2e-2;
+/// How far the flash kernels may be from plain attention over random rows, and grouped products from others: twice what 16-bit
+/// numbers of magnitude one are off.
+const TOLERANCE: f32 = 2e-2;
+
+/// What groups rows on a card, if a mixture of experts like this model's has the results there that it has otherwise.
+fn grouped_on(
+    place: Place,
+    device: &Device,
+    architecture: &Architecture,
+    weights: DType,
+    fixed_rows: Option<usize>,
+) -> Option<&'static dyn Grouped> {
+    static FOUND: Verdicts = Verdicts::none();
+    let grouped = groups::on_card().filter(|_| matches!(place, Place::Cuda(_)))?;
+    let experts = architecture.experts.as_ref().filter(|experts| experts.count <= MOST_EXPERTS)?;
+    let asked = format!("{place} {weights:?} {fixed_rows:?} {} {} {experts:?}", architecture.hidden_size, architecture.gated);
+    let verdict = FOUND.of(asked, || grouped_checked(grouped, device, architecture, weights, fixed_rows));
+    verdict.inspect_err(|problem| tracing::warn!(device = %place, problem, "rows wait for the host at every mixture")).ok()?;
+    Some(grouped)
+}
+
+fn grouped_checked(
+    grouped: &'static dyn Grouped,
+    device: &Device,
+    architecture: &Architecture,
+    weights: DType,
+    fixed_rows: Option<usize>,
+) -> Result<(), String> {
+    let difference =
+        guarded(|| plain::grouped_difference(grouped, architecture, fixed_rows, device, weights).map_err(|error| error.to_string()))?;
+    if difference.is_nan() || difference > TOLERANCE {
+        return Err(format!("grouped products are {difference} away from those of every expert by itself"));
+    }
+    Ok(())
+}
 
 /// The kernel, if it gives what plain attention gives in the shapes of this model: a build may lack one, and a wrong one must
 /// not score.
@@ -127,7 +171,7 @@ fn checked(kernel: FlashKernel, device: &Device, architecture: &Architecture, we
         };
         let [difference, _] = differences(&shape, kernel, device, weights)?;
         // A NaN is no agreement.
-        if difference.is_nan() || difference > FLASH_TOLERANCE {
+        if difference.is_nan() || difference > TOLERANCE {
             return Err(format!("it is {difference} away from plain attention, with a window of {window:?}"));
         }
     }
@@ -142,7 +186,7 @@ impl Backend {
     /// Our kernels, which are in float32 whatever the weights were rounded to.
     pub fn cpu() -> Self {
         let (device, weights, ops) = (Arc::new(Device::Cpu), DType::F32, Ops::Kernels);
-        Self { place: Place::Cpu, device, weights, ops, fixed_rows: None, flash: None, driver: &Installed }
+        Self { place: Place::Cpu, device, weights, ops, fixed_rows: None, flash: None, grouped: None, driver: &Installed }
     }
 
     /// How a model is computed on an opened device.
@@ -164,7 +208,8 @@ impl Backend {
             None
         };
         let fixed_rows = arithmetic.batch_invariant.then_some(FIXED_ROWS);
-        Self { place, device: Arc::clone(device), weights, ops: Ops::Plain, fixed_rows, flash, driver: &Installed }
+        let grouped = grouped_on(place, device, architecture, weights, fixed_rows);
+        Self { place, device: Arc::clone(device), weights, ops: Ops::Plain, fixed_rows, flash, grouped, driver: &Installed }
     }
 
     pub fn way(&self) -> Way {
@@ -196,14 +241,15 @@ impl Backend {
         Waits(Arc::clone(&self.device))
     }
 
-    /// The device and how attention runs there, for people.
+    /// The device and how attention and experts run there, for people.
     pub fn describe(&self) -> String {
-        let shapes = if self.fixed_rows.is_some() { ", fixed shapes" } else { "" };
-        match (self.ops, self.flash.is_some()) {
-            (Ops::Kernels, _) => self.place.to_string(),
-            (Ops::Plain, true) => format!("{} (flash attention{shapes})", self.place),
-            (Ops::Plain, false) => format!("{} (plain attention{shapes})", self.place),
+        if self.ops == Ops::Kernels {
+            return self.place.to_string();
         }
+        let attention = if self.flash.is_some() { "flash attention" } else { "plain attention" };
+        let experts = if self.grouped.is_some() { ", grouped experts" } else { "" };
+        let shapes = if self.fixed_rows.is_some() { ", fixed shapes" } else { "" };
+        format!("{} ({attention}{experts}{shapes})", self.place)
     }
 
     /// Tensor operations on the CPU in place of its kernels: what runs on any other device, testable here.
@@ -223,6 +269,8 @@ fn guarded<T>(run: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::model::parity_tests::oracle as right;
 
@@ -237,6 +285,8 @@ mod tests {
         assert_eq!(said(&fixed), ("cuda:3 (plain attention, fixed shapes)".to_owned(), Way::Plain));
         assert_eq!(said(&flash(&plain)), ("cuda:3 (flash attention)".to_owned(), Way::Flash));
         assert_eq!(said(&flash(&fixed)), ("cuda:3 (flash attention, fixed shapes)".to_owned(), Way::Flash));
+        let grouped = Backend { grouped: Some(&OnHost), ..fixed };
+        assert_eq!(said(&grouped), ("cuda:3 (plain attention, grouped experts, fixed shapes)".to_owned(), Way::Plain));
     }
 
     #[test]
@@ -257,6 +307,55 @@ mod tests {
         });
         config.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
         Architecture::parse(&config).expect("valid")
+    }
+
+    #[test]
+    fn grouped_products_are_used_only_where_they_are_right() {
+        let experts = json!({"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": null});
+        let architecture = architecture(experts);
+        let check =
+            |grouped: &'static dyn Grouped, fixed: Option<usize>| grouped_checked(grouped, &Device::Cpu, &architecture, DType::F32, fixed);
+        assert_eq!((check(&OnHost, None), check(&OnHost, Some(64))), (Ok(()), Ok(())));
+        assert!(check(&Misplaced, None).is_err_and(|problem| problem.contains("away from")));
+        assert!(check(&Unready, None).is_err_and(|problem| problem.contains("no kernel image")));
+    }
+
+    /// Multiplies every tile by the weight of the next expert.
+    #[derive(Debug)]
+    struct Misplaced;
+
+    impl Grouped for Misplaced {
+        fn group(&self, chosen: &Tensor, experts: usize, tiling: Tiling) -> CandleResult<Tiles> {
+            let tiles = OnHost.group(chosen, experts, tiling)?;
+            let next = |owner: u32| (owner + 1) % experts as u32;
+            Ok(Tiles { owners: Tensor::new(tiles.owners.to_vec1()?.into_iter().map(next).collect::<Vec<u32>>(), &Device::Cpu)?, ..tiles })
+        }
+
+        fn addresses(&self, matrices: &[Tensor]) -> CandleResult<Tensor> {
+            OnHost.addresses(matrices)
+        }
+
+        fn product(&self, x: &Tensor, matrices: &[Tensor], addresses: &Tensor, tiles: &Tiles) -> CandleResult<Tensor> {
+            OnHost.product(x, matrices, addresses, tiles)
+        }
+    }
+
+    /// Has no kernels for this card.
+    #[derive(Debug)]
+    struct Unready;
+
+    impl Grouped for Unready {
+        fn group(&self, _: &Tensor, _: usize, _: Tiling) -> CandleResult<Tiles> {
+            candle_core::bail!("no kernel image is available")
+        }
+
+        fn addresses(&self, matrices: &[Tensor]) -> CandleResult<Tensor> {
+            OnHost.addresses(matrices)
+        }
+
+        fn product(&self, _: &Tensor, _: &[Tensor], _: &Tensor, _: &Tiles) -> CandleResult<Tensor> {
+            candle_core::bail!("no kernel image is available")
+        }
     }
 
     #[test]

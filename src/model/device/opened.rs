@@ -78,13 +78,21 @@ impl Devices {
     }
 }
 
-/// A score may not depend on which device takes it: where one cannot use the flash kernels, none does.
+/// A score may not depend on which device takes it: what one of them cannot use, none does.
 fn in_one_way(backends: &mut [Backend]) {
-    if let Some(plain) = backends.iter().find(|backend| backend.flash.is_none()).map(|backend| backend.place)
-        && let Some(flash) = backends.iter().find(|backend| backend.flash.is_some()).map(|backend| backend.place)
-    {
-        tracing::warn!(%plain, %flash, "flash attention is used on no device, because one of them cannot");
-        backends.iter_mut().for_each(|backend| backend.flash = None);
+    all_or_none(backends, "flash attention", |backend| &mut backend.flash);
+    all_or_none(backends, "grouped experts", |backend| &mut backend.grouped);
+}
+
+fn all_or_none<T>(backends: &mut [Backend], what: &str, part: fn(&mut Backend) -> &mut Option<T>) {
+    let (mut with, mut without) = (None, None);
+    for backend in backends.iter_mut() {
+        let place = backend.place;
+        *(if part(backend).is_some() { &mut with } else { &mut without }) = Some(place);
+    }
+    if let (Some(with), Some(without)) = (with, without) {
+        tracing::warn!(what, %with, %without, "not used on any device, because one of them cannot");
+        backends.iter_mut().for_each(|backend| *part(backend) = None);
     }
 }
 
@@ -109,6 +117,7 @@ mod tests {
     use candle_core::DType;
 
     use super::*;
+    use crate::model::device::OnHost;
     use crate::model::parity_tests::oracle;
 
     #[test]
@@ -139,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_could_attend_in_two_ways_all_take_the_plain_one() {
+    fn devices_that_could_compute_in_two_ways_all_take_the_one_that_all_can() {
         let plain = Backend { place: Place::Cuda(1), ..Backend::plain_on_cpu(DType::BF16) };
         let flash = Backend { flash: Some(oracle), place: Place::Cuda(0), ..plain.clone() };
         let ways = |mut backends: Vec<Backend>| {
@@ -147,6 +156,9 @@ mod tests {
             backends.iter().map(Backend::describe).collect::<Vec<_>>()
         };
         assert_eq!(ways(vec![flash.clone(), plain]), ["cuda:0 (plain attention)", "cuda:1 (plain attention)"]);
-        assert_eq!(ways(vec![flash.clone(), flash]), ["cuda:0 (flash attention)"; 2]);
+        assert_eq!(ways(vec![flash.clone(), flash.clone()]), ["cuda:0 (flash attention)"; 2]);
+        let grouped = Backend { grouped: Some(&OnHost), ..flash.clone() };
+        assert_eq!(ways(vec![grouped.clone(), flash]), ["cuda:0 (flash attention)"; 2]);
+        assert_eq!(ways(vec![grouped.clone(), grouped]), ["cuda:0 (flash attention, grouped experts)"; 2]);
     }
 }

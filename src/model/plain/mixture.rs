@@ -1,19 +1,21 @@
-//! A mixture of experts in a fixed number of operations, whatever the experts are: rows are gathered once, and brought back
-//! into their own order once.
+//! A mixture of experts: rows are gathered once, and brought back into their own order once. In between every expert has its
+//! product, whose rows the host has to count; or all have one, where the device groups rows by itself.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::ops::softmax_last_dim;
 
+use crate::checkpoint::{Architecture, Experts};
+use crate::model::device::{Grouped, Stack, Tiles, Tiling};
 use crate::model::kernels::route::Choice;
 use crate::model::ops::Expert;
 use crate::model::weights::narrowed;
 
 /// See [`crate::model::ops::Ops::mix`].
 pub fn mix(x: &Tensor, logits: &Tensor, choice: Choice, run: Expert) -> Result<Tensor> {
-    let ((rows, width), device) = (x.dims2()?, x.device());
+    let (width, device) = (x.dim(1)?, x.device());
     let Chosen { experts, weights } = choose(logits, choice)?;
     // The one place in a forward where the host waits for the device: an expert's product needs to know how many rows it has.
-    let Grouped { gathered, counts, places } = group(&experts.flatten_all()?.to_vec1()?, choice)?;
+    let InOrder { gathered, counts, places } = group(&experts.flatten_all()?.to_vec1()?, choice)?;
     let outputs = {
         let own = x.index_select(&Tensor::new(gathered, device)?, 0)?;
         let (mut outputs, mut first) = (Vec::with_capacity(counts.len()), 0);
@@ -23,15 +25,92 @@ pub fn mix(x: &Tensor, logits: &Tensor, choice: Choice, run: Expert) -> Result<T
         }
         Tensor::cat(&outputs, 0)?
     };
-    let outputs = outputs.index_select(&Tensor::new(places, device)?, 0)?.to_dtype(x.dtype())?;
-    let weights = weights.unsqueeze(2)?.to_dtype(x.dtype())?;
-    let weighed = outputs.reshape((rows, choice.chosen(), width))?.broadcast_mul(&weights)?;
+    sums(&outputs, &Tensor::new(places, device)?, &weights, x.dtype())
+}
+
+/// The same with rows grouped on their device, for which nobody waits. `run` gives what every expert makes of the rows in its
+/// tiles, `[places, width]`; its columns may be more.
+pub fn mix_in_tiles(
+    x: &Tensor,
+    logits: &Tensor,
+    choice: Choice,
+    (grouped, tiling): (&dyn Grouped, Tiling),
+    run: impl FnOnce(&Tensor, &Tiles) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let Chosen { experts, weights } = choose(logits, choice)?;
+    // Indices on a card are of 32 bits.
+    if tiling.places() * x.dim(1)? > u32::MAX as usize {
+        bail!("a mixture of {} rows in {tiling:?} is too large", x.dim(0)?);
+    }
+    let tiles = grouped.group(&experts, choice.experts, tiling)?;
+    let outputs = narrowed(&run(&x.index_select(&tiles.rows, 0)?, &tiles)?, x.dim(1)?)?;
+    sums(&outputs, &tiles.places.flatten_all()?, &weights, x.dtype())
+}
+
+/// For every row the sum of its outputs, `[all, width]` of which its own stand at `places`, by its `weights`, `[rows, chosen]`.
+fn sums(outputs: &Tensor, places: &Tensor, weights: &Tensor, dtype: DType) -> Result<Tensor> {
+    let ((rows, chosen), width) = (weights.dims2()?, outputs.dim(1)?);
+    let outputs = outputs.index_select(places, 0)?.to_dtype(dtype)?.reshape((rows, chosen, width))?;
+    let weighed = outputs.broadcast_mul(&weights.unsqueeze(2)?.to_dtype(dtype)?)?;
     // One after another, and not by a sum, whose order is the library's.
     let mut sum = weighed.narrow(1, 0, 1)?.squeeze(1)?;
-    for next in 1..choice.chosen() {
+    for next in 1..chosen {
         sum = (sum + weighed.narrow(1, next, 1)?.squeeze(1)?)?;
     }
     sum.contiguous()
+}
+
+/// Rows and experts of an example: enough that tiles are whole, filled up and nobody's.
+const EXAMPLE: (usize, usize) = (300, 5);
+/// Different rows of its weights, and rows between the beginnings of two experts.
+const SOME: usize = 251;
+const APART: usize = 16;
+
+/// The largest difference, relative to numbers above one, between a mixture in tiles and one whose experts have products of
+/// their own, over random rows and a few random experts as wide as the model's.
+pub fn grouped_difference(
+    grouped: &'static dyn Grouped,
+    architecture: &Architecture,
+    fixed_rows: Option<usize>,
+    device: &Device,
+    dtype: DType,
+) -> Result<f32> {
+    let Some(Experts { count, per_token, intermediate_size: inner, normalised }) = architecture.experts.clone() else { return Ok(0.0) };
+    let (rows, experts) = (EXAMPLE.0, EXAMPLE.1.min(count));
+    let choice = Choice { experts, per_token: per_token.min(experts), normalised };
+    // What comes of rows of magnitude one is of that magnitude, too. All experts are views of one matrix, which is a few random
+    // rows over and over: so there is little to make, and little room needed.
+    let stack = |rows: usize, columns: usize| {
+        let bound = (3.0 / columns as f32).sqrt();
+        let (some, whole) = (Tensor::rand(-bound, bound, (SOME, columns), device)?.to_dtype(dtype)?, rows + APART * experts);
+        let all = Tensor::cat(&vec![some; whole.div_ceil(SOME)], 0)?;
+        Stack::new((0..experts).map(|expert| all.narrow(0, APART * expert, rows)?.t()).collect::<Result<_>>()?, grouped)
+    };
+    let width = architecture.hidden_size;
+    let (up, down) = (stack(if architecture.gated { 2 * inner } else { inner }, width)?, stack(width, inner)?);
+    let part = |up: Tensor| up.narrow(1, 0, inner)?.contiguous();
+    let x = Tensor::rand(-1f32, 1f32, (rows, width), device)?;
+    // The second expert has no row, if a row has a choice.
+    let favour = Tensor::new((0..experts).map(|expert| if expert == 1 { -9f32 } else { 0.0 }).collect::<Vec<_>>(), device)?;
+    let logits = Tensor::rand(-1f32, 1f32, (rows, experts), device)?.broadcast_add(&favour)?;
+    let expected = mix(&x, &logits, choice, &mut |expert, own| {
+        part(own.to_dtype(dtype)?.matmul(&up.matrices[expert])?)?.matmul(&down.matrices[expert])
+    })?;
+    let pairs = rows * choice.chosen();
+    let own = Tiling::of(pairs, experts, fixed_rows);
+    let tilings = [own, Tiling::with(pairs, experts, 16, None), Tiling::with(pairs, experts, 128, None)];
+    let mut largest = 0f32;
+    for tiling in tilings {
+        let found =
+            mix_in_tiles(&x, &logits, choice, (grouped, tiling), |own, tiles| down.multiply(&part(up.multiply(own, tiles)?)?, tiles))?;
+        let apart = ((&found - &expected)?.abs()? / (expected.abs()? + 1.0)?)?.flatten_all()?;
+        // A maximum passes over a NaN, a sum does not.
+        if !apart.sum(0)?.to_scalar::<f32>()?.is_finite() {
+            return Ok(f32::NAN);
+        }
+        largest = largest.max(apart.max(0)?.to_scalar::<f32>()?);
+    }
+    Ok(largest)
 }
 
 /// The experts that every row takes, in the order of their numbers, and their weights: `[rows, chosen]`.
@@ -56,7 +135,7 @@ fn choose(logits: &Tensor, choice: Choice) -> Result<Chosen> {
 }
 
 /// Rows in the order of their experts.
-struct Grouped {
+struct InOrder {
     gathered: Vec<u32>,
     /// How many are there for every expert.
     counts: Vec<usize>,
@@ -65,7 +144,7 @@ struct Grouped {
 }
 
 /// Groups by the experts that every row takes, `[rows, chosen]`.
-fn group(experts: &[u32], choice: Choice) -> Result<Grouped> {
+fn group(experts: &[u32], choice: Choice) -> Result<InOrder> {
     let mut counts = vec![0usize; choice.experts];
     for &expert in experts {
         match counts.get_mut(expert as usize) {
@@ -83,7 +162,7 @@ fn group(experts: &[u32], choice: Choice) -> Result<Grouped> {
             *place += 1;
         }
     }
-    Ok(Grouped { gathered, counts, places })
+    Ok(InOrder { gathered, counts, places })
 }
 
 #[cfg(test)]
@@ -144,7 +223,7 @@ mod tests {
             let chosen = choose(&Tensor::from_slice(&logits[..rows * 7], (rows, 7), &Device::Cpu).expect("logits"), choice).expect("chosen");
             let experts: Vec<u32> = chosen.experts.flatten_all().and_then(|all| all.to_vec1()).expect("numbers");
             let weights: Vec<f32> = chosen.weights.flatten_all().and_then(|all| all.to_vec1()).expect("numbers");
-            let Grouped { gathered, counts, places } = group(&experts, choice).expect("experts");
+            let InOrder { gathered, counts, places } = group(&experts, choice).expect("experts");
             prop_assert_eq!(&gathered, &routed.iter().flat_map(|expert| expert.rows.clone()).collect::<Vec<_>>());
             prop_assert_eq!(counts, routed.iter().map(|expert| expert.rows.len()).collect::<Vec<_>>());
             let by_place: Vec<f32> = routed.iter().flat_map(|expert| expert.weights.clone()).collect();

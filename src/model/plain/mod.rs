@@ -13,7 +13,7 @@ use candle_nn::ops::{layer_norm, rms_norm};
 use super::weights::narrowed;
 use crate::checkpoint::{Activation, Norm};
 pub use attention::{Embedded, Heads, PackPlan, flash_differences};
-pub use mixture::mix;
+pub use mixture::{grouped_difference, mix, mix_in_tiles};
 pub use plan::ELEMENTS;
 
 /// Normalises the leading columns of every row, as many as there are weights, in float32.

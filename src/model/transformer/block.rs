@@ -156,6 +156,11 @@ impl Block {
         matches!(self.mlp, Mlp::Mixture(_))
     }
 
+    /// Whether its MLP groups them on the device.
+    pub fn groups_rows(&self) -> bool {
+        matches!(&self.mlp, Mlp::Mixture(mixture) if mixture.groups_rows())
+    }
+
     /// The whole MLP; its columns may be more than the stream's.
     pub fn mlp(&self, architecture: &Architecture, x: &Tensor) -> Result<Tensor> {
         let x = self.mlp_norms.before(architecture, x)?;
@@ -209,13 +214,22 @@ impl Dense {
 
     /// `width` is that of the activation in between.
     pub fn forward(&self, architecture: &Architecture, width: usize, x: &Tensor) -> Result<Tensor> {
-        let up = self.up.forward_biased(x)?;
-        let inner = if architecture.gated {
-            self.ops.gate(architecture.activation, &up, width)?
-        } else {
-            narrowed(&self.ops.activate(architecture.activation, up)?, width)?
-        };
+        let inner = Self::activated(architecture, self.ops, width, self.up.forward_biased(x)?)?;
         self.down.forward_biased(&inner)
+    }
+
+    /// What stands between the two products, of which `up` is the first.
+    pub fn activated(architecture: &Architecture, ops: Ops, width: usize, up: Tensor) -> Result<Tensor> {
+        if architecture.gated {
+            ops.gate(architecture.activation, &up, width)
+        } else {
+            narrowed(&ops.activate(architecture.activation, up)?, width)
+        }
+    }
+
+    /// Both weights, if they are all that there is to them.
+    pub fn weights(&self) -> Option<[&Tensor; 2]> {
+        Some([self.up.bare()?, self.down.bare()?])
     }
 }
 
