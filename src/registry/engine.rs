@@ -225,9 +225,8 @@ impl Engine {
         self.registry().metrics().tokenized(tokenize);
         self.registry().metrics().dropped_bos(encoded.iter().flatten().filter(|encoding| encoding.doubled_bos()).count() as u64);
         permit.correct(encoded.iter().flatten().map(|encoding| encoding.tokens() as u64).sum())?;
-        if options.strict {
-            first_failure(&encoded)?;
-        }
+        // Nothing of a call that fails is scored.
+        let encoded = if options.strict { self.close(encoded, options)? } else { encoded };
         let encodings: Vec<_> = encoded.iter().flatten().cloned().collect();
         let reply = if encodings.is_empty() {
             Reply { outcomes: Vec::new(), queue: Duration::ZERO, forward: Duration::ZERO }

@@ -78,7 +78,7 @@ pub struct RegistryMetrics {
     reload_ended: Gauge,
     restart_needed: IntGauge,
     canary: GaugeVec,
-    failures: IntCounterVec,
+    pub(super) failures: IntCounterVec,
     reward: Histogram,
     tokenize_seconds: Histogram,
     doubled_bos: IntCounter,

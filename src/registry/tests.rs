@@ -116,6 +116,8 @@ fn one_bad_sample_of_512_costs_itself_and_strict_fails_the_call() {
         assert_eq!(reply.outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 511);
         let error = bench.score(samples, CallOptions { strict: true, ..CallOptions::default() }).expect_err("strict");
         assert!(matches!(error, EngineError::Strict { index: 300, failure } if failure.kind == kind));
+        let counted = bench.engine.registry().metrics().failures.with_label_values(&[kind.name()]).get();
+        assert_eq!(counted, 2, "one in each call");
     }
 }
 
