@@ -97,14 +97,13 @@ fn pack(lengths: &[usize]) -> Pack {
     Pack::new(&lengths.iter().map(encode).collect::<Vec<_>>())
 }
 
-/// The matrix products of one forward of so many tokens, alone.
+/// The matrix products of one forward of so many tokens, alone, with weights as products read them fastest.
 fn products(shape: &Shape, tokens: usize) -> impl FnMut() {
     let &Shape { hidden, inner, heads, kv_heads, head_dim, layers, .. } = shape;
     let device = Device::Cpu;
     let pair = |inputs: usize, outputs: usize| {
         let x = Tensor::randn(0f32, 1., (tokens, inputs), &device).expect("x");
-        let weight = Tensor::randn(0f32, 1., (outputs, inputs), &device).expect("weight").t().expect("transposed");
-        (x, weight)
+        (x, Tensor::randn(0f32, 1., (inputs, outputs), &device).expect("weight"))
     };
     let shapes =
         [pair(hidden, (heads + 2 * kv_heads) * head_dim), pair(heads * head_dim, hidden), pair(hidden, 2 * inner), pair(inner, hidden)];

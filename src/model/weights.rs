@@ -20,7 +20,7 @@ const MIN_OUTPUTS: usize = 80;
 /// `y = x W^T (+ b)`, several layers of the checkpoint in one.
 #[derive(Debug)]
 pub struct Linear {
-    /// `[inputs, outputs + padding]` as a view of the stored `[outputs + padding, inputs]`.
+    /// `[inputs, outputs + padding]`; see [`Ops::weight`].
     weight: Tensor,
     bias: Option<Tensor>,
     /// What an adapter adds to the weight.
@@ -257,7 +257,7 @@ impl<'a> Loader<'a> {
         let bare = added.is_some();
         let weight = self.once(key, |loader| {
             let mut read = |reader: &mut Reader<'a>, room: &mut Room| parts.iter().try_for_each(|part| reader.put_matrix(part, room));
-            Ok(loader.placed(&[padded, inputs], bare, &mut read)?.t()?)
+            Ok(ops.weight(&loader.placed(&[padded, inputs], bare, &mut read)?)?)
         })?;
         let bias = if parts.iter().any(|part| part.bias.is_some()) {
             let key = origins.and_then(|origins| origins.bias(&parts));

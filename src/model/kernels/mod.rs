@@ -15,6 +15,7 @@ pub mod norm;
 pub mod rope;
 pub mod route;
 pub mod tile;
+pub mod turn;
 
 use rayon::prelude::*;
 
