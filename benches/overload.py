@@ -66,15 +66,17 @@ def main():
         with memory:
             flood = bench("--rate", str(options.times * capacity), "--in-flight", str(IN_FLIGHT), *extra)
         after = bench("--concurrency", str(CALLERS))["per_second"]["requests"]
-        goodput, refused = flood["per_second"]["requests"], flood["latency_ms"]["refused"]
+        goodput, latency = flood["per_second"]["requests"], flood["latency_ms"]
+        figures = lambda times: times and {key: times[key] for key in ("p50", "p99", "p99.9")}
         return {
             "capacity_per_s": capacity,
             "asked_per_s": options.times * capacity,
             "goodput_per_s": goodput,
             "goodput_of_capacity": goodput / ((capacity + after) / 2),
             "requests": flood["requests"],
-            "refused_ms": refused and {key: refused[key] for key in ("p50", "p99", "p99.9")},
-            "scored_ms": {key: flood["latency_ms"]["scored"][key] for key in ("p50", "p99")},
+            "refused_ms": figures(latency["refused"]),
+            "refused_since_sent_ms": figures(latency["refused_since_sent"]),
+            "scored_ms": figures(latency["scored"]),
             "send_lag_p99_ms": flood["send_lag_ms"]["p99"],
             "memory_mib": {"before": before, "largest": max(memory.seen), "last": memory.seen[-1]},
             "capacity_afterwards_per_s": after,

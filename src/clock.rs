@@ -79,7 +79,13 @@ impl Clock {
 
     /// Completes when the time is `deadline` or later: by tokio's timer, or when the hand of a manual clock gets there.
     pub async fn sleep_until(&self, deadline: Instant) {
-        let Some(hand) = &self.0 else { return tokio::time::sleep_until(deadline.into()).await };
+        let Some(hand) = &self.0 else {
+            // tokio's timer counts whole milliseconds, also until a time that has passed.
+            if Instant::now() < deadline {
+                tokio::time::sleep_until(deadline.into()).await;
+            }
+            return;
+        };
         loop {
             // Asked for before the time is read, so that a move in between is not missed.
             let moved = hand.moved.notified();
@@ -94,6 +100,14 @@ impl Clock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn nobody_waits_for_what_has_passed() {
+        let clock = Clock::system();
+        let mut asleep = std::pin::pin!(clock.sleep_until(clock.now()));
+        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(asleep.as_mut().poll(context)));
+        assert!(polled.await.is_ready());
+    }
 
     #[test]
     fn a_manual_clock_moves_only_by_hand_and_for_all_its_clones() {

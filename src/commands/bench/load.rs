@@ -32,6 +32,10 @@ pub(super) struct Window {
     pub requests: Option<u64>,
 }
 
+/// How late tokio's timer may be. The rest of a wait is slept by the thread itself, or every request would be sent late; who
+/// answers meanwhile is noted down by a thread of its own.
+const TICK: Duration = Duration::from_millis(1);
+
 /// Runs until the window closes or `stop` completes; the tally holds what was answered until then.
 pub(super) async fn run(target: Arc<impl Target>, pace: Pace, window: Window, mut tally: Tally, clock: Clock, stop: impl Future) -> Tally {
     let (mut arrivals, most) = match pace {
@@ -61,7 +65,8 @@ pub(super) async fn run(target: Arc<impl Target>, pace: Pace, window: Window, mu
                     due = since(&clock);
                 }
             }
-            () = clock.sleep_until(start + due), if more && flying.len() < most => {
+            () = clock.sleep_until(start + due.saturating_sub(TICK)), if more && flying.len() < most => {
+                clock.pause(due.saturating_sub(since(&clock)));
                 let (target, clock) = (target.clone(), clock.clone());
                 flying.spawn(async move {
                     let sent = since(&clock);

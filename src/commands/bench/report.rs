@@ -60,7 +60,10 @@ impl Report<'_> {
                 "samples": self.per_second(tally.samples), "tokens": self.per_second(tally.tokens),
             },
             "samples": {"scored": tally.samples, "failed": tally.failures, "tokens": tally.tokens},
-            "latency_ms": {"scored": milliseconds(&tally.scored.summary()), "refused": milliseconds(&tally.refused.summary())},
+            "latency_ms": {
+                "scored": milliseconds(&tally.scored.summary()), "refused": milliseconds(&tally.refused.summary()),
+                "refused_since_sent": milliseconds(&tally.refusal.summary()),
+            },
             "send_lag_ms": milliseconds(&tally.lag.summary()),
             "server_ms": {
                 "queue": milliseconds(&tally.queue.summary()), "tokenize": milliseconds(&tally.tokenize.summary()),
@@ -118,6 +121,7 @@ impl fmt::Display for Report<'_> {
         let rows = [
             ("scored", &tally.scored),
             ("refused", &tally.refused),
+            ("since sent", &tally.refusal),
             ("send lag", &tally.lag),
             ("queue", &tally.queue),
             ("tokenize", &tally.tokenize),

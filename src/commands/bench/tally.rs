@@ -92,6 +92,8 @@ pub(super) struct Tally {
     objective: Option<Duration>,
     pub scored: Times,
     pub refused: Times,
+    /// From when requests were sent to when they were refused: what saying no takes.
+    pub refusal: Times,
     /// From when requests were due to when they were sent: what the generator itself is behind.
     pub lag: Times,
     pub queue: Times,
@@ -117,6 +119,7 @@ impl Tally {
             objective,
             scored: Times::new(),
             refused: Times::new(),
+            refusal: Times::new(),
             lag: Times::new(),
             queue: Times::new(),
             tokenize: Times::new(),
@@ -148,6 +151,7 @@ impl Tally {
             Outcome::Refused(code) => {
                 *self.codes.entry(code).or_default() += 1;
                 self.refused.record(latency);
+                self.refusal.record(answer.done.saturating_sub(answer.sent));
             }
             Outcome::Scored { rewards, tokens, timing } => {
                 let failures = rewards.iter().filter(|reward| reward.is_none()).count() as u64;
@@ -214,9 +218,11 @@ mod tests {
     fn latency_counts_from_when_a_request_was_due() {
         let mut tally = Tally::new(ms(0), None);
         tally.record(&answer(0, 10, 900, 1000, scored(&[Some(1.0)])));
+        tally.record(&answer(1, 20, 200, 500, Outcome::Refused("RESOURCE_EXHAUSTED")));
         let near = |found: Duration, expected: u64| found.abs_diff(ms(expected)) <= ms(1);
         assert!(near(tally.scored.summary().p50, 990), "{:?}", tally.scored.summary());
-        assert!(near(tally.lag.summary().p50, 890));
+        assert!(near(tally.lag.summary().max, 890));
+        assert!(near(tally.refused.summary().p50, 480) && near(tally.refusal.summary().p50, 300));
     }
 
     #[test]
