@@ -84,8 +84,8 @@ impl Ops {
         }
     }
 
-    /// What rows are multiplied by, `[inputs, outputs]`, of a matrix that was stored as `[outputs, inputs]`. Crate gemm would
-    /// turn such a matrix round in every product; it is a view of the other orientation where that costs nothing.
+    /// What rows are multiplied by, `[inputs, outputs]`, of a matrix that was stored as `[outputs, inputs]`: on the CPU a copy,
+    /// because crate gemm would turn the stored matrix round in every product; elsewhere a view.
     pub fn weight(self, stored: &Tensor) -> Result<Tensor> {
         match self {
             Self::Plain => stored.t(),

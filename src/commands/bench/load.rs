@@ -32,8 +32,8 @@ pub(super) struct Window {
     pub requests: Option<u64>,
 }
 
-/// How late tokio's timer may be. The rest of a wait is slept by the thread itself, or every request would be sent late; who
-/// answers meanwhile is noted down by a thread of its own.
+/// How late tokio's timer may be. The generator's own thread sleeps the rest of a wait, or every request would be sent late;
+/// meanwhile the tasks of the requests note the times of their answers.
 const TICK: Duration = Duration::from_millis(1);
 
 /// Runs until the window closes or `stop` completes; the tally holds what was answered until then.

@@ -39,7 +39,7 @@ fn shape_of(layout: &Layout) -> Result<(usize, usize)> {
 fn vector<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => bail!("expected a contiguous vector, found {layout:?}"),
+        None => bail!("expected numbers in one piece, found {layout:?}"),
     }
 }
 
@@ -157,8 +157,8 @@ impl CustomOp1 for Turn {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (values, columns, count) = rows(storage, layout)?;
-        let turned = turn::turned(&values[..count * columns], columns);
+        let (count, columns) = layout.shape().dims2()?;
+        let turned = turn::turned(vector(storage, layout)?, columns);
         Ok((CpuStorage::F32(turned), (columns, count).into()))
     }
 }
