@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use super::{Server, score_of, start};
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, StreamAnswers, StreamRequests};
 use crate::registry::testing::FakeModel;
 use crate::wire;
 
@@ -75,9 +75,8 @@ async fn call(client: Client, calls: u64, seed: u64) -> (u64, u64) {
 }
 
 /// Asks on one stream, withdraws some of it, and checks that every request has one answer.
-async fn stream(client: Client, asked: u64, seed: u64) {
+async fn stream((requests, mut answers): (StreamRequests, StreamAnswers), asked: u64, seed: u64) {
     let mut dice = Dice(seed);
-    let (requests, mut answers) = client.score_stream().await.expect("a stream");
     let asking = async move {
         for i in 0..asked {
             assert!(requests.score(dice.request(&i.to_string())).await, "the stream is open");
@@ -127,16 +126,21 @@ async fn ten_thousand_requests_are_answered_once_each_and_nothing_is_left_of_the
         [("max_pack_tokens", "256"), ("admission.max_requests", "96"), ("admission.max_tokens", "4000"), ("stream.window", "16")];
     let mut server = start(&settings, FakeModel::new(1.0), &[]).await;
     let mut tasks = tokio::task::JoinSet::new();
+    // All are open before anybody asks: one that comes while its tenant holds its share is refused, as it should be.
+    let mut streams = Vec::new();
+    for _ in 0..STREAMS {
+        let client = Client::connect(&server.address).await.expect("connected");
+        streams.push(client.score_stream().await.expect("a stream"));
+    }
+    for (number, opened) in streams.into_iter().enumerate() {
+        tasks.spawn(async move {
+            stream(opened, ASKED, 104_729 + number as u64).await;
+            (ASKED, 0)
+        });
+    }
     for caller in 0..CALLERS {
         let client = server.client.clone();
         tasks.spawn(async move { call(client, CALLS, 1 + 7919 * caller).await });
-    }
-    for number in 0..STREAMS {
-        let client = Client::connect(&server.address).await.expect("connected");
-        tasks.spawn(async move {
-            stream(client, ASKED, 104_729 + number).await;
-            (ASKED, 0)
-        });
     }
     let (mut answered, mut dropped) = (0, 0);
     while let Some(ended) = tasks.join_next().await {
