@@ -35,10 +35,14 @@ const STAGED: &str = "activate: on_call\n";
 
 const PHASES: [&str; 5] = ["three servers", "a fourth joins", "rolling restarts", "killed without mercy", "swaps of the model"];
 
-/// Ports that were free a moment ago, all of them different. A server that restarts needs the one it had.
+/// Ports that were free a moment ago. A server that restarts needs the one it had, so they are not among those that a system
+/// hands out by itself, as it does to everything that runs beside this.
 fn ports() -> Vec<String> {
-    let held: Vec<_> = (0..SERVERS).map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-    held.iter().map(|listener| listener.local_addr().expect("an address").to_string()).collect()
+    let from = 20_000 + (std::process::id() % 10_000) as u16;
+    let free = (from..32_000).filter(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    let found: Vec<_> = free.take(SERVERS).map(|port| format!("127.0.0.1:{port}")).collect();
+    assert_eq!(found.len(), SERVERS, "free ports from {from} on");
+    found
 }
 
 /// A server that ends with the test, however the test ends.
