@@ -2,8 +2,8 @@
 
 use crate::model::run_when_idle;
 
-/// How far behind [`stand_last`] puts a thread where the system lets it stand no further.
-const LAST: u8 = 15;
+/// How far behind [`stand_back_far`] puts a thread: beside one that is not nice it gets a thirtieth of the time.
+const FAR: u8 = 15;
 
 /// Lowers the priority of this thread to so many steps of niceness behind the process's own. Where that cannot be done it
 /// runs all the same, and takes more of the machine.
@@ -27,10 +27,45 @@ pub(crate) fn stand_back(_: u8) {}
 /// something does. A thread that is only nice runs seldom, but to the end of its turn, and whoever wakes up meanwhile waits
 /// for that: 4 ms, as long as a small request takes as a whole.
 pub(crate) fn stand_last() {
-    stand_back(LAST);
+    stand_back_far();
     if let Err(error) = run_when_idle() {
         tracing::debug!(%error, "a thread stands behind others as far as its niceness goes");
     }
+}
+
+/// Puts this thread far behind others, and gives it a small part of the time all the same.
+pub(crate) fn stand_back_far() {
+    stand_back(FAR);
+}
+
+/// Whether this thread gets less than a twentieth of the time that it wants: works for two milliseconds, and looks at how long
+/// that took.
+#[cfg(target_os = "linux")]
+pub(crate) fn starved() -> bool {
+    use std::time::Duration;
+
+    use rustix::time::{ClockId, clock_gettime};
+
+    use crate::clock::Clock;
+
+    const ASKED: Duration = Duration::from_millis(2);
+    let own = || {
+        let time = clock_gettime(ClockId::ThreadCPUTime);
+        Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default())
+    };
+    let (clock, before) = (Clock::system(), own());
+    let end = clock.now() + 20 * ASKED;
+    while own().saturating_sub(before) < ASKED {
+        if clock.now() >= end {
+            return true;
+        }
+    }
+    false
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn starved() -> bool {
+    false
 }
 
 /// Whether this thread stands behind all others.
