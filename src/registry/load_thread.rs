@@ -21,7 +21,14 @@ pub(super) struct LoadThread {
     threads: usize,
     /// Whether a thread that stands last gets too little of the processor for a load.
     starved: fn() -> bool,
-    jobs: OnceLock<Sender<Job>>,
+    started: OnceLock<Started>,
+}
+
+/// What takes jobs for threads that stand last, and for threads that are only nice.
+#[derive(Debug)]
+struct Started {
+    last: Sender<Job>,
+    nice: Sender<Job>,
 }
 
 impl LoadThread {
@@ -31,31 +38,32 @@ impl LoadThread {
     }
 
     fn judging_by(starved: fn() -> bool, threads: usize) -> Self {
-        Self { threads: threads.max(1), starved, jobs: OnceLock::new() }
+        Self { threads: threads.max(1), starved, started: OnceLock::new() }
     }
 
     /// Runs a job behind those before it. The error is that of a thread that cannot be started; the next job tries again.
     pub fn run(&self, job: impl FnOnce(&Pool) + Send + 'static) -> std::io::Result<()> {
-        let jobs = match self.jobs.get() {
-            Some(jobs) => jobs,
+        let started = match self.started.get() {
+            Some(started) => started,
             None => {
-                let jobs = self.start()?;
-                self.jobs.get_or_init(|| jobs)
+                let started = self.start()?;
+                self.started.get_or_init(|| started)
             }
         };
-        jobs.send(Box::new(job)).map_err(|_| std::io::Error::other("the thread that loads has ended"))
+        let (starved, nice) = (self.starved, started.nice.clone());
+        let judged = move |pool: &Pool| if starved() { run_nicely(&nice, job, pool) } else { job(pool) };
+        started.last.send(Box::new(judged)).map_err(|_| std::io::Error::other("the thread that loads has ended"))
     }
 
     /// Both threads, by a thread that stands ahead: a new one begins where its maker stands.
-    fn start(&self) -> std::io::Result<Sender<Job>> {
-        let (threads, starved) = (self.threads, self.starved);
-        let nice = crew("warm-reload-up", stand_back_far, threads, Some)?;
-        crew("warm-reload", stand_last, threads, move |job| if starved() { on_nice_threads(&nice, job) } else { Some(job) })
+    fn start(&self) -> std::io::Result<Started> {
+        let last = loader("warm-reload", stand_last, self.threads)?;
+        Ok(Started { last, nice: loader("warm-reload-up", stand_back_far, self.threads)? })
     }
 }
 
-/// Runs a job to its end on the other crew; gives it back where that has ended.
-fn on_nice_threads(nice: &Sender<Job>, job: Job) -> Option<Job> {
+/// Runs a job to its end on threads that are only nice, or with this pool where those have ended.
+fn run_nicely(nice: &Sender<Job>, job: impl FnOnce(&Pool) + Send + 'static, own: &Pool) {
     tracing::info!("the processor is busy without a pause, so this load takes a small part of it from everybody");
     let (done, ended) = channel::<()>();
     let all = Box::new(move |pool: &Pool| {
@@ -63,23 +71,14 @@ fn on_nice_threads(nice: &Sender<Job>, job: Job) -> Option<Job> {
         drop(done);
     });
     match nice.send(all) {
-        Ok(()) => {
-            // Nothing is ever sent: the end of the job ends this.
-            let _ = ended.recv();
-            None
-        }
-        Err(back) => Some(back.0),
+        // Nothing is ever sent: the end of the job ends this.
+        Ok(()) => _ = ended.recv(),
+        Err(back) => back.0(own),
     }
 }
 
-/// A thread, and a pool with its first job, that stand where they are told to, for jobs one after the other. A job that
-/// `elsewhere` does not give back is done.
-fn crew(
-    name: &'static str,
-    stand: fn(),
-    threads: usize,
-    mut elsewhere: impl FnMut(Job) -> Option<Job> + Send + 'static,
-) -> std::io::Result<Sender<Job>> {
+/// A thread, and a pool with its first job, that stand where they are told to, for jobs one after the other.
+fn loader(name: &'static str, stand: fn(), threads: usize) -> std::io::Result<Sender<Job>> {
     let pool = move || {
         let name = move |i| format!("{name}-{i}");
         rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).start_handler(move |_| stand()).build()
@@ -89,7 +88,6 @@ fn crew(
         stand();
         let mut own = None;
         for job in jobs {
-            let Some(job) = elsewhere(job) else { continue };
             // Threads that could not be had may be there now.
             let ready = own.take().filter(Pool::is_ok).unwrap_or_else(pool);
             job(own.insert(ready));
@@ -132,7 +130,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn where_nothing_is_left_for_a_load_it_runs_on_threads_that_are_only_nice_and_in_its_turn() {
-        use crate::scorer::stands_last;
+        use crate::scorer::{niceness, stands_last};
         static JUDGED: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
         // The second and the third of four find a busy machine.
         let starved = || (1..3).contains(&JUDGED.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
@@ -152,10 +150,5 @@ mod tests {
         assert_eq!(ran.iter().map(|(_, (last, _), ..)| *last).collect::<Vec<_>>(), [true, false, false, true]);
         assert!(ran.iter().all(|(_, own, pooled, _)| *pooled == Some(*own) && own.1 == (niceness() + 15).min(19)), "{ran:?}");
         assert!(ran[1].3 == ran[2].3 && ran[0].3 == ran[3].3, "both are there for good");
-    }
-
-    #[cfg(target_os = "linux")]
-    fn niceness() -> i32 {
-        rustix::process::getpriority_process(None).expect("a priority")
     }
 }

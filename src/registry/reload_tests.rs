@@ -487,7 +487,7 @@ async fn two_hundred_reloads_under_load_fail_no_request_and_keep_no_memory() {
             let (engine, stop, answered) = (bench.engine.clone(), stop.clone(), answered.clone());
             tokio::spawn(async move {
                 let mut generations = HashSet::new();
-                while !stop.load(Ordering::Relaxed) {
+                loop {
                     let ids: Vec<u32> = (1..20 + caller as u32).collect();
                     let samples = vec![Sample::Tokens(ids.clone()); 3];
                     let reply = engine.score(samples, CallOptions::default(), Permit::unlimited()).await.expect("no request fails");
@@ -498,8 +498,10 @@ async fn two_hundred_reloads_under_load_fail_no_request_and_keep_no_memory() {
                     }
                     generations.insert(reply.stamp.generation.0);
                     answered.send_modify(|answered| *answered += 1);
+                    if stop.load(Ordering::Relaxed) {
+                        return generations;
+                    }
                 }
-                generations
             })
         })
         .collect();
@@ -515,7 +517,9 @@ async fn two_hundred_reloads_under_load_fail_no_request_and_keep_no_memory() {
     stop.store(true, Ordering::Relaxed);
     let mut generations = HashSet::new();
     for caller in callers {
-        generations.extend(caller.await.expect("no panic"));
+        let seen = caller.await.expect("no panic");
+        assert!(!seen.is_empty());
+        generations.extend(seen);
     }
     assert!(generations.len() >= RELOADS, "the load saw {} generations", generations.len());
     let registry = bench.engine.registry();

@@ -21,7 +21,7 @@ pub use line::ScorerHandle;
 pub use load::{Load, Mark};
 pub use metrics::{SECONDS_BUCKETS, ScorerMetrics};
 #[cfg(all(test, target_os = "linux"))]
-pub(crate) use priority::stands_last;
+pub(crate) use priority::{niceness, stands_last};
 pub(crate) use priority::{stand_back_far, stand_last, starved};
 pub use queue::{Draw, JobId, NewJob, PRIORITIES, PackLimits, Pick, Queue, QueueBounds, QueueFull};
 pub use shares::Caller;

@@ -68,6 +68,12 @@ pub(crate) fn starved() -> bool {
     false
 }
 
+/// How nice this thread is.
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) fn niceness() -> i32 {
+    rustix::process::getpriority_process(None).expect("a priority")
+}
+
 /// Whether this thread stands behind all others.
 #[cfg(all(test, target_os = "linux"))]
 pub(crate) fn stands_last() -> bool {
@@ -90,7 +96,7 @@ mod tests {
         let found = std::thread::spawn(|| {
             [3, 7, 7, 0].map(|by| {
                 stand_back(by);
-                getpriority_process(None).expect("a priority")
+                niceness()
             })
         });
         let expected = [3, 7, 7, 7].map(|by| (before + by).min(19));

@@ -314,14 +314,14 @@ fn the_threads_of_several_devices_finish_what_is_queued_and_end_with_the_last_ha
 #[cfg(target_os = "linux")]
 #[test]
 fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
-    let priority = || rustix::process::getpriority_process(None).expect("a priority");
-    let before = priority();
+    use super::super::niceness;
+    let before = niceness();
     let options = ScorerOptions { threads: 1, nice: 3, ..small() };
     let (handle, threads) = spawn(options, Clock::system(), ScorerMetrics::unregistered()).expect("threads");
     let bench = Bench::new(options);
     let found = Arc::new(Mutex::new(None));
     let in_forward = found.clone();
-    let here = move || *lock(&in_forward) = Some((std::thread::current().name().map(str::to_owned), priority()));
+    let here = move || *lock(&in_forward) = Some((std::thread::current().name().map(str::to_owned), niceness()));
     *lock(&bench.model.meanwhile) = Some(Box::new(here));
     let answer = handle.submit(bench.submission(&[&[1]])).expect("room");
     drop(handle);
@@ -330,7 +330,7 @@ fn a_thread_that_computes_stands_behind_and_takes_no_other_with_it() {
     }
     assert_eq!(values(now(answer)), [1.0]);
     assert_eq!(lock(&found).take(), Some((Some("warm-device-0".to_owned()), (before + 3).min(19))));
-    assert_eq!(priority(), before);
+    assert_eq!(niceness(), before);
 }
 
 #[test]
